@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints, one tensor at a time."""

@@ -1,0 +1,75 @@
+"""What a running compression tells its caller, one frozen dataclass per event.
+
+`to_dict` gives {"type": ..., "data": {...}}: JSON that a supervisor in another process reads line by line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+Phase = Literal["fetch", "plan", "compress", "verify", "upload"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `type` is the stable name that the API shows."""
+
+    type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"type", "data"}, ready for JSON."""
+        return {"type": self.type, "data": dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class PhaseChanged(Event):
+    type: ClassVar[str] = "phase_changed"
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class PlanResolved(Event):
+    """The resolved plan: what a later attempt must obey to give the same bytes. `header` is the journal's first line."""
+
+    type: ClassVar[str] = "plan_resolved"
+    header: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerSolved(Event):
+    """A layer's shard is on disk and journaled. `entry` is its journal line (file, sha256, size, report rows).
+
+    relative_error: mean over the layer's modules of |XW - XW'|^2 / |XW|^2 (None without data).
+    seconds: time this layer took. eta_seconds: expected time until the last layer is done.
+    """
+
+    type: ClassVar[str] = "layer_solved"
+    layer: int
+    layers_total: int
+    relative_error: float | None
+    seconds: float
+    eta_seconds: float
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerReplayed(Event):
+    """A layer that an earlier attempt finished: its forward pass was repeated, nothing was solved."""
+
+    type: ClassVar[str] = "layer_replayed"
+    layer: int
+    layers_total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WarningRaised(Event):
+    type: ClassVar[str] = "warning"
+    code: str
+    message: str
+
+
+OnEvent = Callable[[Event], None]

@@ -1,0 +1,174 @@
+"""What to do: the recipe, the data it learns from, and how the result is measured.
+
+Everything here is frozen pydantic: it validates what people write, and its canonical JSON is what a job's
+identity is computed from. Two spellings of the same recipe have the same canonical JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from compression.schemes import get_scheme
+
+Observer = Literal["minmax", "mse", "imatrix", "gram"]
+GroupSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _QuantizationStep(_Frozen):
+    """What every quantizing step has.
+
+    scheme: a preset of `compression.schemes`. group_size: overrides the scheme's; "auto" takes the largest of
+    128, 64, 32 that divides every target's input, else one scale per channel. targets, ignore: module names,
+    `re:` patterns, or the class name `Linear`; ignore wins.
+    """
+
+    scheme: str
+    group_size: GroupSize | None = None
+    observer: Observer | None = None
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("scheme")
+    @classmethod
+    def _canonical_scheme(cls, name: str) -> str:
+        return get_scheme(name).name
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class RTNStep(_QuantizationStep):
+    """Round to nearest. Without a dataset the observer is minmax or mse (the default)."""
+
+    type: Literal["rtn"] = "rtn"
+
+
+class GPTQStep(_QuantizationStep):
+    """Second-order rounding with error feedback (Frantar et al., 2022, arXiv:2210.17323, algorithm 1).
+
+    block_size: columns whose error is applied together. dampening_frac: fraction of the mean of the Gram
+    diagonal added to that diagonal. actorder "static": columns in order of falling diagonal, groups as on disk.
+    """
+
+    type: Literal["gptq"] = "gptq"
+    block_size: int = Field(default=128, ge=1)
+    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+    actorder: Literal["static"] | None = "static"
+
+
+Step = Annotated[RTNStep | GPTQStep, Field(discriminator="type")]
+
+STEP_ALIASES = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
+"""LLM Compressor's class names, accepted wherever a step's type is read."""
+
+
+class Recipe(_Frozen):
+    """An ordered list of steps."""
+
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            value = {"steps": value}
+        if isinstance(value, dict) and isinstance(value.get("steps"), list | tuple):
+            steps = [
+                {**step, "type": STEP_ALIASES.get(step["type"], step["type"])}
+                if isinstance(step, dict) and isinstance(step.get("type"), str)
+                else step
+                for step in value["steps"]
+            ]
+            return {**value, "steps": steps}
+        return value
+
+    @classmethod
+    def from_short(
+        cls,
+        scheme: str,
+        *,
+        method: str | None = None,
+        has_dataset: bool,
+        **options: Any,
+    ) -> Recipe:
+        """The recipe of the short form. Default method: gptq for int weights with a dataset, else rtn."""
+        if method is None:
+            integer = get_scheme(scheme).weights.type == "int"
+            method = "gptq" if integer and has_dataset else "rtn"
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any step cannot be solved without calibration data."""
+        return any(step.type == "gptq" or step.observer in ("imatrix", "gram") for step in self.steps)
+
+    def canonical_json(self) -> str:
+        """Sorted keys, every default written out, no spaces: the same text for the same recipe."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+class DatasetSpec(_Frozen):
+    """Where calibration text comes from. Exactly one of `path` and `texts`.
+
+    path: a local .jsonl or .txt file (one document a line of JSON; a text file is split at blank lines).
+    text_column: the JSON field that holds the text; by default the first of text, content, prompt that exists.
+    messages_column: a field with chat messages, to which the model's chat template is applied.
+    """
+
+    path: str | None = None
+    texts: tuple[str, ...] | None = None
+    text_column: str | None = None
+    messages_column: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetSpec:
+        if (self.path is None) == (self.texts is None):
+            raise ValueError("give exactly one of path and texts")
+        return self
+
+
+class Calibration(_Frozen):
+    """How text becomes calibration samples.
+
+    With packing, one sample is one block of max_seq_length tokens; without, one sample is one document,
+    truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
+    """
+
+    num_calibration_samples: int = Field(default=512, ge=1)
+    max_seq_length: int = Field(default=2048, ge=2)
+    packing: bool = True
+    seed: int = 0
+
+
+class Evaluation(_Frozen):
+    """The side-by-side measurement on held-out text.
+
+    num_samples: blocks of max_seq_length; by default 1/16 of the calibration samples, at least 4,096 tokens.
+    """
+
+    enabled: bool = True
+    num_samples: int | None = Field(default=None, ge=1)
+
+    def samples(self, calibration: Calibration) -> int:
+        """How many held-out blocks this run uses; 0 when off."""
+        if not self.enabled:
+            return 0
+        if self.num_samples is not None:
+            return self.num_samples
+        at_least = -(-4096 // calibration.max_seq_length)
+        return max(at_least, calibration.num_calibration_samples // 16)

@@ -1,0 +1,105 @@
+"""What a run reports: one row per module, the evaluation, and totals. Plain data, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One compressed linear.
+
+    relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without data.
+    weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was inverted.
+    dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
+    compares the written file with it.
+    """
+
+    name: str
+    method: str
+    scheme: str
+    group_size: int | None
+    shape: tuple[int, int]
+    weight_error: float
+    relative_error: float | None
+    dampening_frac: float | None
+    dead_columns: int
+    dequantized_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModuleReport:
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Original and compressed model on the same held-out tokens.
+
+    perplexity = exp(mean negative log likelihood, nats per token). kl_divergence: mean over tokens of
+    KL(original || compressed) in nats. top1_agreement: fraction of tokens with the same most likely next token.
+    *_stderr: standard error of the mean over tokens.
+    """
+
+    tokens: int
+    perplexity_original: float
+    perplexity_compressed: float
+    perplexity_ratio: float
+    perplexity_ratio_stderr: float
+    kl_divergence: float
+    kl_divergence_stderr: float
+    top1_agreement: float
+    top1_agreement_stderr: float
+    split: str  # "documents", or "blocks" where there were fewer than two documents
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the calibration text."""
+
+    documents: int
+    samples: int
+    tokens_used: int
+    tokens_dropped: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes of safetensors before and after, parameters, seconds of the whole run."""
+
+    source_bytes: int
+    output_bytes: int
+    parameters: int
+    compressed_parameters: int
+    seconds: float
+
+
+@dataclass
+class Report:
+    """The result of one compression.
+
+    phases: seconds by phase; compress is split into read, forward, gram, solve, evaluate, write.
+    bytes_may_differ: a resumed run that could not obey the first attempt's resolved plan.
+    """
+
+    work_key: str
+    fingerprint: str
+    totals: Totals
+    modules: list[ModuleReport]
+    evaluation: EvaluationReport | None
+    data: DataReport | None
+    phases: dict[str, float]
+    peak_host_bytes: int
+    peak_gpu_bytes: int
+    bytes_may_differ: bool = False
+    warnings: list[dict[str, str]] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
