@@ -1,0 +1,31 @@
+"""What every test shares. The environment is set before torch or Transformers can be imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama in bf16 with its tokenizer. Read only: copy it before changing it."""
+    from tests.support.models import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 40 documents of about 500 tiny tokens each, in the column `text`."""
+    from tests.support.models import tiny_dataset
+
+    return tiny_dataset(tmp_path_factory.mktemp("tiny_texts") / "texts.jsonl")

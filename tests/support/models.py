@@ -1,0 +1,170 @@
+"""Tiny random checkpoints and datasets, made in a fraction of a second and the same on every machine.
+
+Everything is written as a user would have it: weights and config by Transformers, a tokenizer by
+`tokenizers`, text as a .jsonl file. The values are random; the files are real.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+BOS, EOS = "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "[{{ message['role'] }}]{{ message['content'] }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def tiny_model(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    layers: int = 2,
+    hidden: int = 256,
+    intermediate: int = 512,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    vocab: int = 320,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = False,
+    shards: int = 1,
+    seed: int = 0,
+    tokenizer: bool = True,
+    **config: Any,
+) -> Path:
+    """Writes a random checkpoint of `model_type` into `folder` and returns the folder.
+
+    The initial weights have a standard deviation of 1/sqrt(hidden), so that activations and logits are of
+    order one and a compression error shows in them. `shards` > 1 splits the tensors, in the order of the
+    file, into that many files of about the same size. More fields of the config go in by keyword.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "initializer_range": 1 / math.sqrt(hidden),
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        **config,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIGS[model_type](**settings), dtype=dtype)
+        _randomize_one_dimensional(model)
+    model.save_pretrained(folder)
+    if shards > 1:
+        _split(Path(folder), shards)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges: one token a byte (ids 0 to 255), then <s> (256) and </s> (257).
+
+    `bos` says whether encoding a text puts <s> in front, as Llama's tokenizer does.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([BOS, EOS])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, 256)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_dataset(path: Path, documents: int = 40, *, sentences: int = 12, column: str = "text") -> Path:
+    """Writes `documents` lines of pseudo-English to a .jsonl file; every document is different."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for index in range(documents):
+            file.write(json.dumps({column: pseudo_english(index, sentences)}) + "\n")
+    return Path(path)
+
+
+def pseudo_english(seed: int, sentences: int = 12) -> str:
+    """About 40 characters a sentence, decided by `seed` alone."""
+    subjects = ("the miller", "a river", "the old clock", "my neighbour", "every sailor", "the council")
+    verbs = ("grinds", "follows", "remembers", "repairs", "crosses", "counts")
+    objects = ("the barley", "a narrow road", "the winter", "some brass wheels", "the bridge", "lanterns")
+    endings = ("slowly", "before noon", "without a word", "in the rain", "again")
+    state = seed * 7919 + 17
+    parts = []
+    for _ in range(sentences):
+        words = []
+        for choices in (subjects, verbs, objects, endings):
+            state = (state * 1103515245 + 12345) % 2**31
+            words.append(choices[(state >> 16) % len(choices)])
+        parts.append(" ".join(words).capitalize() + ".")
+    return " ".join(parts)
+
+
+def _randomize_one_dimensional(model: torch.nn.Module) -> None:
+    """Norm weights and biases start as ones and zeros, which would hide a wrong or a lost one."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype), alpha=0.1)
+
+
+def _split(folder: Path, shards: int) -> None:
+    """One safetensors file into `shards` files and an index, as the Hub has them."""
+    tensors = load_file(folder / _SINGLE)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map: dict[str, str] = {}
+    files: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
+    done = 0
+    for name, tensor in tensors.items():
+        number = min(done * shards // total, shards - 1)
+        files[number][name] = tensor
+        weight_map[name] = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        done += tensor.nbytes
+    if not all(files):
+        raise ValueError(f"{len(tensors)} tensors do not fill {shards} shards")
+    for number, part in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    (folder / _SINGLE).unlink()
