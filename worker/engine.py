@@ -1,0 +1,139 @@
+"""The supervisor's handle on one engine process: start it, read its messages, watch its memory, end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from worker.runner import EngineSpec
+
+RUNNER = (sys.executable, "-P", "-m", "worker.runner")  # -P: nothing is imported from the scratch folder
+CANCEL_GRACE_SECONDS = 3.0
+EXIT_GRACE_SECONDS = 10.0  # between the last message and the end of the process: torch tears down slowly
+
+PASSED_VARIABLES = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+)  # fmt: skip
+
+
+def engine_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The engine's whole environment: where to find Python, libraries and devices, and nothing secret."""
+    passed = {name: environment[name] for name in PASSED_VARIABLES if name in environment}
+    return {**passed, "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class EngineProcess:
+    """One running engine, leader of its own process group.
+
+    Create it in a thread that outlives it: the kernel kills the engine when that thread ends.
+    """
+
+    def __init__(self, spec: EngineSpec, scratch: Path) -> None:
+        specification = scratch / "spec.json"
+        specification.write_text(spec.model_dump_json())
+        self._log_path = scratch / "engine.log"
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*RUNNER, str(specification)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=scratch,
+                env=engine_environment(scratch),
+                start_new_session=True,
+            )
+        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="engine-messages", daemon=True)
+        self._reader.start()
+        self._peak_host_bytes = 0
+        self._exited = False
+
+    def next_message(self, timeout: float) -> dict[str, Any] | None:
+        """The next message, or None if none came within `timeout` seconds. EOFError when there are no more."""
+        try:
+            message = self._messages.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if message is None:
+            self._messages.put(None)
+            raise EOFError("the engine closed its messages")
+        return message
+
+    def resident_bytes(self) -> int:
+        """Resident memory now, in bytes; 0 once the process is gone."""
+        fields = self._memory_fields()
+        self._peak_host_bytes = max(self._peak_host_bytes, fields.get("VmHWM", 0))
+        return fields.get("VmRSS", 0)
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """The most resident memory seen by `resident_bytes`, in bytes."""
+        return self._peak_host_bytes
+
+    def log_tail(self, size: int = 4096) -> str:
+        """The end of what the engine wrote to stderr."""
+        with self._log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - size))
+            return log.read().decode(errors="replace")
+
+    def terminate(self) -> None:
+        """Cancel: SIGTERM to the group, SIGKILL after a grace. Returns when none of the group is left."""
+        self._signal_group(signal.SIGTERM)
+        self._wait_unreaped(CANCEL_GRACE_SECONDS)
+        self._reap()
+
+    def kill(self) -> None:
+        """SIGKILL to the group, now."""
+        self._reap()
+
+    def finish(self) -> int:
+        """Wait for the end of an engine that has no more messages. Returns the signal that ended it, or 0."""
+        self._wait_unreaped(EXIT_GRACE_SECONDS)
+        return self._reap()
+
+    def _reap(self) -> int:
+        """Kill what is left of the group while its leader still holds the id, then collect the leader."""
+        self._signal_group(signal.SIGKILL)
+        code = self._process.wait()
+        self._exited = True
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return max(0, -code)
+
+    def _signal_group(self, number: int) -> None:
+        if not self._exited:
+            os.killpg(self._process.pid, number)
+
+    def _wait_unreaped(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        while os.waitid(os.P_PID, self._process.pid, options) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.endswith(b"\n"):  # a killed engine may leave a torn last line
+                self._messages.put(json.loads(line))
+        self._messages.put(None)
+
+    def _memory_fields(self) -> dict[str, int]:
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return {}
+        lines = (line.partition(":") for line in status.splitlines() if line.startswith(("VmHWM", "VmRSS")))
+        return {name: int(value.split()[0]) * 1024 for name, _, value in lines}

@@ -1,0 +1,149 @@
+"""The engine's own process: `python -m worker.runner SPEC.json`.
+
+    stdin   control pipe: nothing is written to it; its end means that the supervisor is gone, so this goes too
+    stdout  one JSON line for every event, and last {"type": "succeeded" | "failed", "data": {...}}
+    stderr  the log, and whatever a library prints
+
+SIGTERM ends it at once: what is finished is on disk, journaled and reported, the rest is dropped. It holds no
+secret of the service: its environment is made by worker.engine, and the specification has only local paths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from compression.errors import CompressionError
+from compression.events import Event
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class EngineSpec(BaseModel):
+    """One compression with everything local: `source` is a checkpoint folder, `dataset.path` a local file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Path
+    recipe: Recipe
+    dataset: DatasetSpec | None = None
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    device: str = "auto"
+    output_dir: Path
+
+
+def main(arguments: list[str]) -> int:
+    """Run the specification in the file arguments[0]; 0 when it succeeded, 1 when it failed with a reason."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_supervisor(control=sys.stdin.fileno())
+    messages = _claim_stdout()
+    spec = EngineSpec.model_validate_json(Path(arguments[0]).read_bytes())
+    outcome = run(spec, messages)
+    _write(messages, outcome)
+    return 0 if outcome["type"] == "succeeded" else 1
+
+
+def run(spec: EngineSpec, messages: IO[str]) -> dict[str, Any]:
+    """Compress, writing events as they come. Returns the last message, with this process's peak memory."""
+
+    def forward(event: Event) -> None:
+        _write(messages, event.to_dict())
+
+    try:
+        import compression  # inside the try: a broken installation is a reason too
+
+        report = compression.compress(
+            spec.source,
+            spec.recipe,
+            spec.output_dir,
+            dataset=spec.dataset,
+            calibration=spec.calibration,
+            evaluation=spec.evaluation,
+            device=spec.device,
+            on_event=forward,
+        )
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return {"type": "failed", "data": {**explain(error), "peak_host_bytes": peak_host_bytes()}}
+    return {"type": "succeeded", "data": {"report": report.to_dict(), "peak_host_bytes": peak_host_bytes()}}
+
+
+def explain(error: Exception) -> dict[str, str]:
+    """{"code", "message", "hint"} of whatever the engine raised."""
+    if isinstance(error, CompressionError):
+        return {"code": error.code, "message": error.message, "hint": error.hint}
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return {
+            "code": "disk_full",
+            "message": f"The engine could not write its output: {error.strerror}.",
+            "hint": "Free disk space where the worker keeps its scratch folder, then retry the job.",
+        }
+    if isinstance(error, MemoryError) or _is_gpu_out_of_memory(error):
+        return {
+            "code": "out_of_memory",
+            "message": f"The engine ran out of memory: {error or type(error).__name__}.",
+            "hint": "Use a machine with more memory, or fewer or shorter calibration samples.",
+        }
+    return {"code": "engine_error", "message": f"{type(error).__name__}: {error}", "hint": ""}
+
+
+def _is_gpu_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def peak_host_bytes() -> int:
+    """VmHWM: the most resident memory this process ever had, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: the engine runs on Linux only.")
+
+
+def die_with_supervisor(control: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; leave at the end of `control`.
+
+    The end of the pipe covers what the signal cannot: a supervisor that died before this call, and, as the
+    whole process group goes, children that the engine started.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "prctl(PR_SET_PDEATHSIG)")
+
+    def watch() -> None:
+        while os.read(control, 4096):
+            pass
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="control-pipe", daemon=True).start()
+
+
+def _claim_stdout() -> IO[str]:
+    """Keep stdout for messages, and send what libraries print there to stderr."""
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return messages
+
+
+def _write(messages: IO[str], message: dict[str, Any]) -> None:
+    messages.write(json.dumps(message, separators=(",", ":")) + "\n")
+    messages.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

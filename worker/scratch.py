@@ -1,0 +1,77 @@
+"""Scratch folders: one for each worker process, and in it one for each attempt.
+
+A worker process holds a lock on its folder for as long as it lives; the kernel drops it with the process. So
+a folder whose lock is free belongs to nobody, and a worker that starts removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
+
+
+class Scratch:
+    """This process's folder `<root>/<name>`, mode 0700."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._root = root
+        self.folder = root / name
+        with _locked(root):
+            _remove_abandoned(root)
+            self.folder.mkdir(mode=0o700)
+            self._lock = _lock(self.folder, fcntl.LOCK_EX)
+
+    @contextmanager
+    def attempt(self, job_id: str, token: int) -> Iterator[Path]:
+        """A new empty folder for one attempt, removed at the end whatever happens."""
+        folder = self.folder / f"{job_id}-{token}"
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """Remove the folder and give up the lock."""
+        with _locked(self._root):
+            shutil.rmtree(self.folder)
+            os.close(self._lock)
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.iterdir():
+        if not folder.is_dir():
+            continue
+        try:
+            lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)  # its engine may be dying in it: the rest at the next start
+        os.close(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = _lock(folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, how: int) -> int:
+    """A descriptor that holds the folder's lock until closed. BlockingIOError if LOCK_NB finds it held."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor
