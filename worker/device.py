@@ -28,7 +28,7 @@ def gpu_bytes(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def host_bytes(root: Path = Path("/")) -> int:
-    """Memory in bytes that processes here may use: the machine's, or the container's limit if that is less."""
+    """Memory in bytes that processes here may use: the machine's, or the container's limit if less."""
     meminfo = (root / "proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemTotal:"))
     limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -60,7 +60,7 @@ class EngineProcess:
         self._exited = False
 
     def next_message(self, timeout: float) -> dict[str, Any] | None:
-        """The next message, or None if none came within `timeout` seconds. EOFError when there are no more."""
+        """The next message, None if none came within `timeout` seconds; EOFError when there are no more."""
         try:
             message = self._messages.get(timeout=timeout)
         except queue.Empty:

@@ -1,6 +1,6 @@
 """The engine's own process: `python -m worker.runner SPEC.json`.
 
-    stdin   control pipe: nothing is written to it; its end means that the supervisor is gone, so this goes too
+    stdin   control pipe: nothing is written to it; its end means that the supervisor is gone; so goes this
     stdout  one JSON line for every event, and last {"type": "succeeded" | "failed", "data": {...}}
     stderr  the log, and whatever a library prints
 
