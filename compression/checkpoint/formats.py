@@ -1,0 +1,142 @@
+"""On-disk formats, written and read by the compressed-tensors library, which is what readers run.
+
+    pack-quantized   weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
+    int-quantized    weight int8, weight_scale
+    float-quantized  weight float8_e4m3fn, weight_scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import compressed_tensors
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor
+
+from compression.quantizer import QuantizedWeight
+from compression.recipe import GPTQStep, Step
+from compression.schemes import QuantizationArgs, Scheme
+
+if TYPE_CHECKING:
+    from compression.planning import Plan
+
+
+def encode(name: str, weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
+    """The tensors that hold `weight` on disk, under their full names "<name>.weight_packed", ...
+
+    The library quantizes while it packs: it is handed the codes themselves, at scale 1, and cannot move one.
+    """
+    args, params = weight.args, weight.params
+    unit = QuantizedWeight(weight.codes, params._replace(scale=torch.ones_like(params.scale)), args)
+    state = {"weight": unit.dequantize(torch.float32), "weight_scale": unit.params.scale.float()}
+    if params.zero_point is not None:
+        state["weight_zero_point"] = params.zero_point
+    packed = _compressor(format).compress(state, _library_scheme(args, None, format))
+    packed["weight_scale"] = params.scale
+    return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+
+
+def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that a reader gets which loads the checkpoint in `dtype`, by the library."""
+    prefix = f"{name}."
+    state = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix) and key.removeprefix(prefix) != "bias"
+    }
+    state["weight_scale"] = state["weight_scale"].to(dtype)
+    library_scheme = _library_scheme(scheme.weights, scheme.input_activations, scheme.format)
+    weight: Tensor = _compressor(scheme.format).decompress(state, library_scheme)["weight"]
+    return weight
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """config.json["quantization_config"], key by key what LLM Compressor 0.14 writes for the same choice.
+
+    One config group per distinct scheme, in the order of the layers. A single one targets the class Linear,
+    and `ignore` names the linears left alone; with several, each group names its modules.
+    """
+    modules: dict[tuple[Scheme, int | None], list[str]] = {}
+    for layer in plan.layers:
+        for module in layer.modules:
+            if module.scheme is not None:
+                modules.setdefault((module.scheme, module.step), []).append(module.name)
+    groups = {
+        f"group_{index}": {
+            "targets": ["Linear"] if len(modules) == 1 else names,
+            "weights": _args_dict(scheme.weights, plan.recipe.steps[step or 0]),
+            "input_activations": _args_dict(scheme.input_activations, None),
+            "output_activations": None,
+            "format": scheme.format,
+        }
+        for index, ((scheme, step), names) in enumerate(modules.items())
+    }
+    formats = {scheme.format for scheme, _ in modules}
+    return {
+        "config_groups": groups,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": list(plan.ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": compressed_tensors.__version__,
+    }
+
+
+_OBSERVER_NAMES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix": "imatrix_mse"}
+"""Our observers under the library's names. It has none for gram; readers do not use the field."""
+
+
+def _args_dict(args: QuantizationArgs | None, step: Step | None) -> dict[str, Any] | None:
+    """One kind of tensor in the config; `step` solved it, None for activations."""
+    if args is None:
+        return None
+    observer = step.observer if step is not None else None
+    return {
+        "num_bits": args.num_bits,
+        "type": args.type,
+        "symmetric": args.symmetric,
+        "strategy": args.strategy,
+        "group_size": args.group_size,
+        "block_structure": None,
+        "dynamic": args.dynamic,
+        "actorder": step.actorder if isinstance(step, GPTQStep) else None,
+        "observer": None if observer is None else _OBSERVER_NAMES.get(observer),
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "zp_dtype": None if args.symmetric else "torch.int8",
+    }
+
+
+def _library_scheme(
+    weights: QuantizationArgs, activations: QuantizationArgs | None, format: str
+) -> QuantizationScheme:
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=_library_args(weights),
+        input_activations=None if activations is None else _library_args(activations),
+        format=format,
+    )
+
+
+def _library_args(args: QuantizationArgs) -> LibraryArgs:
+    return LibraryArgs(
+        num_bits=args.num_bits,
+        type=args.type,
+        symmetric=args.symmetric,
+        strategy=args.strategy,
+        group_size=args.group_size,
+        dynamic=args.dynamic,
+    )
+
+
+def _compressor(format: str) -> type[BaseCompressor]:
+    compressor: type[BaseCompressor] = BaseCompressor.get_value_from_registry(format)
+    return compressor
