@@ -1,0 +1,145 @@
+"""The database: engine, sessions, and the one clock that every host agrees on.
+
+Writers on SQLite begin with BEGIN IMMEDIATE, so that a transaction that read and then writes never fails
+half-way; readers begin with plain BEGIN and see one snapshot. On PostgreSQL both are ordinary transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, DateTime, MetaData, create_engine, event, make_url, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+BUSY_TIMEOUT_SECONDS = 5
+_POOL_SIZE = 10
+_POOL_OVERFLOW = 40  # the server's thread pool has 40 threads, and workers may share the process
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC, with microseconds, on every database."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        utc = value.astimezone(UTC)
+        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+JSONColumn = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+class Base(DeclarativeBase):
+    """Base of all tables. Constraint names are fixed, so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UTCDateTime(),
+        dict[str, Any]: JSONColumn,
+        dict[str, str]: JSONColumn,
+        list[str]: JSONColumn,
+    }
+
+
+class _Now(FunctionElement[datetime]):
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(_Now)
+def _now_default(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
+    return "clock_timestamp()"
+
+
+@compiles(_Now, "sqlite")
+def _now_sqlite(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"  # milliseconds, padded to SQLAlchemy's stored form
+
+
+def now(session: Session) -> datetime:
+    """The database's clock, in UTC. Leases compare only times from here, so hosts' clocks do not matter."""
+    return session.execute(select(_Now())).scalar_one()
+
+
+class Database:
+    """Sessions on one database.
+
+    A session is a transaction: it begins with its first statement, commits when the block ends and rolls back
+    when the block raises. Objects stay readable after the block.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = make_engine(url)
+        self._read = sessionmaker(self.engine, expire_on_commit=False)
+        self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads."""
+        with self._read() as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that writes; takes SQLite's write lock with its first statement."""
+        with self._write.begin() as session:
+            yield session
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        self.engine.dispose()
+
+
+def make_engine(url: str) -> Engine:
+    """An engine for that URL; for SQLite with the file's folder made and the pragmas set."""
+    if make_url(url).get_backend_name() != "sqlite":
+        return create_engine(url, pool_size=_POOL_SIZE, max_overflow=_POOL_OVERFLOW, pool_pre_ping=True)
+    file = make_url(url).database
+    if not file or file == ":memory:":
+        raise ValueError("SQLite needs a file: every connection to :memory: is a database of its own")
+    Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = create_engine(
+        url,
+        pool_size=_POOL_SIZE,
+        max_overflow=_POOL_OVERFLOW,
+        connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver would begin transactions by itself, and too late
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get("immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

@@ -1,0 +1,1 @@
+"""Jobs: submitted over HTTP, claimed by workers, told through events."""

@@ -1,0 +1,194 @@
+"""Tables: jobs, their attempts, events and finished layers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from api.database import Base
+from api.projects.models import Project
+
+
+class JobStatus(StrEnum):
+    """queued -> running -> succeeded | failed | cancelled | expired, with cancelling between."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+ACTIVE = (JobStatus.RUNNING, JobStatus.CANCELLING)
+"""A worker holds the job."""
+TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
+RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended. Of these, preempted is not counted toward max_attempts."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    CRASHED = "crashed"
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+    LEASE_LOST = "lease_lost"
+    PREEMPTED = "preempted"
+
+
+def _values(members: type[StrEnum]) -> list[str]:
+    return [member.value for member in members]
+
+
+def _enum(kind: type[StrEnum]) -> Enum:
+    """A string column on every database: adding a member needs no migration."""
+    return Enum(kind, native_enum=False, length=16, values_callable=_values)
+
+
+class Job(Base):
+    """One compression, as asked for and as far as it came.
+
+    model: as the caller wrote it; source: the folder it resolved to. recipe, dataset, calibration,
+    evaluation: JSON of the classes in `compression.recipe`. quality_gate: {"max_perplexity_ratio"}. plan: what
+    submission found out (`Plan.to_dict`). resolved_plan: the first line of the engine's journal, obeyed by
+    later attempts. device_class: cpu, cuda or any; fixed by the first attempt. attempts_made numbers the
+    attempts; attempts_counted is what max_attempts limits, and a retry resets it. queue_deadline: when a job
+    that still waits expires. manifest_key: where the published manifest is; readers trust this row, not the
+    store's listing.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey(Project.id))
+    name: Mapped[str | None] = mapped_column(String(200))
+    labels: Mapped[dict[str, str]]
+    priority: Mapped[int]
+
+    model: Mapped[str] = mapped_column(Text)
+    source: Mapped[str] = mapped_column(Text)
+    dataset_label: Mapped[str | None] = mapped_column(Text)
+    scheme: Mapped[str] = mapped_column(String(40))
+    method: Mapped[str] = mapped_column(String(40))
+    recipe: Mapped[dict[str, Any]]
+    dataset: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_group="work")
+    calibration: Mapped[dict[str, Any]]
+    evaluation: Mapped[dict[str, Any]]
+    quality_gate: Mapped[dict[str, Any] | None]
+    max_runtime_seconds: Mapped[int | None]
+    max_queue_seconds: Mapped[int | None]
+    max_attempts: Mapped[int]
+    plan: Mapped[dict[str, Any]] = mapped_column(deferred=True)
+
+    device_class: Mapped[str] = mapped_column(String(8))
+    required_host_bytes: Mapped[int] = mapped_column(BigInteger)
+    required_gpu_bytes: Mapped[int] = mapped_column(BigInteger)
+
+    status: Mapped[JobStatus] = mapped_column(_enum(JobStatus))
+    phase: Mapped[str | None] = mapped_column(String(16))
+    layers_done: Mapped[int] = mapped_column(default=0)
+    layers_total: Mapped[int]
+    event_seq: Mapped[int] = mapped_column(default=0)
+    attempts_made: Mapped[int] = mapped_column(default=0)
+    attempts_counted: Mapped[int] = mapped_column(default=0)
+
+    created_at: Mapped[datetime]
+    available_at: Mapped[datetime]
+    queue_deadline: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
+    lease_until: Mapped[datetime | None]
+
+    work_key: Mapped[str | None] = mapped_column(String(64))
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    resolved_plan: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_group="work")
+
+    report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    manifest_key: Mapped[str | None] = mapped_column(Text)
+    error_code: Mapped[str | None] = mapped_column(String(80))
+    error_message: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        Index("ix_jobs_claim", "status", "priority", "created_at", "id"),
+        Index("ix_jobs_lease", "status", "lease_until"),
+        Index("ix_jobs_list", "project_id", "created_at", "id"),
+        Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
+    )
+
+
+class Attempt(Base):
+    """One try of a worker at a job. outcome is null while it runs; seconds and times are the database's."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    token: Mapped[int] = mapped_column(BigInteger)
+    worker_id: Mapped[str] = mapped_column(String(200))
+    device_class: Mapped[str] = mapped_column(String(8))
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    seconds: Mapped[float | None]
+    outcome: Mapped[AttemptOutcome | None] = mapped_column(_enum(AttemptOutcome))
+    error_code: Mapped[str | None] = mapped_column(String(80))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    exit_signal: Mapped[int | None]
+    peak_host_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    peak_gpu_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class JobEvent(Base):
+    """What happened, in order: seq counts from 1 without a gap within a job."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    attempt: Mapped[int | None]
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[dict[str, Any]]
+
+
+class JobLayer(Base):
+    """A finished layer: its shard is in the store under store_key. These rows are the journal.
+
+    entry: the engine's journal line (file, sha256, size, report rows), written back for a later attempt.
+    """
+
+    __tablename__ = "job_layers"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), primary_key=True)
+    work_key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    layer: Mapped[int] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    attempt: Mapped[int]
+    store_key: Mapped[str] = mapped_column(Text)
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    entry: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+
+
+class IdempotencyKey(Base):
+    """A key that a caller sent with a submission: the same key and body give the same job for 24 hours."""
+
+    __tablename__ = "idempotency_keys"
+
+    project_id: Mapped[str] = mapped_column(ForeignKey(Project.id, ondelete="CASCADE"), primary_key=True)
+    route: Mapped[str] = mapped_column(String(80), primary_key=True)
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(index=True)

@@ -1,0 +1,93 @@
+"""All configuration, read once. Nothing else in Bitmill reads the environment."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings of the service; each is the environment variable of its name with the prefix `BITMILL_`.
+
+    data_dir: holds the defaults of the next three, credentials.json and secret.key.
+    broker_url: `memory://` is the embedded mode; otherwise a redis:// URL of Valkey or Redis.
+    local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
+    lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
+    sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
+    max_attempts: counted attempts (crashes, lost leases) after which a job fails.
+    secret_key: keys the HMAC of stored API keys; made once in <data>/secret.key unless set here.
+    url, api_key: which server the client talks to, and as whom; by default those of <data>/credentials.json.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="BITMILL_", frozen=True)
+
+    data_dir: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "bitmill")
+    database_url: str = ""
+    broker_url: str = "memory://"
+    store_url: str = ""
+    local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    device: str = "auto"
+    lease_seconds: float = Field(default=90, gt=0)
+    heartbeat_seconds: float = Field(default=15, gt=0)
+    sweep_seconds: float = Field(default=0, ge=0)
+    max_attempts: int = Field(default=3, ge=1)
+    activation_budget_bytes: int = Field(default=4 << 30, ge=1)
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    secret_key: SecretStr | None = None
+    url: str | None = None
+    api_key: SecretStr | None = None
+
+    @field_validator("local_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("local_roots")
+    @classmethod
+    def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_in_data_dir(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = values.get("data_dir") or cls.model_fields["data_dir"].get_default(call_default_factory=True)
+        data = Path(os.path.abspath(Path(given).expanduser()))
+        embedded = str(values.get("broker_url", "memory://")).startswith("memory://")
+        return {
+            **values,
+            "data_dir": data,
+            "database_url": values.get("database_url") or f"sqlite:///{data / 'bitmill.db'}",
+            "store_url": values.get("store_url") or f"file://{data / 'artifacts'}",
+            "sweep_seconds": values.get("sweep_seconds") or (2 if embedded else 30),
+        }
+
+    @model_validator(mode="after")
+    def _lease_outlives_heartbeats(self) -> Self:
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether API, worker and broker live in one process."""
+        return self.broker_url.startswith("memory://")
+
+    @property
+    def credentials_file(self) -> Path:
+        """Where the first API key is written: {"url", "api_key"}, readable by its owner only."""
+        return self.data_dir / "credentials.json"
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The process's settings, read from the environment at the first call."""
+    return Settings()

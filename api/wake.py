@@ -1,0 +1,53 @@
+"""Telling workers to look for work. The database is the queue: a message may be lost, doubled or late."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from api.settings import get_settings
+
+LOOK = "bitmill.look"
+EXPIRES_SECONDS = 30
+_CONNECT_SECONDS = 2
+
+log = structlog.get_logger(__name__)
+
+
+def queue_name(device_class: str) -> str:
+    """The queue of a device class. A worker listens on that of its own class and on that of `any`."""
+    return f"bitmill.{device_class}"
+
+
+def wake(device_class: str, *, broker_url: str | None = None) -> bool:
+    """Ask one worker of that class (`cpu`, `cuda`, `any`) to look; best effort. Returns whether it was sent.
+
+    broker_url: another broker than the settings'. A broker that is down costs seconds, never an error:
+    workers also look by themselves.
+    """
+    try:
+        _producer(broker_url or get_settings().broker_url).send_task(
+            LOOK, queue=queue_name(device_class), expires=EXPIRES_SECONDS, ignore_result=True, retry=False
+        )
+    except (OperationalError, OSError) as error:
+        log.warning("wake_failed", device_class=device_class, error=type(error).__name__)
+        return False
+    return True
+
+
+@lru_cache(maxsize=4)
+def _producer(broker_url: str) -> Celery:
+    app = Celery("bitmill.api", broker=broker_url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        task_ignore_result=True,
+        broker_connection_timeout=_CONNECT_SECONDS,
+        broker_transport_options={
+            "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_timeout": _CONNECT_SECONDS,
+        },
+    )
+    return app

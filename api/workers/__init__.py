@@ -1,0 +1,1 @@
+"""Workers: who is alive, on which device, with which job."""

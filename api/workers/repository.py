@@ -1,0 +1,43 @@
+"""Queries on workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from api import database
+from api.workers.models import Worker, WorkerIdentity
+
+
+def heartbeat(session: Session, worker: WorkerIdentity, job_id: str | None = None) -> None:
+    """Say that this worker is alive and which job it runs. The first call registers it."""
+    now = database.now(session)
+    row = session.get(Worker, worker.id)
+    if row is None:
+        row = Worker(id=worker.id, started_at=now)
+        session.add(row)
+    row.device_class = worker.device_class
+    row.host_bytes = worker.host_bytes
+    row.gpu_bytes = worker.gpu_bytes
+    row.job_id = job_id
+    row.heartbeat_at = now
+    session.flush()
+
+
+def remove(session: Session, worker_id: str) -> None:
+    """Forget a worker that stopped in good order."""
+    session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def remove_silent(session: Session, seconds: float) -> None:
+    """Forget workers whose last heartbeat is older than that."""
+    cutoff = database.now(session) - timedelta(seconds=seconds)
+    session.execute(delete(Worker).where(Worker.heartbeat_at < cutoff))
+
+
+def list_all(session: Session) -> Sequence[Worker]:
+    """All workers, by name."""
+    return session.scalars(select(Worker).order_by(Worker.id)).all()
