@@ -1,0 +1,109 @@
+"""Tensors from safetensors files into memory of our own.
+
+Files are read with pread, never mapped: mapped pages would count in the process's memory and could change
+under our feet. A file is open only while its tensors are read, and must still be the one that was planned.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from compression.checkpoint.headers import Checkpoint, FileStamp, TensorInfo, open_regular
+from compression.errors import SourceError
+
+CHUNK_BYTES = 8 << 20
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""safetensors' names of the dtypes that torch has one element a number for."""
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint on the CPU, in their dtype on disk, in memory that nothing else holds.
+
+    Raises:
+        KeyError: a name that the checkpoint does not have.
+        SourceError: `source_changed`, `source_unreadable`, `unsupported_dtype`.
+    """
+    return read_infos(checkpoint.tensors[name] for name in names)
+
+
+def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    """The same for tensors of any files. Order of the result: by file, then by place in the file."""
+    ordered = sorted(infos, key=lambda info: (info.file, info.begin, info.end))
+    tensors = {}
+    for _, group in groupby(ordered, key=lambda info: info.file):
+        members = list(group)
+        with open_unchanged(members[0]) as descriptor:
+            for info in members:
+                tensors[info.name] = _read(descriptor, info)
+    return tensors
+
+
+@contextmanager
+def open_unchanged(info: TensorInfo) -> Iterator[int]:
+    """A descriptor of the tensor's file, which is the planned one at the beginning and at the end."""
+    try:
+        with open_regular(info.file) as descriptor:
+            _check_stamp(info, descriptor)
+            yield descriptor
+            _check_stamp(info, descriptor)
+    except FileNotFoundError as error:
+        raise source_changed(info) from error
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, info: TensorInfo) -> None:
+    """Fill the buffer with the file's bytes from `offset` on."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done : done + CHUNK_BYTES]], offset + done)
+        if count == 0:
+            raise source_changed(info)
+        done += count
+
+
+def source_changed(info: TensorInfo) -> SourceError:
+    return SourceError(
+        "source_changed",
+        f"{info.file.name} is no longer the file that was planned.",
+        "Leave a model's files alone while it is compressed, and submit the job again.",
+    )
+
+
+def _read(descriptor: int, info: TensorInfo) -> Tensor:
+    dtype = TORCH_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise SourceError("unsupported_dtype", f"{info.name} is {info.dtype}, which torch has no type for.")
+    storage = torch.empty(info.nbytes, dtype=torch.uint8)
+    read_into(descriptor, storage.numpy().data, info.begin, info)
+    return storage.view(dtype).reshape(info.shape)
+
+
+def _check_stamp(info: TensorInfo, descriptor: int) -> None:
+    if FileStamp.of(descriptor) != info.stamp:
+        raise source_changed(info)

@@ -1,0 +1,183 @@
+"""What speaks against a job: each function looks at one thing and returns the problems it finds."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+
+from compression.checkpoint.headers import Checkpoint
+from compression.errors import Problem
+from compression.families import LAYERS_PREFIX, Decoder
+from compression.memory import ParkedTokens
+from compression.native_models import NATIVE_MODEL_TYPES
+from compression.recipe import Calibration, Evaluation, Recipe
+
+COMPUTE_DTYPES = ("BF16", "F16", "F32")
+
+_QUANTIZED_SUFFIXES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".weight_zero_point",
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".SCB",
+    ".absmax",
+    ".quant_map",
+    "_blocks",
+)
+
+
+def with_observers(recipe: Recipe, has_data: bool) -> Recipe:
+    """The recipe with every step's default observer written out: imatrix with data, mse without."""
+    default = "imatrix" if has_data else "mse"
+    steps = tuple(step.model_copy(update={"observer": step.observer or default}) for step in recipe.steps)
+    return recipe.model_copy(update={"steps": steps})
+
+
+def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
+    """Steps that learn from data, where there is none."""
+    if has_data:
+        return []
+    problems = []
+    for number, step in enumerate(recipe.steps):
+        what = "gptq" if step.type == "gptq" else f"The observer {step.observer}"
+        if step.type == "gptq" or step.observer in ("imatrix", "gram"):
+            problems.append(
+                Problem(
+                    "dataset_required",
+                    f"{what} learns from calibration data, and the job has no dataset.",
+                    "Give a dataset, or use rtn with the observer mse or minmax.",
+                    "/dataset" if step.type == "gptq" else f"/recipe/steps/{number}/observer",
+                )
+            )
+    return problems
+
+
+def source_problems(checkpoint: Checkpoint, warnings: list[Problem]) -> list[Problem]:
+    """Code that would come with the model, and weights that are quantized already."""
+    problems = []
+    model_type = str(checkpoint.config.get("model_type"))
+    if checkpoint.config.get("auto_map"):
+        if model_type in NATIVE_MODEL_TYPES:
+            warnings.append(
+                Problem(
+                    "remote_code_ignored",
+                    f"config.json refers to code of its own (auto_map); Transformers knows {model_type} and "
+                    "its own implementation is used.",
+                )
+            )
+        else:
+            problems.append(
+                _of_model(
+                    "remote_code_required",
+                    f"Transformers has no model of type {model_type[:100]!r}; loading it would run code from "
+                    "the model's folder (auto_map), which Bitmill never does.",
+                    "Use a model that Transformers supports itself.",
+                )
+            )
+    marks = [name for name in checkpoint.tensors if name.endswith(_QUANTIZED_SUFFIXES)]
+    if checkpoint.config.get("quantization_config") or marks:
+        sign = f"it has tensors such as {min(marks)}" if marks else "config.json has a quantization_config"
+        problems.append(
+            _of_model(
+                "source_already_quantized",
+                f"The model is already quantized: {sign}.",
+                "Start from the original checkpoint in BF16, F16 or F32.",
+            )
+        )
+    return problems
+
+
+def tensor_problems(
+    checkpoint: Checkpoint, decoder: Decoder, expected: Mapping[str, tuple[int, ...]]
+) -> list[Problem]:
+    """Tensors that config.json implies and that are absent, of another shape, or not of a float type."""
+    tensors = checkpoint.tensors
+    missing = [name for name in expected if name not in tensors]
+    present = [tensors[name] for name in expected if name in tensors]
+    reshaped = [
+        f"{info.name} is {list(info.shape)}, config.json implies {list(expected[info.name])}"
+        for info in present
+        if info.shape != expected[info.name]
+    ]
+    mistyped = [f"{info.name} is {info.dtype}" for info in present if info.dtype not in COMPUTE_DTYPES]
+    problems = []
+    if decoder.num_layers > len(tensors):
+        missing.append(f"{LAYERS_PREFIX}{decoder.num_layers - 1}")
+    if missing:
+        problems.append(
+            _of_model(
+                "checkpoint_incomplete",
+                f"{len(missing)} tensors that config.json implies are missing: {_some(missing)}.",
+                "Download the model again, or correct config.json.",
+            )
+        )
+    if reshaped:
+        problems.append(
+            _of_model(
+                "shape_mismatch",
+                f"{len(reshaped)} tensors contradict config.json: {_some(reshaped)}.",
+                "Correct config.json, or take the files that belong to it.",
+            )
+        )
+    if mistyped:
+        problems.append(
+            _of_model(
+                "unsupported_dtype",
+                f"{len(mistyped)} tensors are of a type that is not compressed: {_some(mistyped)}.",
+                f"Convert them to one of {', '.join(COMPUTE_DTYPES)}.",
+            )
+        )
+    return problems
+
+
+def unknown_warnings(unknown: Sequence[str]) -> list[Problem]:
+    """Tensors that the model does not have."""
+    if not unknown:
+        return []
+    return [
+        Problem(
+            "unknown_tensors_copied",
+            f"{len(unknown)} tensors are not part of the model and are copied as they are: {_some(unknown)}.",
+        )
+    ]
+
+
+def activation_problems(
+    bytes_per_token: int,
+    calibration: Calibration,
+    evaluation: Evaluation,
+    calibrates: bool,
+    budget_bytes: int,
+) -> list[Problem]:
+    """Suspended forwards that together hold more than the budget."""
+
+    def held(samples: int) -> int:
+        wanted = calibration.model_copy(update={"num_calibration_samples": samples})
+        return bytes_per_token * ParkedTokens.of(wanted, evaluation, calibrates=calibrates).total
+
+    samples, length = calibration.num_calibration_samples, calibration.max_seq_length
+    if held(samples) <= budget_bytes:
+        return []
+    fitting = bisect_right(range(1, samples + 1), budget_bytes, key=held)
+    fits = f"at most {fitting} x {length} fit" if fitting else f"not even 1 x {length} fits"
+    return [
+        Problem(
+            "activation_budget",
+            f"The suspended forwards of {samples} x {length} calibration tokens and of the evaluation would "
+            f"hold {held(samples) / 1e9:.2f} GB; the activation budget is {budget_bytes / 1e9:.2f} GB, in "
+            f"which num_calibration_samples x max_seq_length of {fits}.",
+            f"Set num_calibration_samples to {fitting} or less." if fitting else "Lower max_seq_length.",
+            "/calibration/num_calibration_samples" if fitting else "/calibration/max_seq_length",
+        )
+    ]
+
+
+def _of_model(code: str, message: str, hint: str) -> Problem:
+    return Problem(code, message, hint, "/model")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

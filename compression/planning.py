@@ -1,0 +1,371 @@
+"""Recipe x checkpoint headers -> Plan: what becomes of every tensor, decided before any compute.
+
+Imports neither torch nor transformers, reads no tensor data, and takes milliseconds: the control plane
+plans at submission. What cannot succeed is refused here, with every reason at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression import checks
+from compression.checkpoint.headers import Checkpoint, read_checkpoint
+from compression.checkpoint.layout import DTYPE_BITS, TensorSpec, file_size
+from compression.errors import PlanError, Problem, SourceError
+from compression.families import (
+    EMBEDDING,
+    FAMILIES,
+    LAYERS_PREFIX,
+    LINEAR_GROUPS,
+    LM_HEAD,
+    Decoder,
+    read_decoder,
+)
+from compression.memory import MemoryEstimate, ParkedTokens, Workload, estimate
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.schemes import Scheme
+from compression.treatment import Linear, Treatment, treat
+
+MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
+METADATA_BYTES = 1 << 20
+"""Allowance on disk for config, index, card, recipe and report."""
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one linear.
+
+    key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = kept as it
+    is, for `reason`. step: index in the recipe. layer: None outside the layers. group: name of the first
+    linear that reads the same input.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    dtype: str
+    scheme: Scheme | None
+    step: int | None
+    layer: int | None
+    group: str
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        scheme = self.scheme
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "scheme": scheme.name if scheme else None,
+            "group_size": scheme.weights.group_size if scheme else None,
+            "step": self.step,
+            "group": self.group,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file."""
+
+    index: int
+    prefix: str
+    modules: tuple[ModulePlan, ...]
+    copied: tuple[str, ...]
+    shard: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that headers and recipe decide.
+
+    recipe: with every step's observer written out. outside: shard file and keys of what is in no layer, and
+    of `unknown` tensors, which the model does not have and which are copied. kept: linears that stay as they
+    are; ignore: their names. output_bytes: exact size of all shards. calibrates: whether a step learns from
+    data. memory: estimated peak. disk_bytes: what a run needs in its output folder.
+    """
+
+    source: Path
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: Calibration
+    evaluation: Evaluation
+    model_type: str
+    architecture: str
+    layers: tuple[LayerPlan, ...]
+    outside: tuple[tuple[str, tuple[str, ...]], ...]
+    unknown: tuple[str, ...]
+    kept: tuple[ModulePlan, ...]
+    ignore: tuple[str, ...]
+    warnings: tuple[Problem, ...]
+    memory: MemoryEstimate
+    disk_bytes: int
+    source_bytes: int
+    output_bytes: int
+    parameters: int
+    compressed_parameters: int
+    calibrates: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON for people and programs; no path of this machine but the model folder's own name."""
+        return {
+            "source": self.source.name,
+            "model_type": self.model_type,
+            "architecture": self.architecture,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "calibration": self.calibration.model_dump(mode="json") if self.calibrates else None,
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "layers": len(self.layers),
+            "modules": [module.to_dict() for layer in self.layers for module in layer.modules],
+            "kept": [module.to_dict() for module in self.kept],
+            "unknown_tensors": list(self.unknown),
+            "warnings": [
+                {"code": warning.code, "message": warning.message, "hint": warning.hint}
+                for warning in self.warnings
+            ],
+            "memory": self.memory.to_dict(),
+            "disk_bytes": self.disk_bytes,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "parameters": self.parameters,
+            "compressed_parameters": self.compressed_parameters,
+        }
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    dataset: DatasetSpec | None = None,
+    calibration: Calibration = Calibration(),
+    evaluation: Evaluation = Evaluation(),
+    activation_budget_bytes: int = 4 << 30,
+) -> Plan:
+    """Decide everything that config.json and the safetensors headers allow to decide.
+
+    Raises:
+        PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
+            checkpoint's files has the codes of `read_checkpoint`.
+    """
+    has_data = dataset is not None
+    recipe = checks.with_observers(recipe, has_data)
+    problems = checks.recipe_problems(recipe, has_data)
+    try:
+        checkpoint = read_checkpoint(source)
+    except SourceError as error:
+        raise PlanError(Problem(error.code, error.message, error.hint, "/model"), *problems) from error
+    warnings: list[Problem] = []
+    problems = checks.source_problems(checkpoint, warnings) + problems
+    decoder = read_decoder(checkpoint.config)
+    if not isinstance(decoder, Decoder):
+        raise PlanError(*problems, *decoder)
+    expected = _expected(checkpoint, decoder)
+    if not any(problem.code == "source_already_quantized" for problem in problems):
+        problems += checks.tensor_problems(checkpoint, decoder, expected)
+    treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
+    problems += treatment.problems
+    calibrates = has_data and recipe.needs_data
+    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
+    itemsize = _itemsize(checkpoint)
+    if parked is not None:
+        problems += checks.activation_problems(
+            decoder.parked_width * itemsize, calibration, evaluation, calibrates, activation_budget_bytes
+        )
+    if problems:
+        raise PlanError(*problems)
+
+    modules = _module_plans(checkpoint, treatment)
+    unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
+    warnings += [*treatment.warnings, *checks.unknown_warnings(unknown)]
+    layers, outside = _shards(checkpoint, decoder, modules, unknown)
+    stored = {layer.shard: _stored_layer(checkpoint, layer) for layer in layers}
+    stored |= {file: {key: checkpoint.tensors[key].spec for key in keys} for file, keys in outside}
+    output_bytes = sum(file_size(specs) for specs in stored.values())
+    compressed = [module for module in modules if module.scheme]
+    kept = tuple(module for module in modules if not module.scheme)
+    largest = max(layers, key=lambda layer: sum(spec.nbytes for spec in stored[layer.shard].values()))
+    work = Workload(
+        itemsize=itemsize,
+        outside_bytes=sum(checkpoint.tensors[key].nbytes for key in decoder.outside_tensors()),
+        layer_bytes=max(
+            sum(checkpoint.tensors[key].nbytes for key in _source_keys(layer)) for layer in layers
+        ),
+        layer_output_bytes=sum(spec.nbytes for spec in stored[largest.shard].values()),
+        group_elements=max(_group_elements(compressed).values()),
+        group_columns=max(module.shape[1] for module in compressed),
+        parked_width=decoder.parked_width,
+        intermediate_size=decoder.intermediate_size,
+        vocab_size=decoder.vocab_size,
+        parked=parked,
+        solves_gram=calibrates,
+    )
+    model_type = checkpoint.config["model_type"]
+    return Plan(
+        source=Path(source),
+        checkpoint=checkpoint,
+        recipe=recipe,
+        calibration=calibration,
+        evaluation=evaluation,
+        model_type=model_type,
+        architecture=FAMILIES[model_type].architecture,
+        layers=layers,
+        outside=outside,
+        unknown=unknown,
+        kept=kept,
+        ignore=tuple(module.name for module in kept),
+        warnings=tuple(warnings),
+        memory=estimate(work),
+        disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES,
+        source_bytes=checkpoint.weight_bytes,
+        output_bytes=output_bytes,
+        parameters=sum(info.spec.elements for info in checkpoint.tensors.values()),
+        compressed_parameters=sum(module.shape[0] * module.shape[1] for module in compressed),
+        calibrates=calibrates,
+    )
+
+
+def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict[str, TensorSpec]:
+    """What a compressed linear [out, in] is on disk: suffix after "<name>." -> dtype and shape.
+
+    dtype: that of the source's weight, in which scales are stored.
+    """
+    rows, columns = shape
+    weights = scheme.weights
+    groups = columns // weights.group_size if weights.group_size else 1
+    if scheme.format == "pack-quantized":
+        tensors = {
+            "weight_packed": TensorSpec("I32", (rows, -(-columns * weights.num_bits // 32))),
+            "weight_scale": TensorSpec(dtype, (rows, groups)),
+            "weight_shape": TensorSpec("I64", (2,)),
+        }
+        if not weights.symmetric:
+            tensors["weight_zero_point"] = TensorSpec("I32", (-(-rows * weights.num_bits // 32), groups))
+        return tensors
+    codes = {"int-quantized": "I8", "float-quantized": "F8_E4M3"}[scheme.format]
+    return {"weight": TensorSpec(codes, shape), "weight_scale": TensorSpec(dtype, (rows, groups))}
+
+
+def _layer_count(checkpoint: Checkpoint, decoder: Decoder) -> int:
+    """Layers to look at: config.json cannot make us look for more than there are tensors."""
+    return min(decoder.num_layers, len(checkpoint.tensors))
+
+
+def _expected(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the model has -> its shape. A tied lm_head may be on disk as well."""
+    expected = dict(decoder.outside_tensors())
+    if f"{LM_HEAD}.weight" in checkpoint.tensors:
+        expected[f"{LM_HEAD}.weight"] = (decoder.vocab_size, decoder.hidden_size)
+    layer = decoder.layer_tensors()
+    for index in range(_layer_count(checkpoint, decoder)):
+        expected |= {f"{LAYERS_PREFIX}{index}.{name}": shape for name, shape in layer.items()}
+    return expected
+
+
+def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
+    """Every linear, in forward order, lm_head last whether or not it is tied."""
+    layer = decoder.layer_tensors()
+    linears = []
+    for index in range(_layer_count(checkpoint, decoder)):
+        prefix = f"{LAYERS_PREFIX}{index}."
+        for group in LINEAR_GROUPS:
+            for name in group:
+                rows, columns = layer[f"{name}.weight"]
+                linears.append(Linear(prefix + name, (rows, columns), index, prefix + group[0]))
+    linears.append(Linear(LM_HEAD, (decoder.vocab_size, decoder.hidden_size), None, LM_HEAD))
+    return linears
+
+
+def _leaf_modules(expected: dict[str, tuple[int, ...]]) -> list[str]:
+    return list(dict.fromkeys([*(key.rpartition(".")[0] for key in expected), LM_HEAD]))
+
+
+def _itemsize(checkpoint: Checkpoint) -> int:
+    """Bytes of a number in the compute dtype, which is that of the embeddings."""
+    info = checkpoint.tensors.get(EMBEDDING)
+    return DTYPE_BITS[info.dtype] // 8 if info else 2
+
+
+def _module_plans(checkpoint: Checkpoint, treatment: Treatment) -> list[ModulePlan]:
+    plans = []
+    for linear, treated in treatment.modules:
+        key = f"{linear.name}.weight"
+        info = checkpoint.tensors.get(key, checkpoint.tensors[EMBEDDING])  # a tied lm_head is the embedding
+        plans.append(
+            ModulePlan(
+                name=linear.name,
+                key=key,
+                shape=linear.shape,
+                dtype=info.dtype,
+                scheme=treated.scheme,
+                step=treated.step,
+                layer=linear.layer,
+                group=linear.group,
+                reason=treated.reason,
+            )
+        )
+    return plans
+
+
+def _shards(
+    checkpoint: Checkpoint, decoder: Decoder, modules: Sequence[ModulePlan], unknown: Sequence[str]
+) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
+    """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest."""
+    outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
+    if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
+        outside.append(f"{LM_HEAD}.weight")
+    parts = list(_parts(checkpoint, outside))
+    total = decoder.num_layers + len(parts)
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    by_layer: dict[int | None, list[ModulePlan]] = {}
+    for module in modules:
+        if module.scheme:
+            by_layer.setdefault(module.layer, []).append(module)
+    layers = []
+    for index in range(decoder.num_layers):
+        prefix = f"{LAYERS_PREFIX}{index}."
+        compressed = tuple(by_layer.get(index, ()))
+        keys = {module.key for module in compressed}
+        copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)
+        layers.append(LayerPlan(index, prefix, compressed, copied, names[index]))
+    return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
+
+
+def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    part: list[str] = []
+    size = 0
+    for key in keys:
+        nbytes = checkpoint.tensors[key].nbytes
+        if part and size + nbytes > MAX_OUTSIDE_SHARD_BYTES:
+            yield tuple(part)
+            part, size = [], 0
+        part.append(key)
+        size += nbytes
+    yield tuple(part)
+
+
+def _source_keys(layer: LayerPlan) -> list[str]:
+    return [*layer.copied, *(module.key for module in layer.modules)]
+
+
+def _stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
+    specs = {key: checkpoint.tensors[key].spec for key in layer.copied}
+    for module in layer.modules:
+        if module.scheme:
+            tensors = stored_tensors(module.scheme, module.shape, module.dtype)
+            specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
+    return specs
+
+
+def _group_elements(modules: Sequence[ModulePlan]) -> dict[str, int]:
+    """Group -> numbers in its linears, stacked."""
+    elements: dict[str, int] = {}
+    for module in modules:
+        elements[module.group] = elements.get(module.group, 0) + module.shape[0] * module.shape[1]
+    return elements
+
+
+def _copied_bytes(checkpoint: Checkpoint) -> int:
+    return sum((checkpoint.folder / name).stat().st_size for name in checkpoint.other_files)

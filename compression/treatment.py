@@ -1,0 +1,191 @@
+"""Which step of a recipe treats which linear, with which group size, and what speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from compression.errors import Problem
+from compression.families import LM_HEAD
+from compression.recipe import Recipe, Step
+from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
+from compression.targets import matcher, pattern_problem
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of the model: shape (out, in), layer (None outside), and the id of the input it shares."""
+
+    name: str
+    shape: tuple[int, int]
+    layer: int | None
+    group: str
+
+
+@dataclass(frozen=True)
+class Treated:
+    """The scheme and step of one linear; both None when it is kept, for `reason`."""
+
+    scheme: Scheme | None
+    step: int | None
+    reason: str = ""
+
+
+@dataclass
+class Treatment:
+    """Every linear with what becomes of it, in forward order, and what was found on the way."""
+
+    modules: list[tuple[Linear, Treated]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe) -> Treatment:
+    """Apply the recipe's patterns. module_names: every module with tensors, linear or not."""
+    result = Treatment()
+    for number, step in enumerate(recipe.steps):
+        result.problems += _pattern_problems(number, step, linears, module_names)
+    if result.problems:
+        return result
+    chosen = _choose(linears, recipe)
+    if any(step is not None and linear.name == LM_HEAD for linear, (step, _) in chosen):
+        result.problems.append(
+            Problem(
+                "lm_head_not_supported",
+                "The recipe targets lm_head, which is not compressed yet.",
+                'Add "lm_head" to ignore.',
+                "/recipe/steps/0/ignore",
+            )
+        )
+    if all(step is None or linear.name == LM_HEAD for linear, (step, _) in chosen):
+        result.problems.append(
+            Problem(
+                "nothing_to_compress",
+                "No linear is left to compress: targets and ignore exclude each other.",
+                'Widen targets ("Linear" means every linear) or shorten ignore.',
+                "/recipe/steps/0/targets",
+            )
+        )
+    result.problems += _fused_problems(chosen)
+    schemes = []
+    for number, step in enumerate(recipe.steps):
+        columns = [
+            linear.shape[1] for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD
+        ]
+        schemes.append(_resolve(number, step, columns, result))
+    for linear, (index, reason) in chosen:
+        scheme = None if index is None else schemes[index]
+        result.modules.append((linear, Treated(scheme, index, reason)))
+    return result
+
+
+def _choose(linears: Sequence[Linear], recipe: Recipe) -> list[tuple[Linear, tuple[int | None, str]]]:
+    """For each linear the first step that wants it, or why none does."""
+    wants = [(matcher(step.targets), matcher(step.ignore)) for step in recipe.steps]
+    chosen = []
+    for linear in linears:
+        choice: tuple[int | None, str] = (None, "no step targets it")
+        for number, (targets, ignore) in enumerate(wants):
+            if targets(linear.name, True):
+                if not ignore(linear.name, True):
+                    choice = (number, "")
+                    break
+                choice = (None, "ignored by the recipe")
+        chosen.append((linear, choice))
+    return chosen
+
+
+def _pattern_problems(
+    number: int, step: Step, linears: Sequence[Linear], module_names: Sequence[str]
+) -> list[Problem]:
+    """Patterns that cannot be used or match nothing. Targets mean linears, ignore any module."""
+    problems = []
+    linear_names = {linear.name for linear in linears}
+    for where, patterns, names in (
+        ("targets", step.targets, sorted(linear_names)),
+        ("ignore", step.ignore, module_names),
+    ):
+        for index, pattern in enumerate(patterns):
+            pointer = f"/recipe/steps/{number}/{where}/{index}"
+            problem = pattern_problem(pattern, pointer)
+            if problem is None:
+                matches = matcher([pattern])
+                if any(matches(name, name in linear_names) for name in names):
+                    continue
+                problem = Problem(
+                    "pattern_matches_nothing",
+                    f"The pattern {pattern[:100]!r} in {where} matches no module of this model.",
+                    r'Use module names as on disk, "Linear", or re: and a regular expression '
+                    r"(re:.*mlp\.down_proj).",
+                    pointer,
+                )
+            problems.append(problem)
+    return problems
+
+
+def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:
+    """vLLM holds linears of one input as one matrix, so one step must treat them all, or none."""
+    groups: dict[str, list[tuple[str, int | None]]] = {}
+    for linear, (step, _) in chosen:
+        groups.setdefault(linear.group, []).append((linear.name, step))
+    split = [members for members in groups.values() if len({step for _, step in members}) > 1]
+    if not split:
+        return []
+    members = split[0]
+    compressed = [name for name, step in members if step is not None]
+    kept = [name for name, step in members if step is None]
+    how = f"{', '.join(compressed)} compressed, {', '.join(kept)} not" if kept else ", ".join(compressed)
+    return [
+        Problem(
+            "fused_group_mismatch",
+            f"Linears that vLLM fuses are treated differently in {len(split)} groups; the first: {how}.",
+            "Name all of q_proj, k_proj, v_proj, and both of gate_proj, up_proj, in targets or in ignore.",
+            "/recipe/steps/0/targets",
+        )
+    ]
+
+
+def _resolve(number: int, step: Step, columns: Sequence[int], result: Treatment) -> Scheme:
+    """The step's scheme with its group size decided; problems and warnings go to the result."""
+    scheme = get_scheme(step.scheme)
+    pointer = f"/recipe/steps/{number}/group_size"
+    if scheme.weights.strategy != "group":
+        if isinstance(step.group_size, int):
+            result.problems.append(
+                Problem(
+                    "group_size_not_applicable",
+                    f"{scheme.name} has one scale for each output channel, so group_size does not apply.",
+                    "Leave group_size out.",
+                    pointer,
+                )
+            )
+        return scheme
+    fitting = [size for size in SERVED_GROUP_SIZES if all(width % size == 0 for width in columns)]
+    if step.group_size == "auto":
+        return scheme.with_group_size(fitting[0] if fitting else None)
+    size = step.group_size or scheme.weights.group_size
+    misfits = sorted({width for width in columns if size and width % size})
+    if misfits:
+        usable = f"of 128, 64 and 32, {_listed(fitting)} would" if fitting else "none of 128, 64 and 32 would"
+        result.problems.append(
+            Problem(
+                "group_size_does_not_divide",
+                f"group_size {size} does not divide every target's input ({_listed(misfits)}); {usable}.",
+                f'Use group_size {fitting[0]} or "auto".' if fitting else 'Use group_size "auto".',
+                pointer,
+            )
+        )
+    if size not in SERVED_GROUP_SIZES:
+        result.warnings.append(
+            Problem(
+                "not_served_by_vllm",
+                f"vLLM has no kernel for group_size {size}.",
+                "It runs 128, 64, 32 and one scale per channel.",
+                pointer,
+            )
+        )
+    return scheme.with_group_size(size)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
