@@ -14,12 +14,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 class Settings(BaseSettings):
     """Settings of the service; each is the environment variable of its name with the prefix `BITMILL_`.
 
-    data_dir: holds the defaults of the next three, credentials.json and secret.key.
+    data_dir: holds the defaults of the URLs and scratch_dir, credentials.json and secret.key.
     broker_url: `memory://` is the embedded mode; otherwise a redis:// URL of Valkey or Redis.
     local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
     max_attempts: counted attempts (crashes, lost leases) after which a job fails.
+    scratch_dir: where engines write; on the store's file system finished files become links, not copies.
+    engine_memory_bytes: resident memory past which an engine is ended; no limit unless set.
+    resume_days: how long a job that ended keeps its finished layers for a retry.
     secret_key: keys the HMAC of stored API keys; made once in <data>/secret.key unless set here.
     url, api_key: which server the client talks to, and as whom; by default those of <data>/credentials.json.
     """
@@ -38,6 +41,9 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(default=15, gt=0)
     sweep_seconds: float = Field(default=0, ge=0)
     max_attempts: int = Field(default=3, ge=1)
+    scratch_dir: Path = Path()
+    engine_memory_bytes: int | None = Field(default=None, ge=1)
+    resume_days: float = Field(default=7, ge=0)
     activation_budget_bytes: int = Field(default=4 << 30, ge=1)
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -67,6 +73,7 @@ class Settings(BaseSettings):
             "data_dir": data,
             "database_url": values.get("database_url") or f"sqlite:///{data / 'bitmill.db'}",
             "store_url": values.get("store_url") or f"file://{data / 'artifacts'}",
+            "scratch_dir": values.get("scratch_dir") or data / "scratch",
             "sweep_seconds": values.get("sweep_seconds") or (2 if embedded else 30),
         }
 

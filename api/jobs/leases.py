@@ -35,6 +35,7 @@ __all__ = [
     "fail",
     "finished_layers",
     "heartbeat",
+    "held",
     "mark_cancelled",
     "queued_by_device",
     "reap",
@@ -130,6 +131,16 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
     """Keep the lease for `lease_seconds` more. Returns running, or cancelling: stop, then mark_cancelled."""
     until = database.now(session) + timedelta(seconds=lease_seconds)
     return _fenced_update(session, lease, lease_until=until)
+
+
+def held(session: Session, lease: Lease) -> JobStatus:
+    """The status of the lease's job, running or cancelling; LeaseLost where it is no longer held. Only reads."""
+    status = session.execute(
+        select(Job.status).where(Job.id == lease.job_id, *_fence(lease))
+    ).scalar_one_or_none()
+    if status is None:
+        raise LeaseLost(lease)
+    return status
 
 
 def set_phase(session: Session, lease: Lease, phase: Phase) -> None:
