@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text
+from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.database import Base
@@ -56,13 +56,15 @@ def _enum(kind: type[StrEnum]) -> Enum:
 class Job(Base):
     """One compression, as asked for and as far as it came.
 
-    model: as the caller wrote it; source: the folder it resolved to. recipe, dataset, calibration,
-    evaluation: JSON of the classes in `compression.recipe`. quality_gate: {"max_perplexity_ratio"}. plan: what
-    submission found out (`Plan.to_dict`). resolved_plan: the first line of the engine's journal, obeyed by
-    later attempts. device_class: cpu, cuda or any; fixed by the first attempt. attempts_made numbers the
-    attempts; attempts_counted is what max_attempts limits, and a retry resets it. queue_deadline: when a job
-    that still waits expires. manifest_key: where the published manifest is; readers trust this row, not the
-    store's listing.
+    model: as the caller wrote it; source: the folder it resolved to.
+    recipe, dataset, calibration, evaluation: JSON of the classes in `compression.recipe`.
+    quality_gate: {"max_perplexity_ratio": float}, held against the report by the worker.
+    plan: what submission found out (`Plan.to_dict`).
+    resolved_plan: the first line of the engine's journal, obeyed by later attempts.
+    device_class: cpu, cuda or any; fixed by the first attempt.
+    attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
+    queue_deadline: when a job that still waits expires.
+    manifest_key: where the published manifest is; readers trust this row, not the store's listing.
     """
 
     __tablename__ = "jobs"
@@ -120,7 +122,7 @@ class Job(Base):
     error_message: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
-        Index("ix_jobs_claim", "status", "priority", "created_at", "id"),
+        Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),
         Index("ix_jobs_lease", "status", "lease_until"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
