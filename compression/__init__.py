@@ -1,1 +1,82 @@
-"""Bitmill."""
+"""Bitmill's engine: compress a language model layer by layer, in bounded memory, and know how good it is.
+
+    from compression import oneshot
+    oneshot(model="path/to/model", dataset="data.jsonl", recipe=..., output_dir="out")
+
+Names are imported when they are first used, so that a program which only plans never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compression.errors import (
+        CompressionError,
+        NumericalError,
+        PlanError,
+        Problem,
+        ResourceError,
+        SelfCheckError,
+        SourceError,
+    )
+    from compression.modifiers import GPTQModifier, QuantizationModifier, oneshot
+    from compression.pipeline import compress
+    from compression.planning import Plan, plan
+    from compression.recipe import Calibration, DatasetSpec, Evaluation, GPTQStep, Recipe, RTNStep
+    from compression.report import Report
+    from compression.schemes import SCHEMES, Scheme, get_scheme
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SCHEMES",
+    "Calibration",
+    "CompressionError",
+    "DatasetSpec",
+    "Evaluation",
+    "GPTQModifier",
+    "GPTQStep",
+    "NumericalError",
+    "Plan",
+    "PlanError",
+    "Problem",
+    "QuantizationModifier",
+    "RTNStep",
+    "Recipe",
+    "Report",
+    "ResourceError",
+    "Scheme",
+    "SelfCheckError",
+    "SourceError",
+    "__version__",
+    "compress",
+    "get_scheme",
+    "oneshot",
+    "plan",
+]
+
+_HOME = {
+    "compression.errors": (
+        "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError", "SourceError",
+    ),
+    "compression.modifiers": ("GPTQModifier", "QuantizationModifier", "oneshot"),
+    "compression.pipeline": ("compress",),
+    "compression.planning": ("Plan", "plan"),
+    "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "RTNStep", "Recipe"),
+    "compression.report": ("Report",),
+    "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

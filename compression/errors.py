@@ -3,7 +3,7 @@
     CompressionError        code, message, hint; the base to catch
     ├── PlanError           the job cannot succeed: refused before any compute, with every problem found
     ├── SourceError         the checkpoint or the dataset cannot be read, or changed while it was read
-    ├── NumericalError      NaN or Inf in weights or activations, a Gram matrix that no dampening makes definite
+    ├── NumericalError      NaN or Inf in weights or activations, or a Gram matrix beyond dampening
     ├── ResourceError       the machine lacks something: disk, memory budget, device
     └── SelfCheckError      what was written is not what was meant
 

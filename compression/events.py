@@ -32,7 +32,7 @@ class PhaseChanged(Event):
 
 @dataclass(frozen=True)
 class PlanResolved(Event):
-    """The resolved plan: what a later attempt must obey to give the same bytes. `header` is the journal's first line."""
+    """The resolved plan, which a later attempt must obey to give the same bytes: the journal's first line."""
 
     type: ClassVar[str] = "plan_resolved"
     header: dict[str, Any]
@@ -40,7 +40,7 @@ class PlanResolved(Event):
 
 @dataclass(frozen=True)
 class LayerSolved(Event):
-    """A layer's shard is on disk and journaled. `entry` is its journal line (file, sha256, size, report rows).
+    """A layer's shard is on disk and journaled. `entry` is its journal line: file, sha256, size, report.
 
     relative_error: mean over the layer's modules of |XW - XW'|^2 / |XW|^2 (None without data).
     seconds: time this layer took. eta_seconds: expected time until the last layer is done.

@@ -57,7 +57,6 @@ class Scheme:
         return replace(self, weights=replace(self.weights, strategy=strategy, group_size=group_size))
 
 
-
 _FP8_CHANNEL = QuantizationArgs(8, "float", "channel")
 _FP8_TOKEN = QuantizationArgs(8, "float", "token", dynamic=True)
 

@@ -1,8 +1,8 @@
 """On-disk formats, written and read by the compressed-tensors library, which is what readers run.
 
-    pack-quantized   weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
-    int-quantized    weight int8, weight_scale
-    float-quantized  weight float8_e4m3fn, weight_scale
+pack-quantized   weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
+int-quantized    weight int8, weight_scale
+float-quantized  weight float8_e4m3fn, weight_scale
 """
 
 from __future__ import annotations

@@ -144,29 +144,44 @@ class _Sink:
 @contextmanager
 def _replacing(path: Path) -> Iterator[_Sink]:
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            yield _Sink(descriptor)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
+        with naming_full_disk(path):
+            descriptor = os.open(temporary, flags, 0o666)
+            try:
+                yield _Sink(descriptor)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise ResourceError(
-                "disk_full",
-                f"There is no room to write {path.name}: {error.strerror}.",
-                "Free disk space, or raise the quota or file size limit.",
-            ) from error
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the three ways in which a disk is full into `disk_full`, which names the file.
+
+    Raises:
+        ResourceError: `disk_full`, for ENOSPC, EDQUOT and EFBIG.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ResourceError(
+            "disk_full",
+            f"There is no room to write {path.name}: {error.strerror}.",
+            "Free disk space, or raise the quota or file size limit.",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

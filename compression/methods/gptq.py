@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
-from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, round_to_grid_
+from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, round_to_grid
 from compression.schemes import QuantizationArgs
 
 _SUB_BLOCK = 16
@@ -118,29 +118,40 @@ def _walk(
     n, out = columns.shape
     spread = factor / factor.diagonal().unsqueeze(1)
     group_size = args.group_size or n
-    scales = params.scale.t().float().contiguous()  # [groups, out]
-    zero_points = None if params.zero_point is None else params.zero_point.t().float().contiguous()
+    groups = [column // group_size for column in order]
+    scales = params.scale.t().float().contiguous().unbind()
+    zero_points = None if params.zero_point is None else params.zero_point.t().float().contiguous().unbind()
 
     codes = torch.empty(n, out, dtype=code_dtype(args), device=columns.device)
-    errors = columns.new_empty(min(block_size, n), out)
-    code, value = columns.new_empty(out), columns.new_empty(out)
+    errors = columns.new_zeros(min(block_size, n), out)
+    code = columns.new_empty(out)
     for start in range(0, n, block_size):
         stop = min(start + block_size, n)
         for sub_start in range(start, stop, _SUB_BLOCK):
             sub_stop = min(sub_start + _SUB_BLOCK, stop)
             sub_errors = errors[sub_start - start : sub_stop - start]
-            for i in range(sub_start, sub_stop):
-                column, group = columns[i], order[i] // group_size
-                if i > sub_start:
-                    column.addmv_(sub_errors[: i - sub_start].t(), spread[sub_start:i, i], alpha=-1)
-                torch.div(column, scales[group], out=code)
+            received = sub_errors.t()
+            # shares of the sub-block's earlier errors, zero for later ones, so that every product has one shape
+            shares = spread[sub_start:sub_stop, sub_start:sub_stop].triu(1).t().contiguous()
+            for column, share, error, stored, group in zip(
+                columns[sub_start:sub_stop].unbind(),
+                shares.unbind(),
+                sub_errors.unbind(),
+                codes[sub_start:sub_stop].unbind(),
+                groups[sub_start:sub_stop],
+                strict=True,
+            ):
+                scale = scales[group]
+                column.addmv_(received, share, alpha=-1)
+                torch.div(column, scale, out=code)
                 if zero_points is None:
-                    restored = round_to_grid_(code, args)
+                    round_to_grid(code, args, out=code)
+                    stored.copy_(code)
                 else:
-                    round_to_grid_(code.add_(zero_points[group]), args)
-                    restored = torch.sub(code, zero_points[group], out=value)
-                codes[i] = code
-                torch.addcmul(column, restored, scales[group], value=-1, out=sub_errors[i - sub_start])
+                    round_to_grid(code.add_(zero_points[group]), args, out=code)
+                    stored.copy_(code)
+                    code.sub_(zero_points[group])
+                torch.addcmul(column, code, scale, value=-1, out=error)
             columns[sub_stop:stop].addmm_(spread[sub_start:sub_stop, sub_stop:stop].t(), sub_errors, alpha=-1)
         columns[stop:].addmm_(spread[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
     return codes

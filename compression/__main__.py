@@ -1,0 +1,131 @@
+"""`python -m compression`: compress one model on this machine, without the service."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compression.errors import CompressionError
+from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.report import Report
+
+console = Console(stderr=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options and their defaults; the same words as in the REST body and in Python."""
+    defaults = Calibration()
+    result = argparse.ArgumentParser("python -m compression", description=__doc__)
+    result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
+    result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
+    result.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W8A8 or FP8_DYNAMIC")
+    result.add_argument(
+        "--method", choices=["gptq", "rtn"], help="default: gptq for int weights with a dataset"
+    )
+    result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
+    result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
+    result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")
+    result.add_argument("--dataset", help=".jsonl or .txt file to calibrate and evaluate on")
+    result.add_argument("--text-column")
+    result.add_argument("--num-calibration-samples", type=int, default=defaults.num_calibration_samples)
+    result.add_argument("--max-seq-length", type=int, default=defaults.max_seq_length)
+    result.add_argument("--seed", type=int, default=defaults.seed)
+    result.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    result.add_argument("--no-evaluation", action="store_true")
+    result.add_argument("--num-evaluation-samples", type=int)
+    result.add_argument("--no-self-check", action="store_true", help="do not read the result back")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 when the run failed, with its code on stderr; 2 for bad options."""
+    options = parser().parse_args(argv)
+    try:
+        recipe = Recipe.from_short(
+            options.scheme,
+            method=options.method,
+            has_dataset=options.dataset is not None,
+            observer=options.observer,
+            group_size=options.group_size,
+            ignore=options.ignore,
+        )
+        dataset = None
+        if options.dataset is not None:
+            dataset = DatasetSpec(path=options.dataset, text_column=options.text_column)
+        calibration = Calibration(
+            num_calibration_samples=options.num_calibration_samples,
+            max_seq_length=options.max_seq_length,
+            seed=options.seed,
+        )
+        evaluation = Evaluation(enabled=not options.no_evaluation, num_samples=options.num_evaluation_samples)
+        report = _run(options, recipe, dataset, calibration, evaluation)
+    except ValidationError as error:
+        console.print(f"[red]invalid_request[/red] {error}", highlight=False)
+        return 2
+    except CompressionError as error:
+        console.print(f"[red]{error.code}[/red] {error.message} {error.hint}", highlight=False)
+        return 1
+    sys.stdout.write(json.dumps(_summary(report, Path(options.output_dir)), indent=2) + "\n")
+    return 0
+
+
+def _run(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    dataset: DatasetSpec | None,
+    calibration: Calibration,
+    evaluation: Evaluation,
+) -> Report:
+    with Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as progress:
+        bar = progress.add_task("loading", total=None, note="")
+
+        def show(event: Event) -> None:
+            match event:
+                case PhaseChanged(phase):
+                    progress.update(bar, description=phase)
+                case LayerSolved(layer, total, error):
+                    note = "" if error is None else f"relative error {error:.2e}"
+                    progress.update(bar, total=total, completed=layer + 1, note=note)
+                case LayerReplayed(layer, total):
+                    progress.update(bar, total=total, completed=layer + 1, note="replayed")
+                case WarningRaised(code, message):
+                    progress.console.print(f"[yellow]{code}[/yellow] {message}", highlight=False)
+
+        from compression.pipeline import compress  # torch: only once the options are known to be good
+
+        return compress(
+            options.source,
+            recipe,
+            options.output_dir,
+            dataset=dataset,
+            calibration=calibration,
+            evaluation=evaluation,
+            device=options.device,
+            on_event=show,
+            self_check=not options.no_self_check,
+        )
+
+
+def _summary(report: Report, output_dir: Path) -> dict[str, object]:
+    """What a person or script wants at the end; the modules' rows are in bitmill.json."""
+    result = report.to_dict()
+    del result["modules"]
+    return {"output_dir": str(output_dir), **result}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

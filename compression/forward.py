@@ -1,0 +1,224 @@
+"""The model's own forward, suspended wherever the main loop wants to look.
+
+Each batch runs the whole model in a greenlet of its own:
+
+    main loop   ──run_through──▶  batch 0 … layer k ──▶ parks at the entry of layer k+1
+                ◀───────────────
+                ──groups───────▶  batch 0 … q_proj wants its input: parks, and hands the input over
+                                  batch 1 … the same
+                ◀───────────────  the main loop looks at the inputs, replaces q, k and v, and goes on:
+                                  what the next linear sees has passed through the new weights
+
+So one forward pass is enough for true sequential calibration, and no argument of a decoder layer is recorded,
+guessed or replayed. A greenlet holds its Python frames, and with them the activations, while it is parked.
+
+Rules that keep this correct: gradients are off in the whole thread, nothing parks inside a torch mode, and only
+one thread switches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from compression.errors import PlanError, Problem
+from compression.model import StreamedModel
+from compression.quantizer import fake_quantize
+from compression.schemes import QuantizationArgs
+
+
+@dataclass
+class _SharedInput:
+    """The tensor that a group reads in one batch, until its last member has read it."""
+
+    tensor: Tensor
+    quantized: Tensor | None
+    readers_left: int
+
+
+class _Batch(greenlet.greenlet):
+    """One batch's forward pass. `layer` and `group` say where it is parked."""
+
+    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream) -> None:
+        super().__init__()
+        self.module = module
+        self.tokens = tokens
+        self.stream = stream
+        self.layer = -1
+        self.group: str | None = None
+        self.shared: dict[str, _SharedInput] = {}
+        self.logits: Tensor | None = None
+
+    def run(self) -> None:
+        self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
+
+    def park(self) -> None:
+        """Go back to the main loop until it switches here again."""
+        assert self.parent is not None
+        self.parent.switch()
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """What every parked batch is about to feed to one group: tensors [batch, seq, in] in the compute dtype."""
+
+    group: str
+    inputs: list[Tensor]
+
+
+class Stream:
+    """Batches that pass through the model side by side, in one role (calibration, original, compressed)."""
+
+    def __init__(self, forwards: Forwards, batches: Sequence[Tensor], *, quantize_activations: bool) -> None:
+        self._forwards = forwards
+        self._batches = [_Batch(forwards.model.module, tokens, self) for tokens in batches]
+        self.parks_at_groups = False
+        self.quantizes_activations = quantize_activations
+        for batch in self._batches:
+            batch.switch()  # runs the embedding, parks at the entry of layer 0
+
+    def groups(self, layer: int) -> Iterator[GroupInputs]:
+        """Stop before each group of a layer, in the order in which the layer runs them, then pass on to the next.
+
+        Weights that the caller replaces while it holds a group are the ones the group runs with.
+        """
+        self.parks_at_groups = True
+        self._resume([batch for batch in self._batches if batch.layer == layer])
+        while waiting := [batch for batch in self._batches if batch.group is not None]:
+            group = min((batch.group for batch in waiting if batch.group), key=self._forwards.order)
+            here = [batch for batch in waiting if batch.group == group]
+            yield GroupInputs(group, [batch.shared[group].tensor for batch in here])
+            self._resume(here)
+        self.parks_at_groups = False
+
+    def run_through(self, layer: int) -> None:
+        """Pass through one layer with the weights it has, up to the entry of the next (or of lm_head)."""
+        self._resume([batch for batch in self._batches if batch.layer == layer])
+
+    def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the head, one batch at a time: (logits [batch, seq, vocab], tokens [batch, seq])."""
+        while self._batches:
+            batch = self._batches.pop(0)
+            batch.switch()
+            assert batch.logits is not None
+            yield batch.logits, batch.tokens
+
+    def close(self) -> None:
+        """End every batch where it stands and free what it holds."""
+        for batch in self._batches:
+            batch.throw(greenlet.GreenletExit)
+        self._batches.clear()
+
+    def _resume(self, batches: list[_Batch]) -> None:
+        for batch in batches:
+            batch.group = None
+            batch.switch()
+            assert not torch.is_grad_enabled()
+
+
+class Forwards:
+    """Makes streams over one model, and owns the hooks by which they park.
+
+    groups: each linear's group id. activations: how a linear's input is quantized when it is served, for the
+    linears where it is.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        groups: Mapping[str, str],
+        activations: Mapping[str, QuantizationArgs],
+    ) -> None:
+        self.model = model
+        self._groups = groups
+        self._activations = activations
+        self._order = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
+        self._readers = {group: list(groups.values()).count(group) for group in self._order}
+        self._hooks = [
+            layer.register_forward_pre_hook(self._at_layer(i)) for i, layer in enumerate(model.layers)
+        ]
+        self._hooks.append(
+            model.module.get_output_embeddings().register_forward_pre_hook(self._at_layer(len(model)))
+        )
+        for name in groups:
+            linear = model.module.get_submodule(name)
+            self._hooks.append(linear.register_forward_pre_hook(self._at_linear(name)))
+
+    def stream(self, batches: Sequence[Tensor], *, quantize_activations: bool) -> Stream:
+        """A new stream, every batch parked at the entry of layer 0. Tokens int64 [batch, seq]."""
+        tokens = [batch.to(self.model.device) for batch in batches]
+        return Stream(self, tokens, quantize_activations=quantize_activations)
+
+    def order(self, group: str) -> int:
+        """Position of a group in the model's order of execution."""
+        return self._order[group]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _at_layer(self, index: int):  # type: ignore[no-untyped-def]
+        def park(_module: nn.Module, _args: tuple[object, ...]) -> None:
+            batch = greenlet.getcurrent()
+            if isinstance(batch, _Batch):
+                batch.layer = index
+                batch.park()
+
+        return park
+
+    def _at_linear(self, name: str):  # type: ignore[no-untyped-def]
+        group = self._groups[name]
+        args = self._activations.get(name)
+
+        def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            batch = greenlet.getcurrent()
+            if not isinstance(batch, _Batch):
+                return None
+            shared = batch.shared.get(group)
+            if shared is None:
+                shared = batch.shared[group] = _SharedInput(inputs[0], None, self._readers[group])
+                if batch.stream.parks_at_groups:
+                    batch.group = group
+                    batch.park()
+            if shared.tensor is not inputs[0]:
+                raise _not_shared(name, group)
+            shared.readers_left -= 1
+            if shared.readers_left == 0:
+                del batch.shared[group]
+            if args is None or not batch.stream.quantizes_activations:
+                return None
+            if shared.quantized is None:
+                shared.quantized = fake_quantize(inputs[0], args)
+            return (shared.quantized,)
+
+        return visit
+
+
+def make_batches(blocks: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
+    """Stack consecutive blocks of equal length, int64 [seq], into batches of at most `batch_tokens` tokens."""
+    batches: list[Tensor] = []
+    pending: list[Tensor] = []
+    for block in blocks:
+        fits = pending and len(block) == len(pending[0]) and (len(pending) + 1) * len(block) <= batch_tokens
+        if pending and not fits:
+            batches.append(torch.stack(pending))
+            pending = []
+        pending.append(block)
+    if pending:
+        batches.append(torch.stack(pending))
+    return batches
+
+
+def _not_shared(name: str, group: str) -> PlanError:
+    return PlanError(
+        Problem(
+            "plan_mismatch",
+            f"{name} was planned to read the same tensor as {group}, and reads another one.",
+            "The plan's table of shared inputs does not fit this model; please report its config.json.",
+        )
+    )

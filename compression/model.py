@@ -1,0 +1,148 @@
+"""A Transformers model of which only a part is real at any time.
+
+The model is built without storage (meta device). The part outside the decoder layers is made real once; each
+decoder layer is loaded, used and dropped. Everything that leans on Transformers' half-private API is in this
+file, and the pinned version is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import ContextManagers
+
+from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.reader import read_tensors
+from compression.errors import NumericalError, PlanError, Problem
+
+
+class StreamedModel:
+    """A causal language model in evaluation mode, one decoder layer of which is real at a time.
+
+    compute_dtype: dtype of all parameters while they are real, whatever dtype the checkpoint stores.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str, compute_dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.compute_dtype = compute_dtype
+        self.module = _build_empty(checkpoint.folder, compute_dtype)
+        self.layers: nn.ModuleList = self.module.base_model.layers
+        self._layers_prefix = f"{self.module.base_model_prefix}.layers."
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear by its name in the model, in the order of definition."""
+        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+    def shared_input_groups(self) -> list[list[str]]:
+        """Names of the linears of each group that reads one tensor, in the order in which they run.
+
+        Found by running the empty model's own forward on tensors without storage.
+        """
+        calls: list[tuple[str, Tensor]] = []  # holds every input, so that no identity is used twice
+
+        def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+            return self.linears()[name].register_forward_pre_hook(
+                lambda _module, args: calls.append((name, args[0]))
+            )
+
+        handles = [watch(name) for name in self.linears()]
+        ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+        mask = torch.zeros(
+            1, 1, 4, 4, dtype=self.compute_dtype, device="meta"
+        )  # a mask made here is used as it is
+        self.module(input_ids=ids, attention_mask=mask, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        groups: dict[int, list[str]] = {}
+        for name, tensor in calls:
+            groups.setdefault(id(tensor), []).append(name)
+        return list(groups.values())
+
+    def load_outside(self) -> None:
+        """Make real everything outside the decoder layers: embeddings, final norm, lm_head, rotary buffers."""
+        model = self.module
+        meta_buffers = [buffer for buffer in model.buffers() if buffer.is_meta]
+        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
+        for tensor in [*model.parameters(), *meta_buffers]:
+            tensor._is_hf_initialized = True  # only what no checkpoint holds is initialised
+        model.initialize_weights()
+        names = [name for name in self._names_on_disk() if not name.startswith(self._layers_prefix)]
+        self._load(names)
+        model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
+        self._refuse_meta(
+            (name, p) for name, p in model.named_parameters() if not name.startswith(self._layers_prefix)
+        )
+
+    def load_layer(self, index: int) -> None:
+        """Make one decoder layer real.
+
+        Raises:
+            NumericalError: `non_finite_weights`, naming the tensor.
+            SourceError: the file cannot be read, or is no longer the one that was planned.
+        """
+        prefix = f"{self._layers_prefix}{index}."
+        self._load([name for name in self._names_on_disk() if name.startswith(prefix)])
+        self._refuse_meta((prefix + name, p) for name, p in self.layers[index].named_parameters())
+
+    def drop_layer(self, index: int) -> None:
+        """Give back a layer's parameters; buffers that no checkpoint holds stay."""
+        for parameter in self.layers[index].parameters():
+            parameter.data = torch.empty_like(parameter, device="meta")
+
+    def weights(self, names: Iterable[str]) -> list[Tensor]:
+        """The weights [out, in] of named linears, which must be real."""
+        return [self.module.get_submodule(name).weight for name in names]  # type: ignore[misc]
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights of named linears; values are converted to the compute dtype."""
+        for name, weight in weights.items():
+            linear = self.module.get_submodule(name)
+            linear.weight.data = weight.to(self.device, self.compute_dtype)
+
+    def _names_on_disk(self) -> list[str]:
+        known = dict(self.module.named_parameters())
+        return [name for name in self.checkpoint.tensors if name in known]
+
+    def _load(self, names: Iterable[str]) -> None:
+        for name in names:
+            tensor = read_tensors(self.checkpoint, [name])[name]
+            if not torch.isfinite(tensor).all():
+                raise NumericalError(
+                    "non_finite_weights",
+                    f"{name} holds NaN or Inf.",
+                    "Repair or download the checkpoint again: nothing was written for this layer.",
+                )
+            parameter = self.module.get_parameter(name)
+            parameter.data = tensor.to(self.device, self.compute_dtype)
+
+    def _refuse_meta(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        missing = [name for name, parameter in parameters if parameter.is_meta]
+        if missing:
+            raise PlanError(
+                Problem(
+                    "plan_mismatch",
+                    f"The model has parameters that the checkpoint does not: {', '.join(missing[:5])}.",
+                    "The checkpoint is incomplete, or its config.json belongs to another model.",
+                )
+            )
+
+
+def _build_empty(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint's config, every tensor on the meta device."""
+    transformers.utils.logging.set_verbosity_error()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config._attn_implementation = "sdpa"
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
+        model: PreTrainedModel = cls(config)
+    return model.eval().requires_grad_(False)

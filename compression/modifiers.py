@@ -1,0 +1,52 @@
+"""The engine under the names that people know from LLM Compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compression.events import OnEvent
+from compression.pipeline import compress
+from compression.recipe import Calibration, DatasetSpec, Evaluation, GPTQStep, Recipe, RTNStep
+from compression.report import Report
+
+GPTQModifier = GPTQStep
+QuantizationModifier = RTNStep
+
+
+def oneshot(
+    model: str | Path,
+    dataset: str | dict[str, Any] | DatasetSpec | None,
+    recipe: Recipe | Sequence[Any],
+    output_dir: str | Path,
+    max_seq_length: int = 2048,
+    num_calibration_samples: int = 512,
+    *,
+    seed: int = 0,
+    evaluation: Evaluation = Evaluation(),
+    device: str = "auto",
+    on_event: OnEvent | None = None,
+) -> Report:
+    """Compress `model` with `recipe` and write the checkpoint to `output_dir`: `compress` under known names.
+
+    recipe: a Recipe, or a list of steps (GPTQStep, RTNStep, or mappings with a `type`).
+
+    Raises:
+        pydantic.ValidationError: a recipe or dataset that is not well formed.
+        CompressionError: as `compress`.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.model_validate({"steps": list(recipe)})
+    return compress(
+        model,
+        recipe,
+        output_dir,
+        dataset=None if dataset is None else DatasetSpec.model_validate(dataset),
+        calibration=Calibration(
+            num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, seed=seed
+        ),
+        evaluation=evaluation,
+        device=device,
+        on_event=on_event,
+    )

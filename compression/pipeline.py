@@ -1,0 +1,212 @@
+"""The one loop over layers: a compression run from top to bottom.
+
+plan ─▶ empty model ─▶ for each decoder layer:
+                          load it ─▶ original batches pass ─▶ for each group of linears that share an input:
+                                                                Gram of what they really see ─▶ solve
+                          compressed batches pass ─▶ write its shard ─▶ journal ─▶ drop it
+     ─▶ compare the two streams ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compression import device as machine
+from compression.calibration import dataset_digest, load_blocks
+from compression.checkpoint.formats import decode, encode
+from compression.checkpoint.headers import read_header
+from compression.checkpoint.reader import TORCH_DTYPES, read_infos
+from compression.checkpoint.writer import Shard, write_shard
+from compression.clock import Clock
+from compression.device import DTYPES, Arithmetic
+from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
+from compression.gram import accumulate_gram, require_finite_gram
+from compression.identity import resolve, source_digests
+from compression.journal import FinishedLayer, Journal
+from compression.model import StreamedModel
+from compression.planning import LayerPlan, ModulePlan, Plan
+from compression.planning import plan as make_plan
+from compression.publish import publish
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.report import ModuleReport, Report, Totals
+from compression.selfcheck import check_against_model, check_files
+from compression.solve import solve
+from compression.streams import Streams
+
+
+@torch.no_grad()
+def compress(
+    source: str | Path,
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    dataset: DatasetSpec | None = None,
+    calibration: Calibration = Calibration(),
+    evaluation: Evaluation = Evaluation(),
+    device: str = "auto",
+    on_event: OnEvent | None = None,
+    self_check: bool = True,
+) -> Report:
+    """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
+
+    A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
+    arguments. `on_event` hears of every phase and layer. `self_check` reads every written module back before the
+    result is published.
+
+    Raises:
+        CompressionError: with a stable code; what is published is whole or not there.
+    """
+    emit = on_event or (lambda _event: None)
+    clock = Clock()
+    emit(PhaseChanged("plan"))
+    with clock.phase("plan"):
+        plan = make_plan(source, recipe, dataset=dataset, calibration=calibration, evaluation=evaluation)
+        for warning in plan.warnings:
+            emit(WarningRaised(warning.code, warning.message))
+        journal = Journal.open(Path(output_dir))
+        arithmetic = _begin(plan, dataset, device, journal, emit)
+        model = StreamedModel(
+            plan.checkpoint, device=arithmetic.device, compute_dtype=DTYPES[arithmetic.compute_dtype]
+        )
+        check_against_model(plan, model)
+        blocks = None if dataset is None else load_blocks(dataset, plan.source, calibration, evaluation)
+
+    emit(PhaseChanged("compress"))
+    rows: list[ModuleReport] = []
+    shards: list[Shard] = []
+    with closing(Streams(plan, model, blocks, arithmetic, clock)) as streams:
+        for layer in plan.layers:
+            before = clock.total
+            with clock.phase("read"):
+                model.load_layer(layer.index)
+            streams.pass_original(layer.index)
+            finished = journal.finished.get(layer.index)
+            if finished:
+                with clock.phase("read"):
+                    shard = journal.shards[layer.index]
+                    tensors = read_infos(read_header(journal.folder / shard.file).values())
+                    model.set_weights(_decode(layer.modules, tensors))
+                emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
+            else:
+                stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
+                with clock.phase("write"):
+                    copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
+                    shard = write_shard(journal.folder / layer.shard, {**stored, **copied})
+                    finished = journal.commit(layer.index, shard, modules)
+                emit(_layer_solved(finished, len(plan.layers), clock.total - before))
+            streams.pass_compressed(layer.index)
+            model.drop_layer(layer.index)
+            rows.extend(finished.modules)
+            shards.append(shard)
+        measured = streams.compare()
+
+    emit(PhaseChanged("verify"))
+    with clock.phase("write"):
+        for file, keys in plan.outside:
+            infos = {key: plan.checkpoint.tensors[key] for key in keys}
+            shards.append(write_shard(journal.folder / file, infos))
+    if self_check:
+        with clock.phase("verify"):
+            check_files(plan, journal.folder, rows)
+    report = Report(
+        work_key=journal.header["work_key"],
+        fingerprint=journal.header["fingerprint"],
+        totals=Totals(
+            source_bytes=plan.checkpoint.weight_bytes,
+            output_bytes=sum(shard.size for shard in shards),
+            parameters=plan.parameters,
+            compressed_parameters=plan.compressed_parameters,
+            seconds=clock.total,
+        ),
+        modules=rows,
+        evaluation=measured,
+        data=None if blocks is None else blocks.report,
+        phases=dict(clock.seconds),
+        peak_host_bytes=machine.peak_host_bytes(),
+        peak_gpu_bytes=machine.peak_device_bytes(arithmetic.device),
+        bytes_may_differ=journal.header.get("bytes_may_differ", False),
+        warnings=[{"code": w.code, "message": w.message} for w in plan.warnings],
+    )
+    publish(plan, journal, shards, report, Path(output_dir))
+    return report
+
+
+def _begin(
+    plan: Plan, dataset: DatasetSpec | None, device: str, journal: Journal, emit: OnEvent
+) -> Arithmetic:
+    """Resolve the plan, or obey the one that an interrupted run of the same work resolved."""
+    digests = source_digests(plan)
+    data = None if dataset is None else dataset_digest(dataset)
+    here = machine.choose(device, _stored_dtype(plan))
+    header = resolve(plan, digests, data, here)
+    if journal.header and journal.header["work_key"] != header["work_key"]:
+        emit(WarningRaised("started_over", "The interrupted run here was of other work; it is begun anew."))
+    elif journal.header:
+        earlier = Arithmetic(**journal.header["resolved"]["arithmetic"])
+        if earlier.obeyable(here):
+            here, header = earlier, journal.header
+        else:
+            header["bytes_may_differ"] = True
+            emit(WarningRaised("bytes_may_differ", "This machine cannot compute as the interrupted run did."))
+    journal.begin(header)
+    machine.apply(here)
+    emit(PlanResolved(header))
+    return here
+
+
+def _stored_dtype(plan: Plan) -> str:
+    return next(module.dtype for layer in plan.layers for module in layer.modules)
+
+
+def _solve_layer(
+    layer: LayerPlan,
+    plan: Plan,
+    model: StreamedModel,
+    streams: Streams,
+    arithmetic: Arithmetic,
+    clock: Clock,
+) -> tuple[dict[str, Tensor], list[ModuleReport]]:
+    """Solve every group of one real layer, in the order in which the layer runs them.
+
+    Each linear's weight is replaced by what a reader of the checkpoint gets, before the batches go on through
+    it. Returns the tensors to write, by their names on disk, and the report rows.
+    """
+    stored: dict[str, Tensor] = {}
+    rows: list[ModuleReport] = []
+    for group in streams.groups(layer):
+        with clock.phase("gram"):
+            gram = (
+                accumulate_gram(group.inputs, precision=arithmetic.gram_precision) if group.inputs else None
+            )
+            if gram:
+                require_finite_gram(group.modules[0].name, gram)
+        with clock.phase("solve"):
+            weights = model.weights(module.name for module in group.modules)
+            for solved in solve(group.modules, weights, gram, plan.recipe):
+                tensors = encode(solved.module.name, solved.weight, solved.scheme.format)
+                model.set_weights(_decode([solved.module], tensors))
+                stored.update(tensors)
+                rows.append(solved.report)
+    return stored, rows
+
+
+def _decode(modules: Iterable[ModulePlan], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a reader gets from tensors on disk: the model goes on with these, solved or replayed."""
+    return {m.name: decode(m.name, tensors, m.scheme, TORCH_DTYPES[m.dtype]) for m in modules if m.scheme}
+
+
+def _layer_solved(finished: FinishedLayer, layers_total: int, seconds: float) -> LayerSolved:
+    errors = [row.relative_error for row in finished.modules if row.relative_error is not None]
+    return LayerSolved(
+        layer=finished.layer,
+        layers_total=layers_total,
+        relative_error=sum(errors) / len(errors) if errors else None,
+        seconds=seconds,
+        eta_seconds=seconds * (layers_total - finished.layer - 1),
+        entry=finished.to_dict(),
+    )

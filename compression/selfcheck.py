@@ -1,0 +1,95 @@
+"""Two checks that make a result trustworthy: the model is the one that was planned, and the files hold what
+was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compressed_tensors.quantization import QuantizationConfig
+
+from compression.checkpoint.formats import decode, quantization_config
+from compression.checkpoint.headers import TensorInfo, read_header
+from compression.checkpoint.reader import TORCH_DTYPES, read_infos
+from compression.errors import PlanError, Problem, SelfCheckError
+from compression.model import StreamedModel
+from compression.planning import ModulePlan, Plan, stored_tensors
+from compression.report import ModuleReport
+from compression.solve import sha256_of
+
+
+def check_against_model(plan: Plan, model: StreamedModel) -> None:
+    """Compare the plan, made from headers, with the modules and shared inputs of the real (empty) model.
+
+    Raises:
+        PlanError: `plan_mismatch`.
+    """
+    planned = {module.name: module for layer in plan.layers for module in layer.modules}
+    planned |= {module.name: module for module in plan.kept}
+    linears = model.linears()
+    if differing := sorted(planned.keys() ^ linears.keys()):
+        raise _mismatch(f"plan and model differ in their linears: {', '.join(differing[:5])}")
+    for name, module in planned.items():
+        real = (linears[name].out_features, linears[name].in_features)
+        if real != module.shape:
+            raise _mismatch(f"{name} is planned as {module.shape}, and is {real}")
+    for group in model.shared_input_groups():
+        if len({planned[name].group for name in group}) != 1:
+            raise _mismatch(f"{', '.join(group)} read one tensor, and are planned apart")
+        shared = {name for name, module in planned.items() if module.group == planned[group[0]].group}
+        if shared != set(group):
+            raise _mismatch(f"{', '.join(sorted(shared))} are planned to read one tensor, and do not")
+
+
+def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
+    """Read every written tensor's header and every compressed module back, and compare with what was meant.
+
+    Names, dtypes and shapes are held against the plan; each module is dequantized by the compressed-tensors
+    library and its digest compared with the one taken when it was solved; the library parses the config.
+
+    Raises:
+        SelfCheckError: `self_check_failed`, naming the module.
+    """
+    QuantizationConfig.model_validate(quantization_config(plan))
+    meant = {row.name: row.dequantized_sha256 for row in rows}
+    for layer in plan.layers:
+        header = read_header(folder / layer.shard)
+        _check_names(header, layer.modules, layer.copied, plan)
+        for module in layer.modules:
+            if module.scheme is None:
+                continue
+            infos = [header[name] for name in _stored_names(module)]
+            weight = decode(module.name, read_infos(infos), module.scheme, TORCH_DTYPES[module.dtype])
+            if sha256_of(weight) != meant[module.name]:
+                raise _failed(module.name, "reads back as another weight than the one that was solved")
+    for file, keys in plan.outside:
+        _check_names(read_header(folder / file), (), keys, plan)
+
+
+def _check_names(
+    header: dict[str, TensorInfo], modules: Sequence[ModulePlan], copied: Sequence[str], plan: Plan
+) -> None:
+    expected = {key: plan.checkpoint.tensors[key].spec for key in copied}
+    for module in modules:
+        if module.scheme is not None:
+            specs = stored_tensors(module.scheme, module.shape, module.dtype)
+            expected |= {f"{module.name}.{suffix}": spec for suffix, spec in specs.items()}
+    for name in sorted(expected.keys() | header.keys()):
+        written = header[name].spec if name in header else None
+        if written != expected.get(name):
+            raise _failed(name, f"is {written} on disk, {expected.get(name)} in the plan")
+
+
+def _stored_names(module: ModulePlan) -> list[str]:
+    assert module.scheme is not None
+    specs = stored_tensors(module.scheme, module.shape, module.dtype)
+    return [f"{module.name}.{suffix}" for suffix in specs]
+
+
+def _mismatch(reason: str) -> PlanError:
+    hint = "This is a fault of Bitmill's tables; please report it with the model's config.json."
+    return PlanError(Problem("plan_mismatch", f"The plan does not fit the model: {reason}.", hint))
+
+
+def _failed(name: str, reason: str) -> SelfCheckError:
+    return SelfCheckError("self_check_failed", f"{name} {reason}.", "Nothing was published; check the disk.")

@@ -1,0 +1,139 @@
+"""One group of linears that share an input: observe, round, measure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compression.checkpoint.reader import TORCH_DTYPES
+from compression.gram import Gram
+from compression.methods.gptq import gptq
+from compression.methods.rtn import rtn
+from compression.planning import ModulePlan
+from compression.quantizer import (
+    QuantizationParams,
+    QuantizedWeight,
+    minmax_params,
+    require_finite_weight,
+    search_params,
+)
+from compression.recipe import Recipe, Step
+from compression.report import ModuleReport
+from compression.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear's new weight, with its row in the report."""
+
+    module: ModulePlan
+    scheme: Scheme
+    weight: QuantizedWeight
+    report: ModuleReport
+
+
+def solve(
+    modules: Sequence[ModulePlan], weights: Sequence[Tensor], gram: Gram | None, recipe: Recipe
+) -> Iterator[Solved]:
+    """Solve linears that read the same tensor; those with the same treatment as one stacked matrix.
+
+    weights: [out_i, in] in any float dtype. gram: statistics of their input, None without data.
+
+    Raises:
+        NumericalError: `non_finite_weights`, `singular_gram`.
+    """
+    alike: dict[tuple[Step, Scheme, str], list[tuple[ModulePlan, Tensor]]] = {}
+    for module, weight in zip(modules, weights, strict=True):
+        if module.scheme is not None and module.step is not None:
+            treatment = (recipe.steps[module.step], module.scheme, module.dtype)
+            alike.setdefault(treatment, []).append((module, weight))
+    for (step, scheme, dtype), members in alike.items():
+        yield from _solve_stacked(members, gram, step, scheme, TORCH_DTYPES[dtype])
+
+
+def _solve_stacked(
+    members: Sequence[tuple[ModulePlan, Tensor]],
+    gram: Gram | None,
+    step: Step,
+    scheme: Scheme,
+    stored_dtype: torch.dtype,
+) -> Iterator[Solved]:
+    """Rows are independent and the Gram is shared, so the linears are stacked along out.
+
+    stored_dtype: dtype of the checkpoint's weights, to which scales are rounded and in which readers compute.
+    """
+    for module, weight in members:
+        require_finite_weight(module.name, weight)
+    stacked = torch.cat([weight.float() for _, weight in members])
+    params = _observe(stacked, gram, step, scheme, stored_dtype)
+    dampening_frac, dead_columns = None, 0
+    if step.type == "gptq":
+        assert gram is not None  # the plan refuses gptq without a dataset
+        result = gptq(
+            stacked,
+            gram.matrix,
+            scheme.weights,
+            params,
+            block_size=step.block_size,
+            dampening_frac=step.dampening_frac,
+            actorder=step.actorder,
+        )
+        solution = result.weight
+        dampening_frac, dead_columns = result.dampening_frac, result.dead_columns
+    else:
+        solution = rtn(stacked, scheme.weights, params)
+
+    start = 0
+    for module, weight in members:
+        part = solution.rows(start, start + weight.shape[0])
+        start += weight.shape[0]
+        meant = part.dequantize(stored_dtype)
+        difference = weight.float() - meant.float()
+        report = ModuleReport(
+            name=module.name,
+            method=step.type,
+            scheme=scheme.name,
+            group_size=scheme.weights.group_size,
+            shape=(weight.shape[0], weight.shape[1]),
+            weight_error=_ratio(difference.square().sum(), weight.float().square().sum()),
+            relative_error=None if gram is None else _output_error(weight.float(), difference, gram.matrix),
+            dampening_frac=dampening_frac,
+            dead_columns=dead_columns,
+            dequantized_sha256=sha256_of(meant),
+        )
+        yield Solved(module, scheme, part, report)
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Digest of a tensor's bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+
+
+def _observe(
+    weight: Tensor, gram: Gram | None, step: Step, scheme: Scheme, scale_dtype: torch.dtype
+) -> QuantizationParams:
+    if step.observer == "minmax":
+        return minmax_params(weight.to(scale_dtype), scheme.weights, scale_dtype)
+    if step.observer == "mse":
+        return search_params(weight, scheme.weights, scale_dtype)
+    assert gram is not None  # the plan refuses these observers without a dataset
+    if step.observer == "gram":
+        return search_params(weight, scheme.weights, scale_dtype, gram=gram.matrix)
+    return search_params(weight, scheme.weights, scale_dtype, importance=gram.importance())
+
+
+def _output_error(weight: Tensor, difference: Tensor, gram: Tensor) -> float:
+    """tr(D G D^T) / tr(W G W^T): |X D^T|^2 / |X W^T|^2 over the tokens that the Gram was made of."""
+    return _ratio(
+        torch.linalg.vecdot(difference @ gram, difference).sum(),
+        torch.linalg.vecdot(weight @ gram, weight).sum(),
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return 0.0 if part == 0 else float(part / whole)

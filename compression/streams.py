@@ -1,0 +1,119 @@
+"""The roles in which batches pass through the model, layer by layer.
+
+calibration   what statistics are taken from: it sees the compressed weights of all that came before it
+original      held-out text through the weights of the checkpoint
+compressed    the same text through the compressed weights, activation quantization simulated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor
+
+from compression.calibration import TokenBlocks
+from compression.clock import Clock
+from compression.device import Arithmetic
+from compression.evaluate import Comparison
+from compression.forward import Forwards, Stream, make_batches
+from compression.model import StreamedModel
+from compression.planning import LayerPlan, ModulePlan, Plan
+from compression.report import EvaluationReport
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor, and that tensor in every batch: [batch, seq, in]; none without data."""
+
+    modules: tuple[ModulePlan, ...]
+    inputs: list[Tensor]
+
+
+class Streams:
+    """All batches of a run, parked between layers. Without data there are none, and every pass is empty."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: StreamedModel,
+        blocks: TokenBlocks | None,
+        arithmetic: Arithmetic,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self._split = ""
+        self._calibration: Stream | None = None
+        self._original: Stream | None = None
+        self._compressed: Stream | None = None
+        if blocks is None:
+            return
+        model.load_outside()
+        modules = [module for layer in plan.layers for module in layer.modules]
+        activations = {
+            m.name: m.scheme.input_activations for m in modules if m.scheme and m.scheme.input_activations
+        }
+        forwards = Forwards(model, {m.name: m.group for m in modules}, activations)
+        if plan.recipe.needs_data:
+            batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
+            self._calibration = forwards.stream(batches, quantize_activations=False)
+        if blocks.evaluation:
+            self._split = blocks.split
+            batches = make_batches(blocks.evaluation, batch_tokens=1)  # one at a time: logits are large
+            self._original = forwards.stream(batches, quantize_activations=False)
+            self._compressed = forwards.stream(batches, quantize_activations=True)
+
+    def pass_original(self, layer: int) -> None:
+        """Send the original stream through a layer; to be called while its weights are the checkpoint's."""
+        with self._clock.phase("evaluate"):
+            if self._original:
+                self._original.run_through(layer)
+
+    def groups(self, layer: LayerPlan) -> Iterator[Group]:
+        """The layer's groups in the order in which it runs them, each with the inputs it is about to get.
+
+        Statistics come from the calibration stream; where the recipe needs none, from the compressed one, for
+        the report only.
+        """
+        members = {group: tuple(modules) for group, modules in groupby(layer.modules, lambda m: m.group)}
+        stream = self._calibration or self._compressed
+        if stream is None:
+            yield from (Group(modules, []) for modules in members.values())
+            return
+        parked = stream.groups(layer.index)
+        while True:
+            with self._clock.phase("forward"):
+                here = next(parked, None)
+            if here is None:
+                return
+            yield Group(members[here.group], here.inputs)
+
+    def pass_compressed(self, layer: int) -> None:
+        """Send everything that sees compressed weights on to the next layer; to be called once they are in."""
+        with self._clock.phase("forward"):
+            if self._calibration:
+                self._calibration.run_through(layer)
+        with self._clock.phase("evaluate"):
+            if self._compressed:
+                self._compressed.run_through(layer)
+
+    def compare(self) -> EvaluationReport | None:
+        """Run the head over the held-out text, and say how far the two models are apart."""
+        if self._calibration:
+            self._calibration.close()
+        if self._original is None or self._compressed is None:
+            return None
+        with self._clock.phase("evaluate"):
+            comparison = Comparison()
+            for (original, tokens), (compressed, _) in zip(
+                self._original.finish(), self._compressed.finish(), strict=True
+            ):
+                comparison.add(original, compressed, tokens)
+            return comparison.report(self._split)
+
+    def close(self) -> None:
+        """End whatever is still parked."""
+        for stream in (self._calibration, self._original, self._compressed):
+            if stream:
+                stream.close()
