@@ -169,7 +169,9 @@ def activation_problems(
             f"The suspended forwards of {samples} x {length} calibration tokens and of the evaluation would "
             f"hold {held(samples) / 1e9:.2f} GB; the activation budget is {budget_bytes / 1e9:.2f} GB, in "
             f"which num_calibration_samples x max_seq_length of {fits}.",
-            f"Set num_calibration_samples to {fitting} or less." if fitting else "Lower max_seq_length.",
+            f"Set num_calibration_samples to {fitting} or less."
+            if fitting
+            else "Lower max_seq_length, or evaluation.num_samples.",
             "/calibration/num_calibration_samples" if fitting else "/calibration/max_seq_length",
         )
     ]

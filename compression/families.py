@@ -138,7 +138,7 @@ def read_decoder(config: dict[str, Any]) -> Decoder | list[Problem]:
         problems.append(
             _problem(
                 "config_invalid",
-                f"config.json: {heads} num_attention_heads are not a multiple of {kv_heads} num_key_value_heads.",
+                f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads.",
             )
         )
     if problems:

@@ -6,6 +6,8 @@ plans at submission. What cannot succeed is refused here, with every reason at o
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,40 +170,23 @@ def plan(
     treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
     problems += treatment.problems
     calibrates = has_data and recipe.needs_data
-    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
-    itemsize = _itemsize(checkpoint)
-    if parked is not None:
+    if has_data:
+        bytes_per_token = decoder.parked_width * _itemsize(checkpoint)
         problems += checks.activation_problems(
-            decoder.parked_width * itemsize, calibration, evaluation, calibrates, activation_budget_bytes
+            bytes_per_token, calibration, evaluation, calibrates, activation_budget_bytes
         )
     if problems:
         raise PlanError(*problems)
 
-    modules = _module_plans(checkpoint, treatment)
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
-    warnings += [*treatment.warnings, *checks.unknown_warnings(unknown)]
+    modules = _module_plans(checkpoint, treatment)
     layers, outside = _shards(checkpoint, decoder, modules, unknown)
-    stored = {layer.shard: _stored_layer(checkpoint, layer) for layer in layers}
-    stored |= {file: {key: checkpoint.tensors[key].spec for key in keys} for file, keys in outside}
-    output_bytes = sum(file_size(specs) for specs in stored.values())
+    stored = [_stored_layer(checkpoint, layer) for layer in layers]
+    stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
+    output_bytes = sum(map(file_size, stored))
     compressed = [module for module in modules if module.scheme]
     kept = tuple(module for module in modules if not module.scheme)
-    largest = max(layers, key=lambda layer: sum(spec.nbytes for spec in stored[layer.shard].values()))
-    work = Workload(
-        itemsize=itemsize,
-        outside_bytes=sum(checkpoint.tensors[key].nbytes for key in decoder.outside_tensors()),
-        layer_bytes=max(
-            sum(checkpoint.tensors[key].nbytes for key in _source_keys(layer)) for layer in layers
-        ),
-        layer_output_bytes=sum(spec.nbytes for spec in stored[largest.shard].values()),
-        group_elements=max(_group_elements(compressed).values()),
-        group_columns=max(module.shape[1] for module in compressed),
-        parked_width=decoder.parked_width,
-        intermediate_size=decoder.intermediate_size,
-        vocab_size=decoder.vocab_size,
-        parked=parked,
-        solves_gram=calibrates,
-    )
+    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
     model_type = checkpoint.config["model_type"]
     return Plan(
         source=Path(source),
@@ -216,13 +201,13 @@ def plan(
         unknown=unknown,
         kept=kept,
         ignore=tuple(module.name for module in kept),
-        warnings=tuple(warnings),
-        memory=estimate(work),
+        warnings=(*warnings, *treatment.warnings, *checks.unknown_warnings(unknown)),
+        memory=estimate(_workload(checkpoint, decoder, layers, compressed, parked, calibrates)),
         disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES,
         source_bytes=checkpoint.weight_bytes,
         output_bytes=output_bytes,
         parameters=sum(info.spec.elements for info in checkpoint.tensors.values()),
-        compressed_parameters=sum(module.shape[0] * module.shape[1] for module in compressed),
+        compressed_parameters=sum(math.prod(module.shape) for module in compressed),
         calibrates=calibrates,
     )
 
@@ -346,10 +331,6 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
     yield tuple(part)
 
 
-def _source_keys(layer: LayerPlan) -> list[str]:
-    return [*layer.copied, *(module.key for module in layer.modules)]
-
-
 def _stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
     specs = {key: checkpoint.tensors[key].spec for key in layer.copied}
     for module in layer.modules:
@@ -359,12 +340,35 @@ def _stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorS
     return specs
 
 
-def _group_elements(modules: Sequence[ModulePlan]) -> dict[str, int]:
-    """Group -> numbers in its linears, stacked."""
-    elements: dict[str, int] = {}
-    for module in modules:
-        elements[module.group] = elements.get(module.group, 0) + module.shape[0] * module.shape[1]
-    return elements
+def _workload(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    layers: Sequence[LayerPlan],
+    compressed: Sequence[ModulePlan],
+    parked: ParkedTokens | None,
+    calibrates: bool,
+) -> Workload:
+    """The sizes that decide the peak memory."""
+    tensors = checkpoint.tensors
+    group_elements: Counter[str] = Counter()
+    for module in compressed:
+        group_elements[module.group] += math.prod(module.shape)
+    names = decoder.layer_tensors()
+    return Workload(
+        itemsize=_itemsize(checkpoint),
+        outside_bytes=sum(tensors[key].nbytes for key in decoder.outside_tensors()),
+        layer_bytes=max(sum(tensors[layer.prefix + name].nbytes for name in names) for layer in layers),
+        layer_output_bytes=max(
+            sum(spec.nbytes for spec in _stored_layer(checkpoint, layer).values()) for layer in layers
+        ),
+        group_elements=max(group_elements.values()),
+        group_columns=max(module.shape[1] for module in compressed),
+        parked_width=decoder.parked_width,
+        intermediate_size=decoder.intermediate_size,
+        vocab_size=decoder.vocab_size,
+        parked=parked,
+        solves_gram=calibrates,
+    )
 
 
 def _copied_bytes(checkpoint: Checkpoint) -> int:

@@ -1,20 +1,39 @@
 """Which modules a recipe's targets and ignore lists mean.
 
 A pattern is an exact module name, the class name `Linear`, or `re:` and a regular expression that is
-matched from the start of the name (re.match), as compressed-tensors does. Patterns come with requests, so
-an expression that could take exponential time is refused before it runs.
+matched from the start of the name (re.match), as compressed-tensors does. Patterns come with requests and
+run in the control plane, so one that could backtrack for seconds is refused before it runs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from compression.errors import Problem
 
 MAX_PATTERN_LENGTH = 500
-MAX_REPEATS = 4
-"""Unbounded repeats in one expression: the time to match a name of n characters grows as n^repeats."""
+MAX_EXPRESSIONS = 256
+"""Regular expressions in one list."""
+MAX_STEPS = 20_000_000
+"""Bound on the ways in which an expression can match a name: four wildcards, three and a choice of 70, ..."""
+
+_NAME_LENGTH = 64
+_DIGITS_LENGTH = 4
+
+_TOKENS = re.compile(
+    r"""
+    (?P<open>\((?:\?(?:P<\w+>|<?[=!]|[:>]|[a-zA-Z-]+:|[a-zA-Z]+(?=\))))?)
+  | (?P<close>\))
+  | (?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?
+  | (?P<choice>\|)
+  | (?P<digit>\\d|\[0-9\]|\d)
+  | (?P<backreference>\\[1-9]|\(\?P=|\(\?\()
+  | (?P<atom>\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
 def matcher(patterns: Iterable[str]) -> Callable[[str, bool], bool]:
@@ -37,12 +56,7 @@ def pattern_problem(pattern: str, pointer: str) -> Problem | None:
     if not pattern.startswith("re:"):
         return None
     text = pattern.removeprefix("re:")
-    reason = _too_costly(text)
-    if not reason:
-        try:
-            re.compile(text)
-        except (re.error, RecursionError, OverflowError) as error:
-            reason = f"it is not a regular expression ({error})"
+    reason = _too_costly(text) or _malformed(text)
     if not reason:
         return None
     return Problem(
@@ -53,30 +67,54 @@ def pattern_problem(pattern: str, pointer: str) -> Problem | None:
     )
 
 
+def _malformed(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"it is not a regular expression ({error})"
+    return ""
+
+
+@dataclass
+class _Group:
+    """An open group: how many alternatives it has so far, and whether anything in it repeats or chooses."""
+
+    alternatives: int = 1
+    branches: bool = False
+
+
 def _too_costly(text: str) -> str:
     """Why the expression could take too long, or nothing.
 
-    Backtracking explodes where a repeat stands inside a repeated group, and with back-references; a chain
-    of repeats costs a power of the name's length.
+    The ways to match are at most the product of what each repeat and each choice allows. A repeat around a
+    group that itself repeats or chooses has no such bound, nor have back-references.
     """
     if len(text) > MAX_PATTERN_LENGTH:
         return f"it is longer than {MAX_PATTERN_LENGTH} characters"
-    plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]", "x", re.sub(r"\\[^\dg]", "x", text))
-    if re.search(r"\\\d|\(\?P=|\(\?\(", plain):
-        return "it uses back-references"
-    repeats = re.findall(r"[*+]|\{\d*,?\d*\}", plain)
-    if len(repeats) > MAX_REPEATS:
-        return f"it has more than {MAX_REPEATS} repeats"
-    branching = [False]  # for each open group: does it hold a repeat or a choice?
-    previous = False  # was the character before the end of such a group?
-    for character in plain:
-        if character == "(":
-            branching.append(False)
-        elif character in "*+{" and previous:
-            return "it repeats a group that itself repeats or chooses"
-        elif character in "*+{?|":
-            branching[-1] = True
-        previous = character == ")" and len(branching) > 1 and branching.pop()
-        if previous:
-            branching[-1] = True
+    steps = 1
+    groups = [_Group()]
+    closed: _Group | None = None  # the group that ended just before
+    span = _NAME_LENGTH  # how far a repeat of the last token can reach
+    for token in _TOKENS.finditer(text):
+        kind = token.lastgroup
+        if kind == "backreference":
+            return "it refers back to a group"
+        if kind == "repeat":
+            if closed is not None and closed.branches and token["repeat"] != "?":
+                return "it repeats a group that itself repeats or chooses"
+            groups[-1].branches = True
+            steps *= 2 if token["repeat"] == "?" else span
+        elif kind == "choice":
+            groups[-1].alternatives += 1
+            groups[-1].branches = True
+        elif kind == "open":
+            groups.append(_Group())
+        closed = None
+        if kind == "close" and len(groups) > 1:
+            closed = groups.pop()
+            steps *= closed.alternatives
+            groups[-1].branches |= closed.branches
+        span = _DIGITS_LENGTH if kind == "digit" else _NAME_LENGTH
+    if steps * groups[0].alternatives > MAX_STEPS:
+        return "it has too many wildcards and choices"
     return ""

@@ -9,7 +9,7 @@ from compression.errors import Problem
 from compression.families import LM_HEAD
 from compression.recipe import Recipe, Step
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
-from compression.targets import matcher, pattern_problem
+from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ def _pattern_problems(
         ("targets", step.targets, sorted(linear_names)),
         ("ignore", step.ignore, module_names),
     ):
+        if sum(pattern.startswith("re:") for pattern in patterns) > MAX_EXPRESSIONS:
+            message = f"{where} holds more than {MAX_EXPRESSIONS} regular expressions."
+            problems.append(
+                Problem("pattern_invalid", message, "Join them.", f"/recipe/steps/{number}/{where}")
+            )
+            continue
         for index, pattern in enumerate(patterns):
             pointer = f"/recipe/steps/{number}/{where}/{index}"
             problem = pattern_problem(pattern, pointer)

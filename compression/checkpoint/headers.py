@@ -82,7 +82,7 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all safetensors files."""
-        return sum(stamp.size for stamp in {info.file: info.stamp for info in self.tensors.values()}.values())
+        return sum(stamp.size for stamp in {info.stamp for info in self.tensors.values()})
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
