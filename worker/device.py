@@ -14,16 +14,21 @@ DeviceClass = Literal["cpu", "cuda"]
 MEBIBYTE = 1 << 20
 
 
-def gpu_bytes(environment: Mapping[str, str] = os.environ) -> int:
-    """Memory in bytes of the GPU that the engine will use (the first visible one); 0 where there is none."""
-    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return 0
+def gpu_bytes(device: str, environment: Mapping[str, str] = os.environ) -> int:
+    """Memory in bytes of the GPU that `device` (auto, cpu or cuda:N) means; 0 where there is none.
+
+    N counts the GPUs of CUDA_VISIBLE_DEVICES where that is set; auto is the first.
+    """
     tool = shutil.which("nvidia-smi", path=environment.get("PATH"))
-    if tool is None:
+    if device == "cpu" or tool is None:
         return 0
-    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    answer = subprocess.run([*query, f"--id={visible}"], capture_output=True, text=True, timeout=60)
+    index = int(device.partition(":")[2] or 0)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    ids = [str(index)] if visible is None else visible.split(",")[index : index + 1]
+    if not ids or ids[0] in ("", "-1"):
+        return 0
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={ids[0]}"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
     return int(answer.stdout.split()[0]) * MEBIBYTE if answer.returncode == 0 else 0
 
 
@@ -36,8 +41,8 @@ def host_bytes(root: Path = Path("/")) -> int:
     return min([total, *(int(limit) for limit in given if limit.isdigit())])
 
 
-def device_class(wanted: Literal["auto", "cpu", "cuda"], gpu: int) -> DeviceClass:
-    """The queue that this worker serves: as set, or cuda exactly when a GPU with `gpu` bytes was found."""
-    if wanted == "auto":
+def device_class(device: str, gpu: int) -> DeviceClass:
+    """The queue that a worker on `device` serves; auto is cuda where a GPU (of `gpu` bytes) was found."""
+    if device == "auto":
         return "cuda" if gpu else "cpu"
-    return wanted
+    return "cuda" if device.startswith("cuda") else "cpu"

@@ -90,7 +90,7 @@ class EngineProcess:
     def terminate(self) -> None:
         """Cancel: SIGTERM to the group, SIGKILL after a grace. Returns when none of the group is left."""
         self._signal_group(signal.SIGTERM)
-        self._wait_unreaped(CANCEL_GRACE_SECONDS)
+        self._await_exit(CANCEL_GRACE_SECONDS)
         self._reap()
 
     def kill(self) -> None:
@@ -98,8 +98,8 @@ class EngineProcess:
         self._reap()
 
     def finish(self) -> int:
-        """Wait for the end of an engine that has no more messages. Returns the signal that ended it, or 0."""
-        self._wait_unreaped(EXIT_GRACE_SECONDS)
+        """Wait for an engine that has no more messages. Returns its exit code, or minus a signal's number."""
+        self._await_exit(EXIT_GRACE_SECONDS)
         return self._reap()
 
     def _reap(self) -> int:
@@ -111,16 +111,21 @@ class EngineProcess:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        return max(0, -code)
+        return code
 
     def _signal_group(self, number: int) -> None:
         if not self._exited:
             os.killpg(self._process.pid, number)
 
-    def _wait_unreaped(self, seconds: float) -> None:
+    def _await_exit(self, seconds: float) -> None:
+        """Wait for the leader without collecting it, so that the group's id stays its own."""
         deadline = time.monotonic() + seconds
         options = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, self._process.pid, options) is None and time.monotonic() < deadline:
+        while (
+            not self._exited
+            and os.waitid(os.P_PID, self._process.pid, options) is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
 
     def _read(self) -> None:

@@ -41,20 +41,27 @@ print({answer!r})
     return {"PATH": str(folder)}
 
 
-def test_gpu_memory_is_that_of_the_first_visible_gpu(tmp_path: Path) -> None:
+def test_gpu_memory_is_that_of_the_visible_gpu_meant(tmp_path: Path) -> None:
     environment = fake_nvidia_smi(tmp_path / "bin", "81559")
-    assert gpu_bytes({**environment, "CUDA_VISIBLE_DEVICES": "3,1"}) == 81559 << 20
-    assert "--id=3" in (tmp_path / "bin/arguments").read_text()
-    assert gpu_bytes({**environment, "CUDA_VISIBLE_DEVICES": ""}) == 0
-    assert gpu_bytes({"PATH": str(tmp_path)}) == 0
+    arguments = tmp_path / "bin" / "arguments"
+    assert gpu_bytes("auto", {**environment, "CUDA_VISIBLE_DEVICES": "3,1"}) == 81559 << 20
+    assert "--id=3" in arguments.read_text()
+    assert gpu_bytes("cuda:1", {**environment, "CUDA_VISIBLE_DEVICES": "3,1"}) == 81559 << 20
+    assert "--id=1" in arguments.read_text()
+    assert gpu_bytes("cuda:2", environment) == 81559 << 20
+    assert "--id=2" in arguments.read_text()
+    assert gpu_bytes("auto", {**environment, "CUDA_VISIBLE_DEVICES": ""}) == 0
+    assert gpu_bytes("cpu", environment) == 0
+    assert gpu_bytes("auto", {"PATH": str(tmp_path)}) == 0
 
 
 def test_the_device_class_follows_the_machine_unless_set() -> None:
     assert device_class("auto", 0) == "cpu"
     assert device_class("auto", 1) == "cuda"
     assert device_class("cpu", 1) == "cpu"
+    assert device_class("cuda:1", 1) == "cuda"
 
 
 def test_finding_out_does_not_import_torch() -> None:
-    code = "import sys, worker.device as d; d.gpu_bytes(); d.host_bytes(); assert 'torch' not in sys.modules"
+    code = "import sys, worker.device as d; d.gpu_bytes('auto'); d.host_bytes(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,29 @@
+"""Which finished layers nobody will resume from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from api import database
+from api.jobs.models import TERMINAL, Job, JobLayer
+
+
+def past_resume(session: Session, days: float) -> Sequence[str]:
+    """Jobs that still have finished layers although they ended more than `days` ago."""
+    cutoff = database.now(session) - timedelta(days=days)
+    return session.scalars(
+        select(Job.id)
+        .where(Job.status.in_(TERMINAL), Job.finished_at < cutoff)
+        .where(Job.id.in_(select(JobLayer.job_id)))
+        .order_by(Job.id)
+    ).all()
+
+
+def forget_layers(session: Session, job_id: str) -> None:
+    """Forget the finished layers of a job, unless it was retried meanwhile."""
+    ended = select(Job.id).where(Job.id == job_id, Job.status.in_(TERMINAL))
+    session.execute(delete(JobLayer).where(JobLayer.job_id.in_(ended)))

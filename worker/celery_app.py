@@ -1,0 +1,105 @@
+"""Celery as the alarm clock: it receives wake-ups and calls `look`. Nothing of correctness rests on it."""
+
+from __future__ import annotations
+
+import threading
+
+from celery import Celery, signals
+from celery.worker import state
+
+from api.settings import Settings
+from api.wake import LOOK, queue_name
+from worker.context import WorkerContext
+from worker.heartbeat import Presence
+from worker.reaper import housekeeping
+from worker.tasks import look
+
+_MEMORY_POLL_SECONDS = 0.1
+
+
+class WorkerRefused(Exception):
+    """A worker that could never do anything; the message says what to set."""
+
+
+def make_app(worker: WorkerContext, presence: Presence) -> Celery:
+    """A Celery application whose only task is `bitmill.look`, run by one thread: a worker has one device."""
+    app = Celery("bitmill.worker", broker=worker.settings.broker_url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_acks_late=False,
+        worker_pool="threads",
+        worker_concurrency=1,
+        worker_prefetch_multiplier=1,
+        worker_enable_remote_control=False,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+    )
+    if worker.settings.embedded:
+        app.conf.broker_transport_options = {"polling_interval": _MEMORY_POLL_SECONDS}
+
+    app.task(name=LOOK)(lambda: look(worker, presence))
+    return app
+
+
+def options(worker: WorkerContext) -> dict[str, object]:
+    """How every Celery worker here is started: the queues of its device class and of `any`, no gossip."""
+    own = worker.identity.device_class
+    return {
+        "hostname": worker.identity.id,
+        "queues": [queue_name(own), queue_name("any")],
+        "without_gossip": True,
+        "without_mingle": True,
+        "without_heartbeat": True,
+    }
+
+
+def run_worker(settings: Settings) -> None:
+    """`bitmill worker`: serve one device until SIGTERM or SIGINT, then give a running job back.
+
+    Raises:
+        WorkerRefused: the broker is the embedded one, which no other process can reach.
+    """
+    if settings.embedded:
+        raise WorkerRefused(
+            "BITMILL_BROKER_URL is memory://, which lives inside `bitmill serve` and has a worker there. "
+            "Set it to a redis:// URL, the same for the API and every worker."
+        )
+    worker = WorkerContext.open(settings)
+    presence = Presence(worker)
+    app = make_app(worker, presence)
+
+    def stop(**_details: object) -> None:
+        worker.stopping.set()
+
+    signals.worker_shutting_down.connect(stop)
+    try:
+        with housekeeping(worker, presence):
+            app.Worker(**options(worker), quiet=True, loglevel=settings.log_level.upper()).start()
+    finally:
+        worker.close()
+
+
+class CeleryThread:
+    """A Celery worker in a thread of this process, for the embedded mode."""
+
+    def __init__(self, app: Celery, worker: WorkerContext) -> None:
+        self._controller = app.WorkController(**options(worker))
+        self._thread = threading.Thread(target=self._controller.start, name="celery", daemon=True)
+
+    def start(self) -> None:
+        """Begin to receive."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether it still receives."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Receive no more, and return when the running task has ended."""
+        state.should_stop = 0
+        self._thread.join()
+        state.should_stop = None

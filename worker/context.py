@@ -1,0 +1,43 @@
+"""What a worker process has: its settings, connections, folders and the wish to stop."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+from dataclasses import dataclass, field
+
+from api.artifacts.store import Store, open_store
+from api.database import Database
+from api.settings import Settings
+from api.workers.models import WorkerIdentity
+from worker.device import device_class, gpu_bytes, host_bytes
+from worker.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """Shared by the threads of one worker process. stopping: set once, when the process shall end."""
+
+    settings: Settings
+    identity: WorkerIdentity
+    database: Database
+    store: Store
+    scratch: Scratch
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def open(cls, settings: Settings) -> WorkerContext:
+        """Connect, and take a scratch folder under a name that no other process has."""
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        gpu = gpu_bytes(settings.device)
+        identity = WorkerIdentity(name, device_class(settings.device, gpu), host_bytes(), gpu)
+        database = Database(settings.database_url)
+        scratch = Scratch(settings.scratch_dir, name)
+        return cls(settings, identity, database, open_store(settings.store_url), scratch)
+
+    def close(self) -> None:
+        """Remove the scratch folder and close connections. No job may be running."""
+        self.scratch.close()
+        self.database.close()

@@ -1,0 +1,152 @@
+"""Signs of life: a worker keeps the lease of the job it runs, and tells the service that it is there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.database import Database
+from api.jobs import leases
+from api.jobs.leases import Lease, LeaseLost
+from api.jobs.models import JobStatus
+from api.workers import repository as workers
+from worker.context import WorkerContext
+
+POLL_SECONDS = 1.0  # how late a cancel is noticed, at most
+
+log = structlog.get_logger(__name__)
+
+
+class CancelRequested(Exception):
+    """Somebody asked for the job's cancellation."""
+
+
+class LeaseKeeper:
+    """Renews a lease in a thread of its own, and tells through `check` when the work must stop.
+
+    A database that does not answer is no reason to stop before the lease runs out.
+    """
+
+    def __init__(
+        self, database: Database, lease: Lease, *, lease_seconds: float, heartbeat_seconds: float
+    ) -> None:
+        self._database = database
+        self._lease = lease
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._renewed = time.monotonic()
+        self._lost = False
+        self._cancelled = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job_id}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raise what the last look found: LeaseLost or CancelRequested. Costs nothing."""
+        if self._lost:
+            raise LeaseLost(self._lease)
+        if self._cancelled:
+            raise CancelRequested(self._lease.job_id)
+
+    def _keep(self) -> None:
+        while not self._done.wait(POLL_SECONDS):
+            try:
+                self._cancelled = self._look() == JobStatus.CANCELLING
+            except LeaseLost:
+                self._lost = True
+                return
+            except SQLAlchemyError as error:
+                log.warning("lease_not_checked", job=self._lease.job_id, error=type(error).__name__)
+                if time.monotonic() - self._renewed > self._lease_seconds:
+                    self._lost = True
+                    return
+
+    def _look(self) -> JobStatus:
+        asked = time.monotonic()
+        if asked - self._renewed < self._heartbeat_seconds:
+            with self._database.read() as session:
+                return leases.held(session, self._lease)
+        with self._database.write() as session:
+            status = leases.renew(session, self._lease, self._lease_seconds)
+        self._renewed = asked
+        return status
+
+
+class Presence:
+    """This worker's row in the list of workers: what it is and which job it runs."""
+
+    def __init__(self, worker: WorkerContext) -> None:
+        self._worker = worker
+        self._job_id: str | None = None
+        self._telling = threading.Lock()
+
+    def tell(self) -> None:
+        """Refresh the row; the first call makes it."""
+        with self._telling, self._worker.database.write() as session:
+            workers.heartbeat(session, self._worker.identity, self._job_id)
+
+    @contextmanager
+    def busy(self, job_id: str) -> Iterator[None]:
+        """Show this job while the block runs."""
+        self._show(job_id)
+        try:
+            yield
+        finally:
+            self._show(None)
+
+    def _show(self, job_id: str | None) -> None:
+        self._job_id = job_id
+        try:
+            self.tell()
+        except SQLAlchemyError as error:  # the next regular call tells it
+            log.warning("presence_not_told", error=type(error).__name__)
+
+    def leave(self) -> None:
+        """Remove the row."""
+        with self._worker.database.write() as session:
+            workers.remove(session, self._worker.identity.id)
+
+
+class Periodic:
+    """Calls `action` every `seconds` in a thread until `stop`. A failed call is logged, no more."""
+
+    def __init__(self, name: str, seconds: float, action: Callable[[], None]) -> None:
+        self._name = name
+        self._seconds = seconds
+        self._action = action
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin with a call at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let a call that runs end, and make no more."""
+        self._done.set()
+        self._thread.join()
+
+    def _repeat(self) -> None:
+        while True:
+            try:
+                self._action()
+            except Exception:
+                log.exception("periodic_action_failed", action=self._name)
+            if self._done.wait(self._seconds):
+                return

@@ -1,0 +1,92 @@
+"""What every worker does beside its jobs, in threads: end what was abandoned, wake who sleeps, clean up.
+
+Several workers doing the same at once is harmless.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from api.artifacts.store import Store
+from api.database import Database
+from api.jobs import leases, retention
+from api.wake import wake
+from api.workers import repository as workers
+from worker.context import WorkerContext
+from worker.heartbeat import Periodic, Presence
+
+RETENTION_SECONDS = 3600.0
+
+log = structlog.get_logger(__name__)
+
+
+@contextmanager
+def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
+    """Run the threads while the block runs, and show this worker in the list of workers."""
+    settings = worker.settings
+    presence.tell()
+    threads = (
+        Periodic("presence", settings.heartbeat_seconds, presence.tell),
+        Periodic("reaper", settings.sweep_seconds, lambda: reap(worker)),
+        Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
+        Periodic(
+            "retention",
+            RETENTION_SECONDS,
+            lambda: forget_work(worker.database, worker.store, settings.resume_days),
+        ),
+    )
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.stop()
+        presence.leave()
+
+
+def reap(worker: WorkerContext) -> None:
+    """End leases and waits that ran out, and forget workers that fell silent."""
+    with worker.database.write() as session:
+        changed = leases.reap(session)
+        workers.remove_silent(session, worker.settings.lease_seconds)
+    if changed:
+        log.warning("jobs_reaped", count=changed)
+
+
+def sweep(worker: WorkerContext) -> None:
+    """Repeat wake-ups that may have been lost: no more than there are jobs and idle workers for them."""
+    with worker.database.read() as session:
+        queued = leases.queued_by_device(session)
+        idle = Counter(row.device_class for row in workers.list_all(session) if row.job_id is None)
+    for device_class, count in wake_ups(queued, idle).items():
+        for _ in range(count):
+            wake(device_class, broker_url=worker.settings.broker_url)
+
+
+def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:
+    """How many wake-ups each queue gets: at most one for each waiting job and each idle worker.
+
+    queued: waiting jobs by device class, `any` among them. idle: idle workers by device class.
+    """
+    sent = {device_class: min(queued.get(device_class, 0), count) for device_class, count in idle.items()}
+    left = idle.total() - sum(sent.values())
+    return {**sent, "any": min(queued.get("any", 0), left)}
+
+
+def forget_work(database: Database, store: Store, resume_days: float) -> None:
+    """Remove the finished layers of jobs that ended longer ago than they can be resumed.
+
+    Objects go before the rows that name them, so a crash in between leaves nothing unnamed; a job that is
+    retried meanwhile solves again what it misses.
+    """
+    with database.read() as session:
+        over = retention.past_resume(session, resume_days)
+    for job_id in over:
+        store.delete(f"work/{job_id}")
+        with database.write() as session:
+            retention.forget_layers(session, job_id)

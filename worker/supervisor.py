@@ -1,0 +1,331 @@
+"""One attempt at one claimed job, from the lease to its end.
+
+    fetch      what earlier attempts finished, from the store
+    plan, compress, verify      the engine, in its own process; every finished layer goes to the store
+    upload     the output, then the row that publishes it
+
+An attempt ends in one of five ways: published, failed, cancelled, given back, or fenced out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from api.artifacts.store import work_key
+from api.jobs import leases
+from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.jobs.models import AttemptOutcome, Job
+from compression.errors import CompressionError
+from worker import upload
+from worker.context import WorkerContext
+from worker.engine import EngineProcess
+from worker.heartbeat import CancelRequested, LeaseKeeper
+from worker.resume import restore
+from worker.runner import EngineSpec
+
+_TICK_SECONDS = 0.2
+_TERMINAL = ("succeeded", "failed")
+
+log = structlog.get_logger(__name__)
+
+
+class ShuttingDown(Exception):
+    """This worker process is asked to end."""
+
+
+class AttemptFailed(Exception):
+    """Why an attempt failed. report: what a job keeps that was compressed and then refused."""
+
+    def __init__(
+        self,
+        outcome: AttemptOutcome,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.report = report
+
+
+def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
+    """Do the job's work and write its end. An end that cannot be written is left to the reaper."""
+    bound = log.bind(job=lease.job_id, attempt=lease.attempt)
+    bound.info("attempt_started", scheme=job.scheme, model=job.model)
+    lease_seconds, heartbeat_seconds = worker.settings.lease_seconds, worker.settings.heartbeat_seconds
+    keeper = LeaseKeeper(
+        worker.database, lease, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds
+    )
+    try:
+        with keeper:
+            _run_to_an_end(worker, lease, job, keeper)
+        bound.info("attempt_ended")
+    except LeaseLost:
+        bound.warning("lease_lost")
+    except SQLAlchemyError:
+        bound.exception("database_failed")
+
+
+def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper) -> None:
+    facts = AttemptFacts()
+    try:
+        with worker.scratch.attempt(lease.job_id, lease.token) as folder:
+            attempt = _Attempt(worker, lease, job, keeper, folder)
+            try:
+                attempt.run()
+            finally:
+                facts = attempt.facts
+    except (LeaseLost, SQLAlchemyError):
+        raise
+    except Exception as reason:
+        with worker.database.write() as session:
+            _end(session, lease, reason, facts)
+
+
+def _end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> None:
+    """Write why the attempt did not succeed."""
+    if isinstance(reason, CancelRequested):
+        leases.mark_cancelled(session, lease, facts)
+        return
+    if isinstance(reason, ShuttingDown):
+        leases.release(session, lease, facts=facts)
+        return
+    failure = _failure(reason)
+    leases.fail(
+        session,
+        lease,
+        failure.outcome,
+        failure.code,
+        failure.message,
+        retryable=failure.retryable,
+        report=failure.report,
+        facts=facts,
+    )
+
+
+def _failure(error: Exception) -> AttemptFailed:
+    """What a job is told. An error that nobody foresaw is the worker's, so another attempt is worth it."""
+    if isinstance(error, AttemptFailed):
+        return error
+    if isinstance(error, CompressionError):
+        return AttemptFailed(AttemptOutcome.FAILED, error.code, f"{error.message} {error.hint}".strip())
+    log.exception("worker_error")
+    return AttemptFailed(
+        AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
+    )
+
+
+class _Attempt:
+    """The work itself. facts: what was seen of the engine so far."""
+
+    def __init__(
+        self, worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, folder: Path
+    ) -> None:
+        self._worker = worker
+        self._database = worker.database
+        self._store = worker.store
+        self._lease = lease
+        self._job = job
+        self._keeper = keeper
+        self._folder = folder
+        self._output = folder / "output"
+        self._partial = folder / "output.partial"
+        self._started = time.monotonic()
+        self._digests: dict[str, str] = {}  # of finished layers' shards, by file name
+        self.facts = AttemptFacts()
+
+    def run(self) -> None:
+        """Fetch, compress and publish. Returns when the job has succeeded, else raises the reason."""
+        self._fetch()
+        report = self._compress()
+        self._hold_to_quality_gate(report)
+        self._publish(report)
+
+    def _fetch(self) -> None:
+        with self._database.write() as session:
+            leases.set_phase(session, self._lease, "fetch")
+            layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
+        if self._job.resolved_plan is None:
+            return
+        lost = restore(self._store, self._job.resolved_plan, layers, self._partial)
+        self._digests = {row.entry["file"]: row.sha256 for row in layers if row.layer not in lost}
+        if lost:
+            self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
+
+    def _compress(self) -> dict[str, Any]:
+        job = self._job
+        spec = EngineSpec.model_validate(
+            {
+                "source": job.source,
+                "recipe": job.recipe,
+                "dataset": job.dataset,
+                "calibration": job.calibration,
+                "evaluation": job.evaluation,
+                "device": self._worker.settings.device,
+                "output_dir": self._output,
+            }
+        )
+        engine = EngineProcess(spec, self._folder)
+        try:
+            return self._supervise(engine)
+        except (CancelRequested, ShuttingDown, AttemptFailed):
+            engine.terminate()
+            self._keep_finished(engine)
+            raise
+        finally:
+            engine.kill()
+
+    def _supervise(self, engine: EngineProcess) -> dict[str, Any]:
+        """The report of an engine that succeeded."""
+        while True:
+            self._check_engine(engine)
+            try:
+                message = engine.next_message(_TICK_SECONDS)
+            except EOFError:
+                raise self._crash(engine) from None
+            if message is None:
+                continue
+            if message["type"] in _TERMINAL:
+                engine.finish()
+                return self._result(message)
+            self._handle(message)
+
+    def _keep_finished(self, engine: EngineProcess) -> None:
+        """Record what a stopped engine had told before it stopped, so that no later attempt solves it."""
+        try:
+            while (message := engine.next_message(0)) is not None:
+                if message["type"] not in _TERMINAL:
+                    self._handle(message)
+        except EOFError:
+            return
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        data = message["data"]
+        if message["type"] == "layer_solved":
+            self._keep_layer(data)
+            return
+        with self._database.write() as session:
+            if message["type"] == "phase_changed":
+                leases.set_phase(session, self._lease, data["phase"])
+            elif message["type"] == "plan_resolved":
+                leases.save_plan(session, self._lease, data["header"])
+            else:
+                leases.append_event(session, self._lease, message["type"], data)
+
+    def _keep_layer(self, data: dict[str, Any]) -> None:
+        """First the shard, durable in the store, then the row that makes the layer finished."""
+        entry = data["entry"]
+        key = work_key(self._job.id, entry["sha256"])
+        try:
+            self._store.put(key, self._partial / entry["file"])
+        except FileNotFoundError:  # the engine published meanwhile, by renaming its folder
+            self._store.put(key, self._output / entry["file"])
+        with self._database.write() as session:
+            leases.record_layer(session, self._lease, data, key)
+        self._digests[entry["file"]] = entry["sha256"]
+
+    def _check(self) -> None:
+        """Raise the reason why this attempt must stop now, if there is one."""
+        self._keeper.check()
+        if self._worker.stopping.is_set():
+            raise ShuttingDown
+        limit = self._job.max_runtime_seconds
+        if limit is not None and time.monotonic() - self._started > limit:
+            raise AttemptFailed(
+                AttemptOutcome.TIMED_OUT,
+                "max_runtime_seconds",
+                f"The job did not end within its max_runtime_seconds of {limit}. "
+                "Retry it to go on from the last finished layer, or submit it with a higher limit.",
+            )
+
+    def _check_engine(self, engine: EngineProcess) -> None:
+        self._check()
+        resident = engine.resident_bytes()
+        self.facts = dataclasses.replace(self.facts, peak_host_bytes=engine.peak_host_bytes)
+        limit = self._worker.settings.engine_memory_bytes
+        if limit is not None and resident > limit:
+            raise AttemptFailed(
+                AttemptOutcome.OUT_OF_MEMORY,
+                "memory_limit",
+                f"The engine used {resident} bytes of memory; this worker allows {limit}. "
+                "Use fewer or shorter calibration samples, or a worker with more memory.",
+            )
+
+    def _crash(self, engine: EngineProcess) -> AttemptFailed:
+        code = engine.finish()
+        log.error("engine_crashed", job=self._job.id, exit_code=code, log_tail=engine.log_tail())
+        if code >= 0:
+            how = f"ended with exit code {code} and said nothing"
+        else:
+            self.facts = dataclasses.replace(self.facts, exit_signal=-code)
+            how = f"was killed by {signal.Signals(-code).name}"
+            how += " (often the kernel, out of memory)" if -code == signal.SIGKILL else ""
+        return AttemptFailed(
+            AttemptOutcome.CRASHED, "engine_crashed", f"The engine process {how}.", retryable=True
+        )
+
+    def _result(self, message: dict[str, Any]) -> dict[str, Any]:
+        data = message["data"]
+        report: dict[str, Any] = data.get("report", {})
+        self.facts = dataclasses.replace(
+            self.facts,
+            peak_host_bytes=data["peak_host_bytes"],
+            peak_gpu_bytes=report.get("peak_gpu_bytes"),
+        )
+        if message["type"] == "succeeded":
+            return report
+        is_memory = data["code"] == "out_of_memory"
+        outcome = AttemptOutcome.OUT_OF_MEMORY if is_memory else AttemptOutcome.FAILED
+        raise AttemptFailed(outcome, data["code"], f"{data['message']} {data['hint']}".strip())
+
+    def _hold_to_quality_gate(self, report: dict[str, Any]) -> None:
+        if self._job.quality_gate is None:
+            return
+        limit = self._job.quality_gate["max_perplexity_ratio"]
+        evaluation = report["evaluation"]
+        if evaluation is None:
+            found = f"The job allows perplexity to rise by a factor of {limit}, but nothing was evaluated."
+        elif evaluation["perplexity_ratio"] > limit:
+            found = (
+                f"Perplexity rose by a factor of {evaluation['perplexity_ratio']:.4f}; {limit} is allowed."
+            )
+        else:
+            return
+        message = f"{found} The report is kept, the checkpoint is not published."
+        raise AttemptFailed(AttemptOutcome.FAILED, "quality_gate_failed", message, report=report)
+
+    def _publish(self, report: dict[str, Any]) -> None:
+        """Upload, then the fenced row that makes it the job's result; anything else removes the upload."""
+        with self._database.write() as session:
+            leases.set_phase(session, self._lease, "upload")
+        upload.remove_older(self._store, self._job.id, self._lease.token)
+        try:
+            manifest_key = upload.publish(
+                self._store, self._output, self._job.id, self._lease.token, self._digests, self._check
+            )
+            with self._database.write() as session:
+                leases.succeed(session, self._lease, report, manifest_key, self.facts)
+        except SQLAlchemyError:
+            raise  # the row may have been written: what it names must stay
+        except BaseException as error:
+            upload.remove(self._store, self._job.id, self._lease.token)
+            if isinstance(error, CancelWon):
+                raise CancelRequested(self._job.id) from None
+            raise
+
+    def _append(self, type: str, data: dict[str, Any]) -> None:
+        with self._database.write() as session:
+            leases.append_event(session, self._lease, type, data)
