@@ -59,7 +59,8 @@ __all__ = [
 
 _HOME = {
     "compression.errors": (
-        "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError", "SourceError",
+        "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
+        "SourceError",
     ),
     "compression.modifiers": ("GPTQModifier", "QuantizationModifier", "oneshot"),
     "compression.pipeline": ("compress",),

@@ -12,13 +12,13 @@ Each batch runs the whole model in a greenlet of its own:
 So one forward pass is enough for true sequential calibration, and no argument of a decoder layer is recorded,
 guessed or replayed. A greenlet holds its Python frames, and with them the activations, while it is parked.
 
-Rules that keep this correct: gradients are off in the whole thread, nothing parks inside a torch mode, and only
-one thread switches.
+Rules that keep this correct: gradients are off in the whole thread, nothing parks inside a torch mode, and
+only one thread switches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import greenlet
@@ -64,7 +64,7 @@ class _Batch(greenlet.greenlet):
 
 @dataclass(frozen=True)
 class GroupInputs:
-    """What every parked batch is about to feed to one group: tensors [batch, seq, in] in the compute dtype."""
+    """What every parked batch is about to feed to one group: [batch, seq, in] in the compute dtype."""
 
     group: str
     inputs: list[Tensor]
@@ -82,7 +82,7 @@ class Stream:
             batch.switch()  # runs the embedding, parks at the entry of layer 0
 
     def groups(self, layer: int) -> Iterator[GroupInputs]:
-        """Stop before each group of a layer, in the order in which the layer runs them, then pass on to the next.
+        """Stop before each group of a layer, in the order in which the layer runs them, then pass it.
 
         Weights that the caller replaces while it holds a group are the ones the group runs with.
         """
@@ -138,12 +138,8 @@ class Forwards:
         self._activations = activations
         self._order = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
         self._readers = {group: list(groups.values()).count(group) for group in self._order}
-        self._hooks = [
-            layer.register_forward_pre_hook(self._at_layer(i)) for i, layer in enumerate(model.layers)
-        ]
-        self._hooks.append(
-            model.module.get_output_embeddings().register_forward_pre_hook(self._at_layer(len(model)))
-        )
+        stops = [*model.layers, model.head]
+        self._hooks = [stop.register_forward_pre_hook(self._at_layer(i)) for i, stop in enumerate(stops)]
         for name in groups:
             linear = model.module.get_submodule(name)
             self._hooks.append(linear.register_forward_pre_hook(self._at_linear(name)))
@@ -162,8 +158,8 @@ class Forwards:
         for hook in self._hooks:
             hook.remove()
 
-    def _at_layer(self, index: int):  # type: ignore[no-untyped-def]
-        def park(_module: nn.Module, _args: tuple[object, ...]) -> None:
+    def _at_layer(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def park(_module: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
             batch = greenlet.getcurrent()
             if isinstance(batch, _Batch):
                 batch.layer = index
@@ -171,7 +167,7 @@ class Forwards:
 
         return park
 
-    def _at_linear(self, name: str):  # type: ignore[no-untyped-def]
+    def _at_linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor] | None]:
         group = self._groups[name]
         args = self._activations.get(name)
 
@@ -200,7 +196,7 @@ class Forwards:
 
 
 def make_batches(blocks: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
-    """Stack consecutive blocks of equal length, int64 [seq], into batches of at most `batch_tokens` tokens."""
+    """Stack consecutive blocks of equal length, int64 [seq], into batches of about `batch_tokens` tokens."""
     batches: list[Tensor] = []
     pending: list[Tensor] = []
     for block in blocks:

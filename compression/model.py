@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import ContextManagers
+from transformers.utils.generic import ContextManagers
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
@@ -33,7 +33,8 @@ class StreamedModel:
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
         self.module = _build_empty(checkpoint.folder, compute_dtype)
-        self.layers: nn.ModuleList = self.module.base_model.layers
+        self.layers = list(self.module.base_model.get_submodule("layers").children())
+        self.head = self.module.get_submodule("lm_head")
         self._layers_prefix = f"{self.module.base_model_prefix}.layers."
 
     def __len__(self) -> int:
@@ -69,10 +70,10 @@ class StreamedModel:
         return list(groups.values())
 
     def load_outside(self) -> None:
-        """Make real everything outside the decoder layers: embeddings, final norm, lm_head, rotary buffers."""
-        model = self.module
+        """Make real what is outside the decoder layers: embeddings, final norm, lm_head, rotary buffers."""
+        model: Any = self.module  # the half-private part of Transformers' interface has no types
         meta_buffers = [buffer for buffer in model.buffers() if buffer.is_meta]
-        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
+        model._move_missing_keys_from_meta_to_device([], {"": self.device}, None, None)
         for tensor in [*model.parameters(), *meta_buffers]:
             tensor._is_hf_initialized = True  # only what no checkpoint holds is initialised
         model.initialize_weights()
@@ -96,18 +97,18 @@ class StreamedModel:
 
     def drop_layer(self, index: int) -> None:
         """Give back a layer's parameters; buffers that no checkpoint holds stay."""
-        for parameter in self.layers[index].parameters():
-            parameter.data = torch.empty_like(parameter, device="meta")
+        prefix = f"{self._layers_prefix}{index}."
+        for name, parameter in list(self.layers[index].named_parameters()):
+            self._assign(prefix + name, torch.empty_like(parameter, device="meta"))
 
     def weights(self, names: Iterable[str]) -> list[Tensor]:
         """The weights [out, in] of named linears, which must be real."""
-        return [self.module.get_submodule(name).weight for name in names]  # type: ignore[misc]
+        return [self.module.get_parameter(f"{name}.weight") for name in names]
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the weights of named linears; values are converted to the compute dtype."""
         for name, weight in weights.items():
-            linear = self.module.get_submodule(name)
-            linear.weight.data = weight.to(self.device, self.compute_dtype)
+            self._assign(f"{name}.weight", weight.to(self.device, self.compute_dtype))
 
     def _names_on_disk(self) -> list[str]:
         known = dict(self.module.named_parameters())
@@ -122,8 +123,12 @@ class StreamedModel:
                     f"{name} holds NaN or Inf.",
                     "Repair or download the checkpoint again: nothing was written for this layer.",
                 )
-            parameter = self.module.get_parameter(name)
-            parameter.data = tensor.to(self.device, self.compute_dtype)
+            self._assign(name, tensor.to(self.device, self.compute_dtype))
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        """Give a parameter new storage; storage of another device cannot be put into the old parameter."""
+        module, _, leaf = name.rpartition(".")
+        self.module.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     def _refuse_meta(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         missing = [name for name, parameter in parameters if parameter.is_meta]
@@ -139,10 +144,10 @@ class StreamedModel:
 
 def _build_empty(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
-    transformers.utils.logging.set_verbosity_error()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     config._attn_implementation = "sdpa"
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
         model: PreTrainedModel = cls(config)
-    return model.eval().requires_grad_(False)
+    model.train(False)
+    return model.requires_grad_(False)

@@ -55,8 +55,8 @@ def compress(
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
-    arguments. `on_event` hears of every phase and layer. `self_check` reads every written module back before the
-    result is published.
+    arguments. `on_event` hears of every phase and layer. `self_check` reads every written module back before
+    the result is published.
 
     Raises:
         CompressionError: with a stable code; what is published is whole or not there.
@@ -196,7 +196,7 @@ def _solve_layer(
 
 
 def _decode(modules: Iterable[ModulePlan], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a reader gets from tensors on disk: the model goes on with these, solved or replayed."""
+    """The weights that a reader gets from tensors on disk: the model goes on with these in any case."""
     return {m.name: decode(m.name, tensors, m.scheme, TORCH_DTYPES[m.dtype]) for m in modules if m.scheme}
 
 

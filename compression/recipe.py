@@ -56,7 +56,7 @@ class GPTQStep(_QuantizationStep):
     """Second-order rounding with error feedback (Frantar et al., 2022, arXiv:2210.17323, algorithm 1).
 
     block_size: columns whose error is applied together. dampening_frac: fraction of the mean of the Gram
-    diagonal added to that diagonal. actorder "static": columns in order of falling diagonal, groups as on disk.
+    diagonal added to it. actorder "static": columns in order of falling diagonal, groups as on disk.
     """
 
     type: Literal["gptq"] = "gptq"
@@ -121,7 +121,7 @@ class DatasetSpec(_Frozen):
     """Where calibration text comes from. Exactly one of `path` and `texts`.
 
     path: a local .jsonl or .txt file (one document a line of JSON; a text file is split at blank lines).
-    text_column: the JSON field that holds the text; by default the first of text, content, prompt that exists.
+    text_column: the JSON field that holds the text; by default the first there is of text, content, prompt.
     messages_column: a field with chat messages, to which the model's chat template is applied.
     """
 

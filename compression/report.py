@@ -43,7 +43,7 @@ class EvaluationReport:
     """Original and compressed model on the same held-out tokens.
 
     perplexity = exp(mean negative log likelihood, nats per token). kl_divergence: mean over tokens of
-    KL(original || compressed) in nats. top1_agreement: fraction of tokens with the same most likely next token.
+    KL(original || compressed) in nats. top1_agreement: fraction of tokens whose most likely next token agrees.
     *_stderr: standard error of the mean over tokens.
     """
 

@@ -111,7 +111,7 @@ def _solve_stacked(
 def sha256_of(tensor: Tensor) -> str:
     """Digest of a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _observe(
@@ -129,10 +129,8 @@ def _observe(
 
 def _output_error(weight: Tensor, difference: Tensor, gram: Tensor) -> float:
     """tr(D G D^T) / tr(W G W^T): |X D^T|^2 / |X W^T|^2 over the tokens that the Gram was made of."""
-    return _ratio(
-        torch.linalg.vecdot(difference @ gram, difference).sum(),
-        torch.linalg.vecdot(weight @ gram, weight).sum(),
-    )
+    lost = torch.linalg.vecdot(difference @ gram, difference).sum()
+    return _ratio(lost, torch.linalg.vecdot(weight @ gram, weight).sum())
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -90,7 +90,7 @@ class Streams:
             yield Group(members[here.group], here.inputs)
 
     def pass_compressed(self, layer: int) -> None:
-        """Send everything that sees compressed weights on to the next layer; to be called once they are in."""
+        """Send what sees compressed weights on to the next layer; to be called once they are in."""
         with self._clock.phase("forward"):
             if self._calibration:
                 self._calibration.run_through(layer)

@@ -1,0 +1,146 @@
+"""The suspended forward against the model that Transformers loads whole: the same bits."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compression.checkpoint.headers import read_checkpoint
+from compression.errors import PlanError
+from compression.forward import Forwards, Stream, make_batches
+from compression.model import StreamedModel
+from compression.planning import Plan, plan
+from compression.recipe import Recipe
+from tests.support.models import tiny_model
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    model = StreamedModel(read_checkpoint(folder), device="cpu", compute_dtype=dtype)
+    model.load_outside()
+    return model
+
+
+def planned(folder: Path) -> Plan:
+    return plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
+
+
+def forwards_of(model: StreamedModel, folder: Path) -> Forwards:
+    groups = {m.name: m.group for layer in planned(folder).layers for m in layer.modules}
+    return Forwards(model, groups, {})
+
+
+def tokens(batch: int = 2, seq: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
+    for index in range(len(model)):
+        model.load_layer(index)
+        stream.run_through(index)
+        model.drop_layer(index)
+    return [logits for logits, _ in stream.finish()]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_layer_at_a_time_gives_the_bits_of_the_whole_model(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path, model_type, layers=3, tied=model_type == "qwen3", shards=2)
+    model = streamed(folder, dtype)
+    batches = [tokens(seed=1), tokens(seed=2), tokens(batch=1, seq=7, seed=3)]
+    stream = forwards_of(model, folder).stream(batches, quantize_activations=False)
+    ours = through_all_layers(model, stream)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    for logits, batch in zip(ours, batches, strict=True):
+        assert torch.equal(logits, reference(input_ids=batch, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_shared_inputs_of_the_empty_model_are_those_of_the_plan(model_type: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, model_type)
+    model = StreamedModel(read_checkpoint(folder), device="cpu", compute_dtype=torch.float32)
+    found = {frozenset(group) for group in model.shared_input_groups()}
+    modules = [m for layer in planned(folder).layers for m in layer.modules]
+    expected = {frozenset(m.name for m in modules if m.group == group) for group in {m.group for m in modules}}
+    assert found == expected | {frozenset({"lm_head"})}
+    assert len(expected) == 2 * 4
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+
+
+def test_groups_hand_over_what_the_linears_get_and_see_weights_that_were_replaced(tiny_llama: Path) -> None:
+    model = streamed(tiny_llama)
+    batches = [tokens(seed=4), tokens(seed=5)]
+    stream = forwards_of(model, tiny_llama).stream(batches, quantize_activations=False)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    halved = {name: 0.5 * m.weight for name, m in reference.named_modules() if name.endswith("v_proj")}
+    for name, weight in halved.items():
+        reference.get_submodule(name).weight.copy_(weight)
+    expected: dict[str, list[Tensor]] = {}
+    for name, module in reference.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(
+                lambda _m, args, name=name: expected.setdefault(name, []).append(args[0])
+            )
+    for batch in batches:
+        reference(input_ids=batch, use_cache=False)
+
+    visited = []
+    for index in range(len(model)):
+        model.load_layer(index)
+        for group in stream.groups(index):
+            visited.append(group.group)
+            for ours, theirs in zip(group.inputs, expected[group.group], strict=True):
+                assert torch.equal(ours, theirs), group.group
+            if group.group.endswith("q_proj"):
+                name = group.group.replace("q_proj", "v_proj")
+                model.set_weights({name: halved[name]})
+        model.drop_layer(index)
+    firsts = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert visited == [f"model.layers.{i}.{name}" for i in range(2) for name in firsts]
+
+
+def test_a_wrong_table_of_shared_inputs_is_a_plan_mismatch(tiny_llama: Path) -> None:
+    model = streamed(tiny_llama)
+    attention = "model.layers.0.self_attn."
+    forwards = Forwards(model, {attention + "q_proj": "together", attention + "o_proj": "together"}, {})
+    stream = forwards.stream([tokens()], quantize_activations=False)
+    model.load_layer(0)
+    with pytest.raises(PlanError) as caught:
+        stream.run_through(0)
+    assert caught.value.code == "plan_mismatch"
+    assert "o_proj" in str(caught.value)
+
+
+def test_closing_a_stream_frees_what_its_batches_hold(tiny_llama: Path) -> None:
+    model = streamed(tiny_llama)
+    stream = forwards_of(model, tiny_llama).stream([tokens()], quantize_activations=False)
+    model.load_layer(0)
+    group = next(stream.groups(0))
+    held = weakref.ref(group.inputs[0])
+    del group
+    assert held() is not None
+    stream.close()
+    gc.collect()
+    assert held() is None
+
+
+def test_batches_stack_equal_lengths_up_to_the_budget() -> None:
+    blocks = [torch.arange(length) for length in (4, 4, 4, 2, 2, 9)]
+    shapes = [tuple(batch.shape) for batch in make_batches(blocks, batch_tokens=8)]
+    assert shapes == [(2, 4), (1, 4), (2, 2), (1, 9)]
