@@ -6,6 +6,7 @@ length and range is checked before it is used, links may not lead out of the fol
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -22,6 +23,9 @@ from compression.errors import SourceError
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit; also the limit for an index."""
 MAX_CONFIG_BYTES = 10_000_000
+MAX_JSON_BRACKETS = 1_000_000
+MAX_JSON_COMMAS = 2_000_000
+"""What 330,000 tensors in one file need. Small objects and numbers take much more memory than their text."""
 MAX_RANK = 64
 """torch has no tensors of more dimensions."""
 
@@ -134,8 +138,17 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """A descriptor, for reading, of a regular file; no link is followed and no pipe waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    """A descriptor, for reading, of a regular file; no link is followed and no pipe waited for.
+
+    Raises:
+        SourceError: `source_changed` when the file is gone or has become a link, else `source_unreadable`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise SourceError("source_changed", f"{path.name} is gone, or has become a link.") from error
+        raise SourceError("source_unreadable", f"{path.name} cannot be read: {error.strerror}.") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise SourceError("source_unreadable", f"{path.name} is not a regular file.")
@@ -238,7 +251,7 @@ def _invalid(file: str, reason: str) -> NoReturn:
 
 
 def _parse_json(text: bytes, name: str, code: str) -> Any:
-    """JSON from a stranger: UTF-8, no name twice in an object, no nesting beyond the parser's limit."""
+    """JSON from a stranger: UTF-8, no name twice in an object, bounded in objects and in depth."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -246,6 +259,9 @@ def _parse_json(text: bytes, name: str, code: str) -> Any:
             raise ValueError("a name occurs twice")
         return mapping
 
+    brackets = text.count(b"[") + text.count(b"{")
+    if brackets > MAX_JSON_BRACKETS or text.count(b",") > MAX_JSON_COMMAS:
+        raise SourceError(code, f"{name} holds more than any model has.")
     try:
         return json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

@@ -68,31 +68,24 @@ def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
 @contextmanager
 def open_unchanged(info: TensorInfo) -> Iterator[int]:
     """A descriptor of the tensor's file, which is the planned one at the beginning and at the end."""
-    try:
-        with open_regular(info.file) as descriptor:
-            _check_stamp(info, descriptor)
-            yield descriptor
-            _check_stamp(info, descriptor)
-    except FileNotFoundError as error:
-        raise source_changed(info) from error
+    with open_regular(info.file) as descriptor:
+        _check_stamp(info, descriptor)
+        yield descriptor
+        _check_stamp(info, descriptor)
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int, info: TensorInfo) -> None:
     """Fill the buffer with the file's bytes from `offset` on."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done : done + CHUNK_BYTES]], offset + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done : done + CHUNK_BYTES]], offset + done)
+        except OSError as error:
+            message = f"{info.file.name} cannot be read: {error.strerror}."
+            raise SourceError("source_unreadable", message) from error
         if count == 0:
-            raise source_changed(info)
+            raise _source_changed(info)
         done += count
-
-
-def source_changed(info: TensorInfo) -> SourceError:
-    return SourceError(
-        "source_changed",
-        f"{info.file.name} is no longer the file that was planned.",
-        "Leave a model's files alone while it is compressed, and submit the job again.",
-    )
 
 
 def _read(descriptor: int, info: TensorInfo) -> Tensor:
@@ -106,4 +99,12 @@ def _read(descriptor: int, info: TensorInfo) -> Tensor:
 
 def _check_stamp(info: TensorInfo, descriptor: int) -> None:
     if FileStamp.of(descriptor) != info.stamp:
-        raise source_changed(info)
+        raise _source_changed(info)
+
+
+def _source_changed(info: TensorInfo) -> SourceError:
+    return SourceError(
+        "source_changed",
+        f"{info.file.name} is no longer the file that was planned.",
+        "Leave a model's files alone while it is compressed, and submit the job again.",
+    )
