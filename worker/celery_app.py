@@ -7,6 +7,7 @@ import threading
 from celery import Celery, signals
 from celery.worker import state
 
+from api.observability import configure_logging
 from api.settings import Settings
 from api.wake import LOOK, queue_name
 from worker.context import WorkerContext
@@ -41,7 +42,10 @@ def make_app(worker: WorkerContext, presence: Presence) -> Celery:
     if worker.settings.embedded:
         app.conf.broker_transport_options = {"polling_interval": _MEMORY_POLL_SECONDS}
 
-    app.task(name=LOOK)(lambda: look(worker, presence))
+    def look_for_jobs() -> None:
+        look(worker, presence)
+
+    app.task(name=LOOK, shared=False)(look_for_jobs)
     return app
 
 
@@ -68,6 +72,7 @@ def run_worker(settings: Settings) -> None:
             "BITMILL_BROKER_URL is memory://, which lives inside `bitmill serve` and has a worker there. "
             "Set it to a redis:// URL, the same for the API and every worker."
         )
+    configure_logging(settings)
     worker = WorkerContext.open(settings)
     presence = Presence(worker)
     app = make_app(worker, presence)
@@ -87,6 +92,7 @@ class CeleryThread:
     """A Celery worker in a thread of this process, for the embedded mode."""
 
     def __init__(self, app: Celery, worker: WorkerContext) -> None:
+        app.set_default()  # Celery runs a task on the default application of the thread that runs it
         self._controller = app.WorkController(**options(worker))
         self._thread = threading.Thread(target=self._controller.start, name="celery", daemon=True)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import structlog
 import uvicorn
 
+import migrations
 from api.jobs import leases
 from api.main import create_app
+from api.observability import configure_logging
 from api.settings import Settings
 from worker.celery_app import CeleryThread, make_app
 from worker.context import WorkerContext
@@ -34,11 +36,15 @@ class ServeRefused(Exception):
 def run_embedded(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a running job is given back, and goes on at the next start.
 
+    Brings the database's schema up to date first.
+
     Raises:
         ServeRefused: the data folder is being served.
         RuntimeError: API or worker ended by itself; the log says why.
     """
+    configure_logging(settings)
     with _only_one(settings.data_dir):
+        migrations.upgrade(settings.database_url)
         api = uvicorn.Config(
             create_app(settings),
             host=settings.host,
