@@ -134,7 +134,7 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
 
 
 def held(session: Session, lease: Lease) -> JobStatus:
-    """The status of the lease's job, running or cancelling; LeaseLost where it is no longer held. Only reads."""
+    """The status of the lease's job, running or cancelling. Only reads; LeaseLost where it is not held."""
     status = session.execute(
         select(Job.status).where(Job.id == lease.job_id, *_fence(lease))
     ).scalar_one_or_none()
@@ -304,11 +304,11 @@ def release(
 def queued_by_device(session: Session) -> dict[str, int]:
     """How many jobs could be claimed now, by device class (`any` among them)."""
     counts = session.execute(
-        select(Job.device_class, func.count())
+        select(Job.device_class, func.count().label("jobs"))
         .where(Job.status == JobStatus.QUEUED, Job.available_at <= database.now(session))
         .group_by(Job.device_class)
     )
-    return dict(counts.tuples().all())
+    return {row.device_class: row.jobs for row in counts}
 
 
 def _fence(lease: Lease, statuses: Sequence[JobStatus] = ACTIVE) -> tuple[ColumnElement[bool], ...]:

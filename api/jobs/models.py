@@ -78,8 +78,8 @@ class Job(Base):
     model: Mapped[str] = mapped_column(Text)
     source: Mapped[str] = mapped_column(Text)
     dataset_label: Mapped[str | None] = mapped_column(Text)
-    scheme: Mapped[str] = mapped_column(String(40))
-    method: Mapped[str] = mapped_column(String(40))
+    scheme: Mapped[str] = mapped_column(String(120))
+    method: Mapped[str] = mapped_column(String(120))
     recipe: Mapped[dict[str, Any]]
     dataset: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_group="work")
     calibration: Mapped[dict[str, Any]]

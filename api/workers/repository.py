@@ -9,6 +9,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from api import database
+from api.jobs.models import Job
 from api.workers.models import Worker, WorkerIdentity
 
 
@@ -41,3 +42,9 @@ def remove_silent(session: Session, seconds: float) -> None:
 def list_all(session: Session) -> Sequence[Worker]:
     """All workers, by name."""
     return session.scalars(select(Worker).order_by(Worker.id)).all()
+
+
+def list_with_owner(session: Session) -> Sequence[tuple[Worker, str | None]]:
+    """All workers by name, each with the project whose job it runs."""
+    query = select(Worker, Job.project_id).outerjoin(Job, Job.id == Worker.job_id).order_by(Worker.id)
+    return [(worker, owner) for worker, owner in session.execute(query)]

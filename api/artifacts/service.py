@@ -1,0 +1,60 @@
+"""Published files of a job: which there are, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from sqlalchemy.orm import Session
+
+from api.artifacts.schemas import ArtifactList, ArtifactRead, Manifest, ManifestFile
+from api.artifacts.store import Store, StoreError
+from api.errors import NotFound
+from api.jobs.service import get_job
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """A file and its key in the store."""
+
+    file: ManifestFile
+    key: str
+
+
+def list_artifacts(session: Session, store: Store, project_id: str, job_id: str) -> ArtifactList:
+    """A job's files, with their URLs."""
+    manifest, _folder = _manifest(session, store, project_id, job_id)
+    files = [
+        ArtifactRead(**file.model_dump(), url=f"/v1/jobs/{job_id}/artifacts/{quote(file.name)}")
+        for file in manifest.files
+    ]
+    return ArtifactList(job=manifest.job, files=files)
+
+
+def find_artifact(
+    session: Session, store: Store, project_id: str, job_id: str, name: str
+) -> StoredArtifact:
+    """One file of a job; only names that the manifest has.
+
+    Raises:
+        NotFound: `artifact_not_found`, and what `list_artifacts` raises.
+    """
+    manifest, folder = _manifest(session, store, project_id, job_id)
+    for file in manifest.files:
+        if file.name == name:
+            return StoredArtifact(file, f"{folder}/{name}")
+    raise NotFound("artifact_not_found", f"The job has no file {name!r}.")
+
+
+def _manifest(session: Session, store: Store, project_id: str, job_id: str) -> tuple[Manifest, str]:
+    """The manifest that the job's row names, and the folder it lies in."""
+    job = get_job(session, project_id, job_id)
+    if job.manifest_key is None:
+        message = f"The job is {job.status.value} and has published no files."
+        raise NotFound("artifacts_not_available", message, "A job has its files when it succeeded.")
+    try:
+        with store.open(job.manifest_key) as file:
+            manifest = Manifest.model_validate_json(file.read())
+    except StoreError as error:
+        raise NotFound("artifacts_gone", "The job's files are no longer in the store.") from error
+    return manifest, job.manifest_key.rpartition("/")[0]

@@ -1,0 +1,81 @@
+"""What routes ask for: sessions, the store, the settings, and who calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
+
+from api.artifacts.store import Store
+from api.database import Database
+from api.errors import Forbidden
+from api.projects import service as projects
+from api.security import KeyHasher, Principal, Scope
+from api.settings import Settings
+
+
+@dataclass(frozen=True)
+class AppContext:
+    """What an app was made with; lives in `app.state.context`."""
+
+    settings: Settings
+    database: Database
+    store: Store
+    hasher: KeyHasher
+
+
+def _context(request: Request) -> AppContext:
+    context = request.app.state.context
+    assert isinstance(context, AppContext)
+    return context
+
+
+def _settings(context: Annotated[AppContext, Depends(_context)]) -> Settings:
+    return context.settings
+
+
+def _store(context: Annotated[AppContext, Depends(_context)]) -> Store:
+    return context.store
+
+
+def _read_session(context: Annotated[AppContext, Depends(_context)]) -> Iterator[Session]:
+    with context.database.read() as session:
+        yield session
+
+
+def _write_session(context: Annotated[AppContext, Depends(_context)]) -> Iterator[Session]:
+    with context.database.write() as session:
+        yield session
+
+
+Context = Annotated[AppContext, Depends(_context)]
+CurrentSettings = Annotated[Settings, Depends(_settings)]
+ArtifactStore = Annotated[Store, Depends(_store)]
+# scope="function": the transaction ends before the answer is sent, so what was answered is committed.
+ReadSession = Annotated[Session, Depends(_read_session, scope="function")]
+WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
+
+_bearer = HTTPBearer(auto_error=False, description="An API key; the first is in <data>/credentials.json.")
+
+
+def _requires(scope: Scope) -> Callable[..., Principal]:
+    def principal(
+        context: Context,
+        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    ) -> Principal:
+        key = credentials.credentials if credentials else None
+        with context.database.read() as session:
+            caller = projects.identify(session, context.hasher, key)
+        if not caller.may(scope):
+            raise Forbidden("scope_missing", f"This API key lacks the scope {scope.value!r}.")
+        return caller
+
+    return principal
+
+
+Reader = Annotated[Principal, Depends(_requires(Scope.READ))]
+Submitter = Annotated[Principal, Depends(_requires(Scope.SUBMIT))]

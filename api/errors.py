@@ -1,0 +1,239 @@
+"""Errors of the HTTP API, all of them RFC 9457 problem+json with a stable `code`.
+
+    ApiError            status, code, message, hint, problems
+    ├── Unauthorized    401  missing_key, wrong_key
+    ├── Forbidden       403  scope_missing
+    ├── NotFound        404  job_not_found, report_not_available, ...
+    ├── Conflict        409  not_cancellable, not_retryable
+    ├── BadRange        416  range_not_satisfiable
+    ├── Unprocessable   422  everything that is wrong with a submission, all at once
+    └── Unavailable     503  not_ready
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+from compression.errors import PlanError, Problem
+
+MEDIA_TYPE = "application/problem+json"
+INTERNAL_MESSAGE = "The server failed on this request; its log has the reason under the request's id."
+_RETRY_SECONDS = "5"
+_HTTP_CODES = {
+    400: "bad_request",
+    404: "route_not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+log = structlog.get_logger(__name__)
+
+
+class ApiError(Exception):
+    """Base: what a route raises to answer with a problem."""
+
+    status: ClassVar[int]
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        hint: str = "",
+        *,
+        problems: Sequence[Problem] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.problems = problems
+        self.headers = dict(headers or {})
+
+
+class Unauthorized(ApiError):
+    status = 401
+
+
+class Forbidden(ApiError):
+    status = 403
+
+
+class NotFound(ApiError):
+    status = 404
+
+
+class Conflict(ApiError):
+    status = 409
+
+
+class BadRange(ApiError):
+    status = 416
+
+
+class Unprocessable(ApiError):
+    """A submission that cannot succeed; the first problem gives the answer's own code."""
+
+    status = 422
+
+    def __init__(self, *problems: Problem) -> None:
+        first = problems[0]
+        super().__init__(first.code, first.message, first.hint, problems=problems)
+
+
+class Unavailable(ApiError):
+    status = 503
+
+
+class FieldProblem(BaseModel):
+    """One thing that is wrong. `pointer` (RFC 6901) is the field of the body to blame, where one is."""
+
+    code: str
+    message: str
+    hint: str = ""
+    pointer: str = ""
+    parameter: str = Field(default="", description="The query, path or header parameter to blame.")
+
+
+class ProblemDetails(BaseModel):
+    """An error (RFC 9457). Programs branch on `code`, which is never renamed."""
+
+    type: str = "about:blank"
+    title: str = Field(examples=["Unprocessable Entity"])
+    status: int = Field(examples=[422])
+    code: str = Field(examples=["unknown_scheme"])
+    detail: str = Field(examples=["There is no scheme named 'W5A16'."])
+    hint: str = Field(default="", examples=["Use one of W4A16, W4A16_ASYM, W8A8, FP8_DYNAMIC."])
+    request_id: str = ""
+    errors: list[FieldProblem] = []
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for those statuses."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    return {
+        status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase, "content": content}
+        for status in statuses
+    }
+
+
+def problem_response(
+    status: int,
+    code: str,
+    detail: str,
+    hint: str = "",
+    *,
+    errors: Sequence[FieldProblem] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The answer for an error."""
+    body = ProblemDetails(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=code,
+        detail=detail,
+        hint=hint,
+        request_id=structlog.contextvars.get_contextvars().get("request_id", ""),
+        errors=list(errors),
+    )
+    return JSONResponse(body.model_dump(), status, dict(headers or {}), MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of this app with a problem."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(PlanError, _on_plan_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(OperationalError, _on_database_error)
+
+
+def _on_api_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return problem_response(
+        error.status,
+        error.code,
+        error.message,
+        error.hint,
+        errors=[_field_problem(problem) for problem in error.problems],
+        headers=error.headers,
+    )
+
+
+def _on_plan_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, PlanError)
+    return _on_api_error(request, Unprocessable(*error.problems))
+
+
+def _field_problem(problem: Problem) -> FieldProblem:
+    return FieldProblem(
+        code=problem.code, message=problem.message, hint=problem.hint, pointer=problem.pointer
+    )
+
+
+def _on_invalid_request(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    details = error.errors()
+    if details[0]["type"] == "json_invalid":
+        return problem_response(400, "invalid_json", "The body is not JSON.", str(details[0]["ctx"]["error"]))
+    if details[0]["type"] == "model_attributes_type" and details[0]["loc"] == ("body",):
+        hint = "Send the header `Content-Type: application/json`."
+        return problem_response(422, "not_a_json_object", "The body is not a JSON object.", hint)
+    errors = [_invalid_field(detail, error.body) for detail in details]
+    own = [errors[index] for index, detail in enumerate(details) if "code" in detail.get("ctx", {})]
+    first = (own or errors)[0]
+    code = first.code if own else "validation_error"
+    where = first.pointer or first.parameter
+    return problem_response(422, code, f"{where}: {first.message}" if where else first.message, errors=errors)
+
+
+def _invalid_field(detail: Mapping[str, Any], body: Any) -> FieldProblem:
+    place, *path = detail["loc"]
+    code = detail.get("ctx", {}).get("code", detail["type"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if place != "body":
+        return FieldProblem(code=code, message=message, parameter=".".join(map(str, path)))
+    return FieldProblem(code=code, message=message, pointer=pointer_to(path, body, detail["type"]))
+
+
+def pointer_to(path: Sequence[str | int], body: Any, error_type: str) -> str:
+    """JSON pointer of pydantic's location: what names no place in the body (a union's tag) is left out."""
+    pointer = ""
+    for index, part in enumerate(path):
+        inside = isinstance(body, dict) and part in body
+        inside = inside or (isinstance(body, list) and isinstance(part, int) and part < len(body))
+        is_missing = error_type == "missing" and index == len(path) - 1
+        if inside or is_missing:
+            pointer += "/" + str(part).replace("~", "~0").replace("/", "~1")
+        if inside:
+            body = body[part]
+    return pointer
+
+
+def _on_http_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "http_error")
+    return problem_response(error.status_code, code, str(error.detail), headers=error.headers)
+
+
+def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OperationalError)
+    log.error("database_unavailable", error=str(error.orig))
+    return problem_response(
+        503,
+        "database_unavailable",
+        "The database did not answer in time.",
+        "Try again.",
+        headers={"Retry-After": _RETRY_SECONDS},
+    )

@@ -1,0 +1,107 @@
+"""/v1/jobs"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
+
+from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.errors import documented
+from api.jobs import service
+from api.jobs.models import JobStatus
+from api.jobs.repository import JobFilter
+from api.jobs.schemas import SUBMIT_EXAMPLES, EventPage, JobDetail, JobPage, JobRead, JobSubmit
+from api.jobs.submission import plan_job
+from api.wake import wake
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 503))
+
+IdempotencyKeyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        description="The same key with the same body gives the same job, for 24 hours.",
+    ),
+]
+
+
+@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413))
+def submit_job(
+    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
+    caller: Submitter,
+    settings: CurrentSettings,
+    reading: ReadSession,
+    session: WriteSession,
+    background: BackgroundTasks,
+    response: Response,
+    idempotency_key: IdempotencyKeyHeader = None,
+) -> JobRead:
+    """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
+    job = service.find_repeated(reading, caller.project_id, idempotency_key, body)
+    if job is None:
+        planned = plan_job(body, settings)  # before the write session's first statement: no lock is held yet
+        job = service.create(session, caller.project_id, planned, settings, idempotency_key)
+        background.add_task(wake, job.device_class, broker_url=settings.broker_url)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return JobRead.of(job)
+
+
+@router.get("", response_model=JobPage)
+def list_jobs(
+    caller: Reader,
+    session: ReadSession,
+    status: JobStatus | None = None,
+    model: Annotated[str | None, Query(max_length=4096)] = None,
+    scheme: Annotated[str | None, Query(max_length=120)] = None,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobPage:
+    """List jobs, the newest first, a page at a time."""
+    return service.list_jobs(session, caller.project_id, JobFilter(status, model, scheme), cursor, limit)
+
+
+@router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
+def get_job(job_id: str, caller: Reader, session: ReadSession) -> JobDetail:
+    """A job as it stands, with its plan and its attempts."""
+    return service.describe(session, caller.project_id, job_id)
+
+
+@router.get("/{job_id}/events", response_model=EventPage, responses=documented(404))
+def list_job_events(
+    job_id: str,
+    caller: Reader,
+    session: ReadSession,
+    since: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events after this seq.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> EventPage:
+    """What happened to a job, in order."""
+    return service.list_events(session, caller.project_id, job_id, since, limit)
+
+
+@router.get("/{job_id}/report", responses=documented(404))
+def get_job_report(job_id: str, caller: Reader, session: ReadSession) -> dict[str, Any]:
+    """The results: totals, evaluation, and a row for each module."""
+    return service.get_report(session, caller.project_id, job_id)
+
+
+@router.post("/{job_id}/cancel", status_code=202, response_model=JobRead, responses=documented(404, 409))
+def cancel_job(job_id: str, caller: Submitter, session: WriteSession) -> JobRead:
+    """Cancel a job: at once if it waits, else as soon as its worker sees it. Cancelling twice is no error."""
+    return JobRead.of(service.cancel(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/retry", status_code=202, response_model=JobRead, responses=documented(404, 409))
+def retry_job(
+    job_id: str,
+    caller: Submitter,
+    settings: CurrentSettings,
+    session: WriteSession,
+    background: BackgroundTasks,
+) -> JobRead:
+    """Queue a failed, cancelled or expired job again; it goes on after the last finished layer."""
+    job = service.retry(session, caller.project_id, job_id)
+    background.add_task(wake, job.device_class, broker_url=settings.broker_url)
+    return JobRead.of(job)

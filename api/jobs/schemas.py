@@ -1,0 +1,203 @@
+"""What the jobs routes take and answer."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import PydanticCustomError
+from sqlalchemy import inspect
+
+from api.jobs.models import AttemptOutcome, Job, JobStatus
+from compression.errors import PlanError
+from compression.recipe import Calibration, DatasetSpec, Evaluation, GroupSize, Observer, Recipe
+
+_PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+_TEN_YEARS = 10 * 365 * 86_400
+
+LabelKey = Annotated[str, Field(min_length=1, max_length=63, pattern=_PRINTABLE)]
+LabelValue = Annotated[str, Field(max_length=256, pattern=_PRINTABLE)]
+Seconds = Annotated[int, Field(ge=1, le=_TEN_YEARS)]
+DeviceClass = Literal["any", "cpu", "cuda"]
+
+
+class QualityGate(BaseModel):
+    """A job whose compressed model is worse than this fails, with its report and without artifacts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_perplexity_ratio: float = Field(gt=0, allow_inf_nan=False, examples=[1.05])
+
+
+class Resources(BaseModel):
+    """What the job may run on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device_class: DeviceClass = "any"
+
+
+def _accept_string_dataset(schema: dict[str, Any]) -> None:
+    """A dataset may be a string: the path of `DatasetSpec`, which its validator reads."""
+    schema["properties"]["dataset"]["anyOf"].insert(0, {"type": "string"})
+
+
+class JobSubmit(BaseModel):
+    """One compression to run: what, with which data, how.
+
+    Give either `scheme`, with `method`, `observer`, `group_size`, `targets` and `ignore` where the defaults
+    do not fit, or a whole `recipe`. The default method is gptq for int weights with a dataset, else rtn.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra=_accept_string_dataset,
+    )
+
+    model: str = Field(
+        min_length=1, max_length=4096, description="A folder below one of the server's local roots."
+    )
+    dataset: DatasetSpec | None = Field(default=None, description="Calibration text.")
+    scheme: str | None = Field(default=None, max_length=100)
+    method: str | None = Field(default=None, max_length=100)
+    observer: Observer | None = None
+    group_size: GroupSize | None = None
+    targets: list[str] | str | None = None
+    ignore: list[str] | str | None = None
+    recipe: Recipe | None = None
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    quality_gate: QualityGate | None = None
+    resources: Resources = Resources()
+    priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
+    name: str | None = Field(default=None, max_length=200, pattern=_PRINTABLE)
+    labels: dict[LabelKey, LabelValue] = Field(default={}, max_length=32)
+    max_runtime_seconds: Seconds | None = None
+    max_queue_seconds: Seconds | None = None
+
+    @field_validator("recipe", mode="wrap")
+    @classmethod
+    def _keep_the_code(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except PlanError as error:
+            context = {"code": error.code, "message": str(error)}
+            raise PydanticCustomError("plan_error", "{message}", context) from error
+
+
+class AttemptRead(BaseModel):
+    """One try of a worker. `outcome` is null while it runs; preempted attempts do not count."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    number: int
+    worker_id: str
+    device_class: str
+    started_at: datetime
+    ended_at: datetime | None
+    seconds: float | None
+    outcome: AttemptOutcome | None
+    error_code: str | None
+    error_message: str | None
+    exit_signal: int | None
+    peak_host_bytes: int | None
+    peak_gpu_bytes: int | None
+
+
+class JobError(BaseModel):
+    """Why a job failed or expired."""
+
+    code: str
+    message: str
+
+
+class JobRead(BaseModel):
+    """A job as it stands."""
+
+    id: str = Field(examples=["job_06dk2m8x0c4q7tz9h3v5n1w8er"])
+    name: str | None
+    labels: dict[str, str]
+    priority: int
+    status: JobStatus
+    phase: str | None
+    layers_done: int
+    layers_total: int
+    model: str
+    dataset: str | None = Field(description="The dataset's path, or how many inline texts there are.")
+    scheme: str
+    method: str
+    recipe: Recipe
+    calibration: Calibration
+    evaluation: Evaluation
+    quality_gate: QualityGate | None
+    device_class: DeviceClass
+    max_runtime_seconds: int | None
+    max_queue_seconds: int | None
+    attempts_made: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: JobError | None
+
+    @classmethod
+    def of(cls, job: Job, **more: Any) -> Self:
+        """From the row."""
+        columns = set(inspect(Job).columns.keys()) - {"dataset"}
+        same = {name: getattr(job, name) for name in cls.model_fields if name in columns}
+        error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
+        return cls.model_validate({**same, "dataset": job.dataset_label, "error": error, **more})
+
+
+class JobDetail(JobRead):
+    """A job with its plan and its attempts."""
+
+    plan: dict[str, Any] = Field(
+        description="What was decided at submission: every module's treatment, memory, disk, warnings."
+    )
+    attempts: list[AttemptRead]
+
+
+class JobPage(BaseModel):
+    """Jobs, the newest first. `next_cursor` is null on the last page."""
+
+    items: list[JobRead]
+    next_cursor: str | None
+
+
+class EventRead(BaseModel):
+    """Something that happened. seq counts from 1 without a gap."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    seq: int
+    at: datetime
+    attempt: int | None
+    type: str = Field(examples=["layer_solved"])
+    data: dict[str, Any]
+
+
+class EventPage(BaseModel):
+    """Events after `since`, in order. Ask again with since = next_since until the status is a last one."""
+
+    items: list[EventRead]
+    next_since: int
+    status: JobStatus
+
+
+SUBMIT_EXAMPLES: dict[str, Any] = {
+    "smallest": {
+        "summary": "The smallest body",
+        "value": {"model": "/models/llama", "dataset": "/data/texts.jsonl", "scheme": "W4A16"},
+    },
+    "recipe": {
+        "summary": "A whole recipe",
+        "value": {
+            "model": "/models/llama",
+            "dataset": {"path": "/data/texts.jsonl", "text_column": "text"},
+            "recipe": {"steps": [{"type": "gptq", "scheme": "W4A16", "group_size": 64}]},
+            "calibration": {"num_calibration_samples": 128, "max_seq_length": 1024},
+            "quality_gate": {"max_perplexity_ratio": 1.1},
+        },
+    },
+}

@@ -1,0 +1,248 @@
+"""What can be done with jobs over HTTP. Nothing here commits: the request's dependency does."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from api import database
+from api.errors import Conflict, NotFound, Unprocessable
+from api.jobs import events, repository
+from api.jobs.attempts import deadline
+from api.jobs.models import RETRYABLE, IdempotencyKey, Job, JobStatus
+from api.jobs.repository import JobFilter, Position
+from api.jobs.schemas import (
+    AttemptRead,
+    EventPage,
+    EventRead,
+    JobDetail,
+    JobPage,
+    JobRead,
+    JobSubmit,
+)
+from api.jobs.submission import PlannedJob
+from api.settings import Settings
+from compression.errors import Problem
+from compression.recipe import DatasetSpec
+
+SUBMIT_ROUTE = "POST /v1/jobs"
+
+
+def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
+    """The job that an earlier request with the same Idempotency-Key made, if there was one.
+
+    Raises:
+        Unprocessable: `idempotency_key_reused`, for the same key with another body.
+    """
+    if key is None:
+        return None
+    row = repository.find_idempotency_key(
+        session, project_id, SUBMIT_ROUTE, key, database.now(session)
+    )
+    if row is None:
+        return None
+    if row.body_sha256 != _body_digest(body):
+        message = "This Idempotency-Key was used for another body."
+        raise Unprocessable(Problem("idempotency_key_reused", message, "Use a new key for a new job."))
+    return get_job(session, project_id, row.job_id)
+
+
+def create(
+    session: Session, project_id: str, planned: PlannedJob, settings: Settings, idempotency_key: str | None
+) -> Job:
+    """Store a planned job with its first event, or find the one of a request with the same key."""
+    repeated = find_repeated(session, project_id, idempotency_key, planned.body)
+    if repeated is not None:
+        return repeated
+    now = database.now(session)
+    job = _new_job(project_id, planned, settings, now)
+    session.add(job)
+    session.flush()
+    events.append(session, job.id, "job_queued", {"device_class": job.device_class})
+    for warning in planned.plan.warnings:
+        events.append(session, job.id, "warning", {"code": warning.code, "message": warning.message})
+    if idempotency_key is not None:
+        row = IdempotencyKey(
+            project_id=project_id,
+            route=SUBMIT_ROUTE,
+            key=idempotency_key,
+            body_sha256=_body_digest(planned.body),
+            job_id=job.id,
+            created_at=now,
+        )
+        repository.add_idempotency_key(session, row)
+    return job
+
+
+def get_job(session: Session, project_id: str, job_id: str) -> Job:
+    """The project's job.
+
+    Raises:
+        NotFound: `job_not_found`, also for another project's.
+    """
+    return _found(repository.get(session, project_id, job_id), job_id)
+
+
+def describe(session: Session, project_id: str, job_id: str) -> JobDetail:
+    """A job with its plan and attempts."""
+    job = _found(repository.get(session, project_id, job_id, with_plan=True), job_id)
+    attempts = [AttemptRead.model_validate(attempt) for attempt in repository.attempts(session, job_id)]
+    return JobDetail.of(job, attempts=attempts)
+
+
+def list_jobs(
+    session: Session, project_id: str, wanted: JobFilter, cursor: str | None, limit: int
+) -> JobPage:
+    """A page of jobs, the newest first."""
+    after = None if cursor is None else _read_cursor(cursor)
+    jobs = repository.list_page(session, project_id, wanted, after, limit + 1)
+    more = len(jobs) > limit
+    items = [JobRead.of(job) for job in jobs[:limit]]
+    return JobPage(items=items, next_cursor=_cursor(jobs[limit - 1]) if more else None)
+
+
+def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
+    """A page of a job's events."""
+    job = get_job(session, project_id, job_id)
+    items = [EventRead.model_validate(event) for event in events.page(session, job_id, since, limit)]
+    return EventPage(items=items, next_since=items[-1].seq if items else since, status=job.status)
+
+
+def get_report(session: Session, project_id: str, job_id: str) -> dict[str, Any]:
+    """The report of a job that succeeded, or that failed its quality gate.
+
+    Raises:
+        NotFound: `report_not_available`.
+    """
+    job = get_job(session, project_id, job_id)
+    if job.report is None:
+        message = f"The job is {job.status.value} and has no report."
+        raise NotFound("report_not_available", message, "A job has its report when it succeeded.")
+    return job.report
+
+
+def cancel(session: Session, project_id: str, job_id: str) -> Job:
+    """End a job: at once if it waits, soon if a worker has it. Finished layers stay for a retry.
+
+    Raises:
+        Conflict: `not_cancellable`, for a job that ended otherwise.
+    """
+    job = _found(repository.get_for_update(session, project_id, job_id), job_id)
+    if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
+        return job
+    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+        message = f"The job is {job.status.value} already."
+        raise Conflict("not_cancellable", message, "Only queued and running jobs can be cancelled.")
+    was_queued = job.status == JobStatus.QUEUED
+    job.status = JobStatus.CANCELLED if was_queued else JobStatus.CANCELLING
+    if was_queued:
+        job.finished_at = database.now(session)
+    session.flush()
+    events.append(session, job.id, "cancel_requested", {})
+    if was_queued:
+        events.append(session, job.id, "job_cancelled", {})
+    return job
+
+
+def retry(session: Session, project_id: str, job_id: str) -> Job:
+    """Queue a job again that did not succeed, with all attempts anew; finished layers are kept.
+
+    Raises:
+        Conflict: `not_retryable`.
+    """
+    job = _found(repository.get_for_update(session, project_id, job_id), job_id)
+    if job.status not in RETRYABLE:
+        message = f"The job is {job.status.value}."
+        raise Conflict("not_retryable", message, "Only failed, cancelled and expired jobs can be retried.")
+    now = database.now(session)
+    job.status = JobStatus.QUEUED
+    job.attempts_counted = 0
+    job.available_at = now
+    job.queue_deadline = deadline(now, job.max_queue_seconds)
+    job.finished_at = None
+    job.error_code = job.error_message = None
+    job.report = None
+    session.flush()
+    events.append(session, job.id, "job_queued", {"device_class": job.device_class, "retry": True})
+    return job
+
+
+def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
+    body, plan = planned.body, planned.plan
+    steps = plan.recipe.steps
+    return Job(
+        id=repository.new_job_id(now),
+        project_id=project_id,
+        name=body.name,
+        labels=body.labels,
+        priority=body.priority,
+        model=body.model,
+        source=str(plan.source),
+        dataset_label=_dataset_label(body.dataset),
+        scheme="+".join(step.scheme for step in steps),
+        method="+".join(step.type for step in steps),
+        recipe=plan.recipe.model_dump(mode="json"),
+        dataset=planned.dataset and planned.dataset.model_dump(mode="json"),
+        calibration=body.calibration.model_dump(mode="json"),
+        evaluation=body.evaluation.model_dump(mode="json"),
+        quality_gate=body.quality_gate and body.quality_gate.model_dump(mode="json"),
+        max_runtime_seconds=body.max_runtime_seconds,
+        max_queue_seconds=body.max_queue_seconds,
+        max_attempts=settings.max_attempts,
+        plan=plan.to_dict(),
+        device_class=body.resources.device_class,
+        required_host_bytes=plan.memory.host_bytes,
+        required_gpu_bytes=plan.memory.gpu_bytes,
+        status=JobStatus.QUEUED,
+        layers_done=0,
+        layers_total=len(plan.layers),
+        event_seq=0,
+        attempts_made=0,
+        attempts_counted=0,
+        lease_token=0,
+        created_at=now,
+        available_at=now,
+        queue_deadline=deadline(now, body.max_queue_seconds),
+    )
+
+
+def _found(job: Job | None, job_id: str) -> Job:
+    if job is None:
+        raise NotFound("job_not_found", f"There is no job {job_id!r}.")
+    return job
+
+
+def _dataset_label(dataset: DatasetSpec | None) -> str | None:
+    if dataset is None:
+        return None
+    return dataset.path or f"{len(dataset.texts or ())} inline texts"
+
+
+def _body_digest(body: JobSubmit) -> str:
+    """Two bodies that ask for the same have the same digest, however they are spelled."""
+    text = json.dumps(body.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cursor(job: Job) -> str:
+    text = f"{job.created_at.isoformat()} {job.id}"
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> Position:
+    try:
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        created_at, job_id = text.split(" ")
+        moment = datetime.fromisoformat(created_at)
+        if moment.tzinfo is None:
+            raise ValueError("a cursor's time has a zone")
+    except (binascii.Error, ValueError) as error:
+        message = "This is not a cursor of this list."
+        raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
+    return Position(moment, job_id)

@@ -1,0 +1,112 @@
+"""From a request body to a planned job: read the recipe, find the sources, plan from the headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from api.errors import Unprocessable, pointer_to
+from api.jobs.schemas import JobSubmit
+from api.jobs.sources import resolve_dataset, resolve_model
+from api.settings import Settings
+from compression.errors import PlanError, Problem
+from compression.planning import Plan, plan
+from compression.recipe import DatasetSpec, Recipe
+
+_SHORT_FORM = ("scheme", "method", "observer", "group_size", "targets", "ignore")
+_STEP = "/recipe/steps/0/"
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """What a submission became. dataset: with its path resolved."""
+
+    body: JobSubmit
+    dataset: DatasetSpec | None
+    plan: Plan
+
+
+def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
+    """Plan a submission. Reads headers only; takes no database.
+
+    Raises:
+        Unprocessable: it cannot succeed; with every problem that could be found.
+    """
+    problems: list[Problem] = []
+    recipe = source = dataset = None
+    try:
+        recipe = _recipe(body)
+    except PlanError as error:
+        problems += error.problems
+    try:
+        source = resolve_model(body.model, settings.local_roots)
+    except PlanError as error:
+        problems += error.problems
+    try:
+        dataset = body.dataset and resolve_dataset(body.dataset, settings.local_roots)
+    except PlanError as error:
+        problems += error.problems
+    problems += _gate_problems(body)
+    if recipe is None or source is None or problems:
+        raise Unprocessable(*problems)
+    try:
+        planned = plan(
+            source,
+            recipe,
+            dataset=dataset,
+            calibration=body.calibration,
+            evaluation=body.evaluation,
+            activation_budget_bytes=settings.activation_budget_bytes,
+        )
+    except PlanError as error:
+        raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
+    return PlannedJob(body, dataset, planned)
+
+
+def _recipe(body: JobSubmit) -> Recipe:
+    given = {name: getattr(body, name) for name in _SHORT_FORM if getattr(body, name) is not None}
+    if body.recipe is not None:
+        if given:
+            message = f"The body has a recipe and {', '.join(given)}."
+            hint = "Give either a recipe or a scheme with its options."
+            raise PlanError(Problem("recipe_and_scheme", message, hint, "/" + next(iter(given))))
+        return body.recipe
+    if body.scheme is None:
+        hint = 'Give a scheme, such as "W4A16", or a recipe.'
+        raise PlanError(Problem("scheme_missing", "The body has neither scheme nor recipe.", hint, "/scheme"))
+    try:
+        return Recipe.from_short(
+            body.scheme,
+            method=body.method,
+            has_dataset=body.dataset is not None,
+            **{name: value for name, value in given.items() if name not in ("scheme", "method")},
+        )
+    except ValidationError as error:
+        details = [dict(detail) for detail in error.errors() if len(detail["loc"]) > 1]
+        raise PlanError(*(_short_problem(detail, given) for detail in details)) from error
+
+
+def _short_problem(detail: dict[str, Any], given: dict[str, Any]) -> Problem:
+    """A problem of the step that the short form expanded to, told in terms of the short form."""
+    if detail["type"] == "union_tag_invalid":
+        hint = f"Use one of {detail['ctx']['expected_tags']}."
+        return Problem("unknown_method", f"There is no method named {given['method']!r}.", hint, "/method")
+    path = detail["loc"][3:]  # what comes after "steps", 0 and the method
+    return Problem(detail["type"], detail["msg"], "", pointer_to(path, given, detail["type"]))
+
+
+def _gate_problems(body: JobSubmit) -> list[Problem]:
+    if body.quality_gate is None or (body.dataset is not None and body.evaluation.enabled):
+        return []
+    message = "A quality gate needs an evaluation, and this job has none."
+    hint = "Give a dataset and leave the evaluation on, or drop the gate."
+    return [Problem("quality_gate_without_evaluation", message, hint, "/quality_gate")]
+
+
+def _in_body(problem: Problem, body: JobSubmit) -> Problem:
+    """The plan points into a recipe; in the short form the step's fields lie at the top of the body."""
+    if body.recipe is not None or not problem.pointer.startswith(_STEP):
+        return problem
+    return Problem(problem.code, problem.message, problem.hint, "/" + problem.pointer.removeprefix(_STEP))

@@ -1,0 +1,70 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import structlog
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+import migrations
+from api import errors, health
+from api.artifacts import routes as artifacts
+from api.artifacts.store import open_store
+from api.database import Database
+from api.dependencies import AppContext
+from api.jobs import routes as jobs
+from api.limits import BodyLimit
+from api.observability import RequestContext
+from api.projects.service import ensure_first_key
+from api.security import KeyHasher
+from api.settings import Settings
+from api.workers import routes as workers
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application on these settings. Until the database is migrated, /readyz answers 503."""
+    context = AppContext(
+        settings=settings,
+        database=Database(settings.database_url),
+        store=open_store(settings.store_url),
+        hasher=KeyHasher.from_settings(settings),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        _make_first_key(context)
+        yield
+        context.database.close()
+
+    app = FastAPI(
+        title="Bitmill",
+        summary="Compresses language models.",
+        version=version("bitmill"),
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.context = context
+    errors.install(app)
+    for router in (jobs.router, artifacts.router, workers.router, health.router):
+        app.include_router(router)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)  # the last one added is the outermost
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _make_first_key(context: AppContext) -> None:
+    if migrations.current(context.database.engine) != migrations.head():
+        log.warning("schema_stale", hint="run `bitmill db upgrade`")
+        return
+    with context.database.write() as session:
+        ensure_first_key(session, context.hasher, context.settings)
