@@ -1,6 +1,6 @@
 """The original and the compressed model on the same tokens: perplexity, KL divergence, top-1 agreement.
 
-Both models predict each token of a block from those before it, so a block of n tokens gives n - 1 measurements.
+Both models predict each token of a block from those before it, so n tokens give n - 1 measurements.
 They are paired: the standard error of the perplexity ratio comes from the differences token by token, and is
 far smaller than that of either perplexity.
 """
