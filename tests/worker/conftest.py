@@ -1,0 +1,46 @@
+"""A worker on real parts: SQLite as the migrations make it, a local store, tiny models, the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import migrations
+from api.jobs import service
+from api.jobs.models import Job
+from api.jobs.schemas import JobSubmit
+from api.jobs.submission import plan_job
+from api.projects.repository import get_or_create_project
+from api.settings import Settings
+from worker.context import WorkerContext
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def worker(tmp_path: Path, tiny_llama: Path, tiny_texts: Path) -> Iterator[WorkerContext]:
+    """A worker in a data folder of its own, on this machine's CPU."""
+    roots = (tiny_llama.parent, tiny_texts.parent)
+    settings = Settings(data_dir=tmp_path / "data", local_roots=roots, device="cpu")
+    migrations.upgrade(settings.database_url)
+    context = WorkerContext.open(settings)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def submit(worker: WorkerContext, tiny_llama: Path) -> Submit:
+    """Queue a job, as the route does; by default the cheapest one."""
+
+    def queue(**fields: Any) -> str:
+        body = JobSubmit.model_validate({"model": str(tiny_llama), "scheme": "W8A8", **fields})
+        planned = plan_job(body, worker.settings)
+        with worker.database.write() as session:
+            project = get_or_create_project(session, "default")
+            job: Job = service.create(session, project.id, planned, worker.settings, None)
+        return job.id
+
+    return queue

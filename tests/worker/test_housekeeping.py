@@ -1,0 +1,85 @@
+"""What workers do beside their jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, update
+
+from api import database
+from api.jobs import leases
+from api.jobs.models import Job, JobLayer, JobStatus
+from tests.worker.conftest import Submit
+from worker.celery_app import WorkerRefused, run_worker
+from worker.context import WorkerContext
+from worker.reaper import forget_work, reap, wake_ups
+
+
+@pytest.mark.parametrize(
+    ("queued", "idle", "sent"),
+    [
+        ({}, {"cpu": 2}, {"cpu": 0, "any": 0}),
+        ({"cpu": 5}, {"cpu": 2}, {"cpu": 2, "any": 0}),
+        ({"cpu": 1, "any": 9}, {"cpu": 2, "cuda": 1}, {"cpu": 1, "cuda": 0, "any": 2}),
+        ({"cuda": 3}, {"cpu": 2}, {"cpu": 0, "any": 0}),
+        ({"any": 3, "cuda": 3}, {}, {"any": 0}),
+    ],
+)
+def test_no_more_wake_ups_than_jobs_and_idle_workers(
+    queued: dict[str, int], idle: dict[str, int], sent: dict[str, int]
+) -> None:
+    assert wake_ups(queued, Counter(idle)) == sent
+
+
+def test_an_expired_lease_is_reaped(worker: WorkerContext, submit: Submit) -> None:
+    job_id = submit()
+    with worker.database.write() as session:
+        assert leases.claim(session, worker.identity, -1) is not None
+    reap(worker)
+    with worker.database.read() as session:
+        assert session.get_one(Job, job_id).status == JobStatus.QUEUED
+
+
+def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
+    worker: WorkerContext, submit: Submit, tmp_path: Path
+) -> None:
+    shard = tmp_path / "shard"
+    shard.write_bytes(b"layer")
+    job_id, other_id = submit(), submit()
+    for each in (job_id, other_id):
+        worker.store.put(f"work/{each}/aa.safetensors", shard)
+        with worker.database.write() as session:
+            session.add(
+                JobLayer(
+                    job_id=each,
+                    work_key="k",
+                    layer=0,
+                    fingerprint="f",
+                    attempt=1,
+                    size=5,
+                    entry={},
+                    store_key=f"work/{each}/aa.safetensors",
+                    sha256="aa",
+                    at=database.now(session),
+                )
+            )
+    with worker.database.write() as session:
+        ended = {"status": JobStatus.FAILED, "finished_at": database.now(session) - timedelta(days=3)}
+        session.execute(update(Job).where(Job.id == job_id).values(**ended))
+
+    forget_work(worker.database, worker.store, resume_days=4)
+    assert worker.store.exists(f"work/{job_id}/aa.safetensors")
+    forget_work(worker.database, worker.store, resume_days=2)
+    assert not worker.store.exists(f"work/{job_id}/aa.safetensors")
+    assert worker.store.exists(f"work/{other_id}/aa.safetensors")
+    with worker.database.read() as session:
+        assert session.scalars(select(JobLayer.job_id)).all() == [other_id]
+        assert session.scalar(select(func.count()).select_from(Job)) == 2
+
+
+def test_a_worker_on_the_embedded_broker_is_refused(worker: WorkerContext) -> None:
+    with pytest.raises(WorkerRefused, match="redis://"):
+        run_worker(worker.settings)
