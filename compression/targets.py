@@ -24,12 +24,12 @@ _DIGITS_LENGTH = 4
 
 _TOKENS = re.compile(
     r"""
-    (?P<open>\((?:\?(?:P<\w+>|<?[=!]|[:>]|[a-zA-Z-]+:|[a-zA-Z]+(?=\))))?)
+    (?P<refused>\\[1-9]|\(\?P=|\(\?\(|\(\?\#|\(\?[a-zA-Z]*x)
+  | (?P<open>\((?:\?(?:P<\w+>|<?[=!]|[:>]|[a-zA-Z-]+:|[a-zA-Z]+(?=\))))?)
   | (?P<close>\))
   | (?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?
   | (?P<choice>\|)
   | (?P<digit>\\d|\[0-9\]|\d)
-  | (?P<backreference>\\[1-9]|\(\?P=|\(\?\()
   | (?P<atom>\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)
     """,
     re.VERBOSE | re.DOTALL,
@@ -97,8 +97,8 @@ def _too_costly(text: str) -> str:
     span = _NAME_LENGTH  # how far a repeat of the last token can reach
     for token in _TOKENS.finditer(text):
         kind = token.lastgroup
-        if kind == "backreference":
-            return "it refers back to a group"
+        if kind == "refused":
+            return "it has a back-reference, a condition, a comment or the flag x"
         if kind == "repeat":
             if closed is not None and closed.branches and token["repeat"] != "?":
                 return "it repeats a group that itself repeats or chooses"

@@ -64,9 +64,7 @@ def test_bytes_are_those_of_the_library(tmp_path: Path) -> None:
     assert shard.size == len(content)
     assert set(shard.tensors) == tensors.keys()
     assert shard.tensor_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert (
-        os.listdir(tmp_path) == ["ours.safetensors", "theirs.safetensors"] or len(os.listdir(tmp_path)) == 2
-    )
+    assert sorted(os.listdir(tmp_path)) == ["ours.safetensors", "theirs.safetensors"]
 
 
 def test_every_dtype_comes_back_and_the_library_reads_it(tmp_path: Path) -> None:
@@ -75,9 +73,8 @@ def test_every_dtype_comes_back_and_the_library_reads_it(tmp_path: Path) -> None
     write_shard(path, tensors)
     read = read_infos(read_header(path).values())
     assert all(same(read[name], tensor) for name, tensor in tensors.items())
-    assert len({tensor.untyped_storage().data_ptr() for tensor in read.values() if tensor.numel()}) == sum(
-        tensor.numel() > 0 for tensor in read.values()
-    )
+    pointers = [tensor.data_ptr() for tensor in read.values() if tensor.numel()]
+    assert len(set(pointers)) == len(pointers)
     write_shard(path, {name: t for name, t in tensors.items() if name != "of.F8_E8M0"})
     loaded = load_file(path)
     assert all(same(tensor, tensors[name]) for name, tensor in loaded.items())
@@ -155,38 +152,38 @@ def test_a_failure_in_the_middle_leaves_what_was_there(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["model", "shard.safetensors"]
 
 
-DISK_FULL = """
-import resource, sys, torch
-from pathlib import Path
-from compression.checkpoint.headers import read_header
-from compression.checkpoint.writer import write_file, write_shard
-from compression.errors import ResourceError
-folder = Path(sys.argv[1])
-infos = read_header(folder / "source.safetensors")
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-attempts = {
-    "memory": lambda: write_shard(folder / "out.safetensors", {"x": torch.zeros(1 << 20)}),
-    "copy": lambda: write_shard(folder / "out.safetensors", infos),
-    "file": lambda: write_file(folder / "out.safetensors", bytes(2 << 20)),
-}
-try:
-    attempts[sys.argv[2]]()
-except ResourceError as error:
-    assert error.code == "disk_full"
-    assert "out.safetensors" in error.message
-    assert str(folder) not in error.message
-else:
-    raise AssertionError("written")
+DISK_FULL = """if True:
+    import os, resource, sys, torch
+    from pathlib import Path
+    from compression.checkpoint.headers import read_header
+    from compression.checkpoint.writer import write_file, write_shard
+    from compression.errors import ResourceError
+    folder = Path(sys.argv[1])
+    infos = read_header(folder / "source.safetensors")
+    target = folder / "out.safetensors"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    for attempt in (
+        lambda: write_shard(target, {"x": torch.zeros(1 << 20)}),
+        lambda: write_shard(target, infos),
+        lambda: write_file(target, bytes(2 << 20)),
+    ):
+        try:
+            attempt()
+        except ResourceError as error:
+            assert error.code == "disk_full"
+            assert target.name in error.message
+            assert str(folder) not in error.message
+        else:
+            raise AssertionError("written")
+        assert target.read_bytes() == b"what was there"
+        assert sorted(os.listdir(folder)) == [target.name, "source.safetensors"]
 """
 
 
-@pytest.mark.parametrize("what", ["memory", "copy", "file"])
-def test_a_full_disk_has_a_code_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+def test_a_full_disk_has_a_code_and_leaves_nothing(tmp_path: Path) -> None:
     write_fake(tmp_path / "source.safetensors", {"x": (1 << 20,)})
     (tmp_path / "out.safetensors").write_bytes(b"what was there")
-    subprocess.run([sys.executable, "-c", DISK_FULL, tmp_path, what], check=True, timeout=60)
-    assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "source.safetensors"]
-    assert (tmp_path / "out.safetensors").read_bytes() == b"what was there"
+    subprocess.run([sys.executable, "-c", DISK_FULL, tmp_path], check=True, timeout=120)
 
 
 def test_copied_files_are_byte_for_byte(tmp_path: Path) -> None:

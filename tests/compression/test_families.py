@@ -1,0 +1,117 @@
+"""What the plan believes about a model is what Transformers builds, and what the engine writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compression.checkpoint.formats import encode
+from compression.checkpoint.reader import TORCH_DTYPES, read_tensors
+from compression.checkpoint.writer import write_shard
+from compression.families import FAMILIES, Decoder, read_decoder
+from compression.methods.rtn import rtn
+from compression.native_models import NATIVE_MODEL_TYPES
+from compression.planning import plan
+from compression.quantizer import minmax_params
+from compression.recipe import Recipe
+from compression.schemes import SCHEMES
+from tests.support.models import tiny_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": ("llama", {"head_dim": 32}),
+    "llama without key/value heads": ("llama", {"num_key_value_heads": None}),
+    "mistral": ("mistral", {}),
+    "mistral ignores biases": ("mistral", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with a head_dim": ("qwen2", {"head_dim": 32}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 biased": ("qwen3", {"attention_bias": True, "head_dim": 16}),
+}
+
+
+def test_native_model_types_are_those_of_the_installed_transformers() -> None:
+    assert set(CONFIG_MAPPING_NAMES) == NATIVE_MODEL_TYPES
+    assert transformers.__version__.startswith("5.23.")
+
+
+def test_architectures_are_those_of_transformers() -> None:
+    for model_type, family in FAMILIES.items():
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == family.architecture
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
+    model_type, changes = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    built = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != tied}
+    decoder = read_decoder(config.to_dict())
+    assert isinstance(decoder, Decoder)
+    planned = dict(decoder.outside_tensors())
+    for layer in range(SIZES["num_hidden_layers"]):
+        planned |= {f"model.layers.{layer}.{name}": shape for name, shape in decoder.layer_tensors().items()}
+    assert planned == built
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: str) -> None:
+    """A config.json may hold little; defaults then come from the configuration class."""
+    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96}
+    del sizes["num_key_value_heads"]
+    config = AutoConfig.for_model(model_type, **sizes)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    decoder = read_decoder({"model_type": model_type, **sizes})
+    assert isinstance(decoder, Decoder)
+    assert decoder.head_dim == head_dim
+    assert decoder.attention_width == head_dim * config.num_attention_heads
+    assert decoder.kv_width == head_dim * config.num_key_value_heads
+    assert decoder.tied == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_planned_size_is_the_written_size_to_the_byte(
+    tmp_path: Path, model_type: str, scheme: str
+) -> None:
+    folder = tiny_model(
+        tmp_path / "model", model_type, hidden=192, intermediate=224, heads=3, kv_heads=1, tokenizer=False
+    )
+    group_size = 32 if SCHEMES[scheme].weights.strategy == "group" else None
+    made = plan(folder, Recipe.from_short(scheme, has_dataset=False, group_size=group_size))
+    tensors = read_tensors(made.checkpoint, made.checkpoint.tensors)
+    size = 0
+    for layer in made.layers:
+        stored = {key: tensors[key] for key in layer.copied}
+        for module in layer.modules:
+            assert module.scheme is not None
+            args = module.scheme.weights
+            weight = tensors[module.key].float()
+            params = minmax_params(weight, args, TORCH_DTYPES[module.dtype])
+            stored |= encode(module.name, rtn(weight, args, params), module.scheme.format)
+        size += write_shard(tmp_path / layer.shard, stored).size
+    for file, keys in made.outside:
+        size += write_shard(tmp_path / file, {key: made.checkpoint.tensors[key] for key in keys}).size
+    assert size == made.output_bytes
+    assert made.disk_bytes > size
