@@ -6,8 +6,9 @@ two, the work space of one group of linears, and what the suspended forwards hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from compression.recipe import Calibration, Evaluation
 
@@ -16,18 +17,25 @@ PROCESS_BYTES = 450 << 20
 CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
 BATCH_TOKENS = 4096
-"""Tokens that run through the model together."""
-EVALUATION_CHUNK_BYTES = 256 << 20
-"""Work space of the comparison of two streams of logits."""
+"""Tokens that run through the model together while calibrating."""
+EVALUATION_CHUNK_BYTES = 64 << 20
+"""Work space of the comparison of two streams of logits: four float32 chunks of 16 MiB."""
+
+Phase = Literal["solve", "forward", "compare"]
 
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """One part of the peak, and how it was found. on_device: it lies on the GPU where one is used."""
+    """One part of the peak, and how it was found.
+
+    phases: when it is held; the peak is that of the phase that holds most. on_device: it lies on the GPU
+    where one is used.
+    """
 
     name: str
     bytes: int
     basis: str
+    phases: tuple[Phase, ...] = ("solve", "forward", "compare")
     on_device: bool = True
 
 
@@ -39,32 +47,41 @@ class MemoryEstimate:
 
     @property
     def host_bytes(self) -> int:
-        return sum(item.bytes for item in self.items)
+        return _largest_phase(self.items)
 
     @property
     def gpu_bytes(self) -> int:
-        return CUDA_CONTEXT_BYTES + sum(item.bytes for item in self.items if item.on_device)
+        return CUDA_CONTEXT_BYTES + _largest_phase([item for item in self.items if item.on_device])
 
     def to_dict(self) -> dict[str, Any]:
-        items = [{"name": item.name, "bytes": item.bytes, "basis": item.basis} for item in self.items]
+        items = [
+            {"name": item.name, "bytes": item.bytes, "basis": item.basis, "phases": list(item.phases)}
+            for item in self.items
+        ]
         return {"host_bytes": self.host_bytes, "gpu_bytes": self.gpu_bytes, "items": items}
+
+
+def _largest_phase(items: Sequence[MemoryItem]) -> int:
+    return max(sum(item.bytes for item in items if phase in item.phases) for phase in get_args(Phase))
 
 
 @dataclass(frozen=True)
 class ParkedTokens:
     """Tokens whose forwards are suspended at the same time.
 
-    The evaluation blocks count twice: they flow through the original and through the compressed layers.
+    The evaluation's count twice: they flow through the original and through the compressed layers, one
+    block of `block` tokens at a time.
     """
 
     calibration: int
     evaluation: int
+    block: int
 
     @classmethod
     def of(cls, calibration: Calibration, evaluation: Evaluation, *, calibrates: bool) -> ParkedTokens:
         length = calibration.max_seq_length
         samples = calibration.num_calibration_samples if calibrates else 0
-        return cls(samples * length, evaluation.samples(calibration) * length)
+        return cls(samples * length, evaluation.samples(calibration) * length, length)
 
     @property
     def total(self) -> int:
@@ -110,32 +127,68 @@ def estimate(work: Workload) -> MemoryEstimate:
             "layer",
             copies * work.layer_bytes,
             f"{copies} x the largest layer" + (", original and compressed" if compares else ""),
+            ("solve", "forward"),
         ),
-        MemoryItem("compressed layer", work.layer_output_bytes, "the largest layer as it is written"),
-        MemoryItem("solver", 4 * 4 * work.group_elements, "4 float32 copies of the largest stacked group"),
+        MemoryItem(
+            "compressed layer",
+            work.layer_output_bytes,
+            "the largest layer as it is written",
+            ("solve", "forward"),
+        ),
+        MemoryItem(
+            "solver",
+            4 * 4 * work.group_elements,
+            "4 float32 copies of the largest stacked group",
+            ("solve",),
+        ),
     ]
     if work.solves_gram:
-        matrices = 3 * 4 * work.group_columns**2
-        items.append(MemoryItem("Gram matrix", matrices, "3 float32 matrices: Gram, factor, work"))
-    if work.parked is not None:
-        tokens = min(work.parked.total, BATCH_TOKENS)
-        batch = tokens * 3 * work.intermediate_size * work.itemsize
-        items += [
-            MemoryItem(
-                "parked activations",
-                activation_bytes(work.parked_width, work.itemsize, work.parked),
-                f"{work.parked.total} tokens x {work.parked_width} numbers",
-            ),
-            MemoryItem("running batch", batch, f"{tokens} tokens x 3 intermediates"),
-        ]
-    if work.parked is not None and compares:
-        tokens = min(work.parked.evaluation, BATCH_TOKENS)
-        logits = 2 * tokens * work.vocab_size * work.itemsize
         items.append(
             MemoryItem(
-                "evaluation logits",
-                logits + EVALUATION_CHUNK_BYTES,
-                f"2 streams x {tokens} tokens x vocabulary, and a float32 chunk",
+                "Gram matrix",
+                3 * 4 * work.group_columns**2,
+                "3 float32 matrices: Gram, factor, work",
+                ("solve",),
             )
         )
+    if work.parked is not None:
+        items += _activations(work, work.parked)
     return MemoryEstimate(tuple(items))
+
+
+def _activations(work: Workload, parked: ParkedTokens) -> list[MemoryItem]:
+    """What the suspended forwards hold, and the batch that runs."""
+    number = work.itemsize * work.parked_width
+    items = []
+    if parked.calibration:
+        batch = min(parked.calibration, BATCH_TOKENS)
+        items += [
+            MemoryItem(
+                "parked calibration",
+                parked.calibration * number,
+                f"{parked.calibration} tokens x {work.parked_width} numbers",
+                ("solve", "forward"),
+            ),
+            MemoryItem(
+                "running batch",
+                3 * batch * work.intermediate_size * work.itemsize,
+                f"{batch} tokens x 3 intermediates",
+                ("forward",),
+            ),
+        ]
+    if parked.evaluation:
+        logits = 2 * parked.block * work.vocab_size * work.itemsize
+        items += [
+            MemoryItem(
+                "parked evaluation",
+                2 * parked.evaluation * number,
+                f"2 streams x {parked.evaluation} tokens x {work.parked_width} numbers",
+            ),
+            MemoryItem(
+                "logits",
+                logits + EVALUATION_CHUNK_BYTES,
+                f"2 streams x {parked.block} tokens x vocabulary, and 4 float32 chunks",
+                ("compare",),
+            ),
+        ]
+    return items
