@@ -1,0 +1,34 @@
+"""`bitmill db`: the schema of the service's database."""
+
+from __future__ import annotations
+
+import typer
+
+from cli.exits import Exit
+from cli.output import JsonOption, fail, load_settings, out, print_json
+
+app = typer.Typer(help="The service's database.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """The service's database."""
+
+
+@app.command()
+def upgrade(as_json: JsonOption = False) -> None:
+    """Bring the schema to what this version needs. An embedded server does this by itself."""
+    settings = load_settings(as_json=as_json)
+    from sqlalchemy.exc import SQLAlchemyError
+
+    import migrations
+
+    try:
+        migrations.upgrade(settings.database_url)
+    except SQLAlchemyError as error:
+        message = str(error).splitlines()[0]
+        fail(Exit.FAILED, "database_failed", message, as_json=as_json, hint="Look at BITMILL_DATABASE_URL.")
+    if as_json:
+        print_json({"revision": migrations.head()})
+    else:
+        out().print(f"The database is at schema {migrations.head()}.")

@@ -1,0 +1,70 @@
+"""`bitmill jobs` and `bitmill cancel`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from cli.output import JsonOption, out, print_json
+
+
+def jobs(
+    status: Annotated[
+        str | None,
+        typer.Option(help="queued, running, cancelling, succeeded, failed, cancelled or expired."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List jobs, the newest first."""
+    from cli.connection import server
+
+    with server(as_json=as_json) as client:
+        found: list[dict[str, Any]] = []
+        cursor: str | None = None
+        while len(found) < limit:
+            page = client.jobs(status=status, cursor=cursor, limit=min(limit - len(found), 100))
+            found += page["items"]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                break
+    if as_json:
+        print_json({"jobs": found})
+    elif found:
+        _print_table(found)
+    else:
+        out().print("There are no such jobs." if status else "There are no jobs yet.")
+
+
+def cancel(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")], as_json: JsonOption = False
+) -> None:
+    """Cancel a job. What it has finished stays for a retry."""
+    from cli.connection import server
+
+    with server(as_json=as_json) as client:
+        job = client.cancel(job_id)
+    if as_json:
+        print_json(job)
+    else:
+        out().print(f"{job_id} is {job['status']}.")
+
+
+def _print_table(found: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("job", "status", "layers", "scheme", "method", "model", "created"):
+        table.add_column(heading, justify="right" if heading == "layers" else "left", no_wrap=True)
+    for job in found:
+        table.add_row(
+            job["id"],
+            job["status"],
+            f"{job['layers_done']}/{job['layers_total']}",
+            job["scheme"],
+            job["method"],
+            job["name"] or job["model"],
+            job["created_at"][:19].replace("T", " "),
+        )
+    out().print(table)

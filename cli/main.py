@@ -1,0 +1,31 @@
+"""`bitmill`: the command line. Each command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from cli import check, database, download, jobs, serve, submit
+
+app = typer.Typer(
+    help="Bitmill compresses language models: a server, a worker, and a client of both.",
+    epilog="Exit codes: 0 done, 1 tried and failed, 2 wrong usage, 3 no server answers, 4 refused by it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    serve.serve,
+    serve.worker,
+    submit.submit,
+    jobs.jobs,
+    jobs.cancel,
+    download.download,
+    check.doctor,
+)
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(database.app, name="db")

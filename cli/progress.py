@@ -1,0 +1,158 @@
+"""A job's progress while one waits for it: a live bar on a terminal, a line for each event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+from cli.formats import seconds_text
+
+POLL_SECONDS = 0.4
+Event = dict[str, Any]
+TERMINAL_EVENTS = {"job_succeeded", "job_failed", "job_cancelled", "job_expired"}
+
+
+class View(Protocol):
+    """Shows one job's events as they come. Entered before the first, left after the last."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, event: Event) -> None: ...
+
+
+def view_for(console: Console, layers_total: int) -> View:
+    """The bar where the console is a terminal, lines where it is a file or a pipe."""
+    return Bar(console, layers_total) if console.is_terminal else Lines(console)
+
+
+def follow(
+    read_events: Callable[[int], Iterable[Event]], view: View, poll_seconds: float = POLL_SECONDS
+) -> Event:
+    """Show events until the one that ends the job, and return that.
+
+    read_events(since) gives the events after that seq, in order; none yet is an empty answer.
+    """
+    since = 0
+    with view:
+        while True:
+            for event in read_events(since):
+                since = event["seq"]
+                view.show(event)
+                if event["type"] in TERMINAL_EVENTS:
+                    return event
+            time.sleep(poll_seconds)
+
+
+def sentence(event: Event) -> str | None:
+    """What a line says about an event; None for those that say nothing to the person who waits."""
+    data = event["data"]
+    match event["type"]:
+        case "phase_changed":
+            return str(data["phase"])
+        case "layer_solved":
+            return f"layer {data['layer'] + 1}/{data['layers_total']}{_details(data)}"
+        case "layer_replayed":
+            return f"layer {data['layer'] + 1}/{data['layers_total']}  was finished before"
+        case "warning":
+            return f"warning {data['code']}: {data['message']}"
+        case "attempt_ended" if data["outcome"] != "succeeded":
+            reason = f": {data['message']}" if data.get("message") else ""
+            return f"attempt {event['attempt']} {data['outcome']}{reason}"
+        case "attempt_started" if event["attempt"] > 1:
+            return f"attempt {event['attempt']} goes on"
+    return None
+
+
+def _details(data: dict[str, Any]) -> str:
+    error = data["relative_error"]
+    shown = "" if error is None else f"  relative error {error:.2e}"
+    return f"{shown}  {seconds_text(data['eta_seconds'])} left"
+
+
+class Silent:
+    """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        pass
+
+
+class Lines:
+    """One line for an event."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        line = sentence(event)
+        if line is not None:
+            self._console.print(line, markup=False)
+
+
+class Bar:
+    """A bar of layers with the phase, the current relative error and the time that is left."""
+
+    def __init__(self, console: Console, layers_total: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn("{task.completed}/{task.total} layers"),
+            TextColumn("{task.fields[details]}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("queued", total=layers_total, details="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        data = event["data"]
+        match event["type"]:
+            case "phase_changed":
+                self._progress.update(self._task, description=data["phase"], details="")
+            case "layer_solved":
+                self._layer(data, _details(data))
+            case "layer_replayed":
+                self._layer(data, "  was finished before")
+            case _:
+                line = sentence(event)
+                if line is not None:
+                    self._console.print(line, markup=False)
+
+    def _layer(self, data: dict[str, Any], details: str) -> None:
+        self._progress.update(
+            self._task, completed=data["layer"] + 1, total=data["layers_total"], details=details
+        )

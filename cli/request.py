@@ -1,0 +1,118 @@
+"""From command-line options to the body of POST /v1/jobs. The server judges the values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class BadOptions(Exception):
+    """Options that contradict each other or a file that is not what its option takes."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What `bitmill submit` takes. None: not given, the server's default."""
+
+    model: str
+    dataset: str | None = None
+    text_column: str | None = None
+    messages_column: str | None = None
+    scheme: str | None = None
+    method: str | None = None
+    observer: str | None = None
+    group_size: str | None = None
+    targets: list[str] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
+    recipe: Path | None = None
+    num_calibration_samples: int | None = None
+    max_seq_length: int | None = None
+    packing: bool | None = None
+    seed: int | None = None
+    evaluation: bool = True
+    num_evaluation_samples: int | None = None
+    max_perplexity_ratio: float | None = None
+    device_class: str | None = None
+    priority: int | None = None
+    name: str | None = None
+    labels: list[str] = field(default_factory=list)
+    max_runtime_seconds: int | None = None
+    max_queue_seconds: int | None = None
+
+
+def body(options: JobOptions) -> dict[str, Any]:
+    """The JSON body, with only what was given.
+
+    Raises:
+        BadOptions: nothing was sent.
+    """
+    return _given(
+        model=_server_path(options.model),
+        dataset=_dataset(options),
+        scheme=options.scheme,
+        method=options.method,
+        observer=options.observer,
+        group_size=_group_size(options.group_size),
+        targets=options.targets or None,
+        ignore=options.ignore or None,
+        recipe=None if options.recipe is None else _recipe(options.recipe),
+        calibration=_given(
+            num_calibration_samples=options.num_calibration_samples,
+            max_seq_length=options.max_seq_length,
+            packing=options.packing,
+            seed=options.seed,
+        ),
+        evaluation=_given(
+            enabled=None if options.evaluation else False, num_samples=options.num_evaluation_samples
+        ),
+        quality_gate=_given(max_perplexity_ratio=options.max_perplexity_ratio),
+        resources=_given(device_class=options.device_class),
+        priority=options.priority,
+        name=options.name,
+        labels=dict(_label(text) for text in options.labels),
+        max_runtime_seconds=options.max_runtime_seconds,
+        max_queue_seconds=options.max_queue_seconds,
+    )
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None and value != {}}
+
+
+def _server_path(text: str) -> str:
+    """A path that exists here is sent whole: the server has another working directory."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() else text
+
+
+def _dataset(options: JobOptions) -> dict[str, Any] | None:
+    columns = _given(text_column=options.text_column, messages_column=options.messages_column)
+    if options.dataset is None:
+        if columns:
+            raise BadOptions("--text-column and --messages-column describe a --dataset, and none is given.")
+        return None
+    return {"path": _server_path(options.dataset), **columns}
+
+
+def _group_size(text: str | None) -> int | str | None:
+    """A number, or the word that the server is to judge."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _recipe(path: Path) -> Any:
+    """A recipe file: YAML, of which JSON is a part."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadOptions(f"--recipe {path}: {error}") from error
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise BadOptions(f"--label {json.dumps(text)} is not NAME=VALUE.")
+    return name, value

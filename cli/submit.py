@@ -1,0 +1,168 @@
+"""`bitmill submit`: send a job, and with --wait see it through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.exits import Exit
+from cli.output import JsonOption, err, fail, out, print_json
+from cli.request import BadOptions, JobOptions, body
+
+if TYPE_CHECKING:
+    from api.client import Client
+
+_What = {"rich_help_panel": "What"}
+_How = {"rich_help_panel": "How"}
+_Data = {"rich_help_panel": "Data and evaluation"}
+_Run = {"rich_help_panel": "The job"}
+
+
+def submit(
+    model: Annotated[str, typer.Argument(help="Folder of the model, below one of the server's local roots.")],
+    scheme: Annotated[
+        str | None, typer.Option(help="W4A16, W4A16_ASYM, W8A8 or FP8_DYNAMIC.", **_What)
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration text: a .jsonl or .txt file.", **_What)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="gptq or rtn. By default gptq for int weights with a dataset.", **_How)
+    ] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="How scales are found: minmax, mse, imatrix or gram.", **_How)
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Columns that share a scale, or auto.", metavar="N|auto", **_How)
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Modules to compress; can be repeated.", **_How)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Modules to leave as they are; can be repeated.", **_How)
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Field with the text.", **_Data)] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Field with chat messages.", **_Data)] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(help="512 unless given.", **_Data)] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens; 2048 unless given.", **_Data)] = None,
+    packing: Annotated[
+        bool | None, typer.Option(help="Fill samples with several documents, or not.", **_Data)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which documents, in which order.", **_Data)] = None,
+    evaluation: Annotated[bool, typer.Option(help="Measure perplexity on held-out text.", **_Data)] = True,
+    num_evaluation_samples: Annotated[int | None, typer.Option(help="Held-out samples.", **_Data)] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Fail the job if perplexity rises by more than this factor.", **_Data)
+    ] = None,
+    device_class: Annotated[str | None, typer.Option(help="any, cpu or cuda.", **_Run)] = None,
+    priority: Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.", **_Run)] = None,
+    name: Annotated[str | None, typer.Option(help="A name for people.", **_Run)] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", **_Run)] = None,
+    max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
+    max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same key with the same options gives the same job.", **_Run)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress, and end when the job ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit a compression job.
+
+    With --wait the exit code is 0 only if the job succeeded. Ctrl-C ends the waiting, not the job.
+    """
+    options = JobOptions(
+        model=model,
+        dataset=dataset,
+        text_column=text_column,
+        messages_column=messages_column,
+        scheme=scheme,
+        method=method,
+        observer=observer,
+        group_size=group_size,
+        targets=target or [],
+        ignore=ignore or [],
+        recipe=recipe,
+        num_calibration_samples=num_calibration_samples,
+        max_seq_length=max_seq_length,
+        packing=packing,
+        seed=seed,
+        evaluation=evaluation,
+        num_evaluation_samples=num_evaluation_samples,
+        max_perplexity_ratio=max_perplexity_ratio,
+        device_class=device_class,
+        priority=priority,
+        name=name,
+        labels=label or [],
+        max_runtime_seconds=max_runtime_seconds,
+        max_queue_seconds=max_queue_seconds,
+    )
+    try:
+        request = body(options)
+    except BadOptions as error:
+        fail(Exit.USAGE, "bad_options", str(error), as_json=as_json)
+
+    from cli.connection import server
+
+    with server(as_json=as_json) as client:
+        job = client.submit(request, idempotency_key=idempotency_key)
+        if not wait:
+            _print_submitted(job, as_json=as_json)
+            return
+        ended, report = wait_for(client, job, quiet=as_json)
+        _print_outcome(ended, report, as_json=as_json)
+
+
+def wait_for(
+    client: Client, job: dict[str, Any], *, quiet: bool
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Follow a submitted job to its end, with progress on stderr. Returns it as it ended, and its report."""
+    from cli.progress import Silent, follow, view_for
+
+    view = Silent() if quiet else view_for(err(), job["layers_total"])
+    try:
+        follow(lambda since: client.events(job["id"], since=since)["items"], view)
+    except KeyboardInterrupt:
+        hint = f"Cancel it with: bitmill cancel {job['id']}"
+        fail(Exit.INTERRUPTED, "interrupted", f"{job['id']} goes on.", as_json=quiet, hint=hint)
+    ended = client.job(job["id"])
+    return ended, client.report(job["id"]) if ended["status"] == "succeeded" else None
+
+
+def _print_submitted(job: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    else:
+        out().print(f"{job['id']} is {job['status']}.")
+
+
+def _print_outcome(job: dict[str, Any], report: dict[str, Any] | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"job": job, "report": report})
+    elif report is not None:
+        print_result(job, report)
+    if report is None:
+        if not as_json:
+            err().print(failure(job), markup=False)
+        raise typer.Exit(Exit.FAILED)
+
+
+def failure(job: dict[str, Any]) -> str:
+    """Why a job did not succeed, as a sentence."""
+    error = job["error"]
+    return f"{job['id']} {job['status']}" + (f": {error['code']}: {error['message']}" if error else "")
+
+
+def print_result(job: dict[str, Any], report: dict[str, Any]) -> None:
+    """The table of a succeeded job, where its checkpoint is, and how to serve it."""
+    from cli.summary import table
+
+    folder = f"{Path(job['model']).name}-{job['scheme']}"
+    out().print(table(job, report))
+    out().print("The checkpoint is in the server's store. Fetch and serve it with:")
+    out().print(f"  bitmill download {job['id']} --output-dir {folder}", markup=False)
+    out().print(f"  vllm serve {folder}", markup=False)
