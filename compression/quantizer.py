@@ -44,6 +44,11 @@ class QuantizationParams(NamedTuple):
             zero_point = torch.where(condition, other.zero_point, zero_point)
         return QuantizationParams(torch.where(condition, other.scale, self.scale), zero_point)
 
+    def gather(self, index: Tensor) -> QuantizationParams:
+        """From parameters [tries, rows], those of try index [1, rows]: [rows]."""
+        zero_point = None if self.zero_point is None else self.zero_point.gather(0, index)[0]
+        return QuantizationParams(self.scale.gather(0, index)[0], zero_point)
+
     def rows(self, start: int, stop: int) -> QuantizationParams:
         """The parameters of output rows start to stop."""
         zero_point = None if self.zero_point is None else self.zero_point[start:stop]
@@ -222,19 +227,30 @@ def _search_group(
 
     def best_of(shrinks: Tensor) -> _Found:
         """Of the shrinks [tries, rows], the best for each row."""
-        scale, zero_point = _params_of_range(low * shrinks, high * shrinks, args, scale_dtype)
-        exact = scale.float()
-        shifts = [None] * len(exact) if zero_point is None else zero_point.float().unbind()
-        costs = torch.stack([cost_of(*params) for params in zip(exact.unbind(), shifts, strict=True)])
-        costs *= (exact / unit).square_()  # in units of the min-max scale: finite for huge and tiny weights
+        params = _params_of_range(low * shrinks, high * shrinks, args, scale_dtype)
+        scales = params.scale.float()
+        shifts = [None] * len(shrinks) if params.zero_point is None else params.zero_point.float().unbind()
+        costs = torch.stack([cost_of(*pair) for pair in zip(scales.unbind(), shifts, strict=True)])
+        costs *= (scales / unit).square_()  # relative to the min-max scale: finite for huge and tiny weights
         least, index = costs.min(dim=0, keepdim=True)
-        picked = [None if t is None else t.gather(0, index)[0] for t in (shrinks, scale, zero_point)]
-        return _Found(least[0], *picked)
+        return _Found(least[0], shrinks.gather(0, index)[0], params.gather(index))
 
     coarse = torch.tensor((1.0, *_COARSE_SHRINKS), device=weights.device)
     best = best_of(coarse.unsqueeze(1).expand(-1, weights.shape[1]))
     for step in _FINE_STEPS:
         found = best_of(torch.stack((best.shrink - step, best.shrink + step)))
         better = found.cost < best.cost
-        best = _Found(*(None if t is None else torch.where(better, f, t) for f, t in zip(found, best)))
-    return QuantizationParams(best.scale, best.zero_point)
+        best = _Found(
+            torch.where(better, found.cost, best.cost),
+            torch.where(better, found.shrink, best.shrink),
+            best.params.where(better, found.params),
+        )
+    return best.params
+
+
+class _Found(NamedTuple):
+    """A group's best parameters so far, [rows] each: their cost and the shrink that gave them."""
+
+    cost: Tensor
+    shrink: Tensor
+    params: QuantizationParams

@@ -1,12 +1,20 @@
 """GPTQ: second-order rounding with error feedback (Frantar et al., 2022, arXiv:2210.17323, algorithm 1).
 
-Columns are rounded one after the other; the error of each is spread over the columns not yet rounded, by
-the upper Cholesky factor U of the inverse Gram matrix (H^-1 = U^T U). The weight is held transposed,
-[in, out], so that a column is contiguous, and the spreading is done at two levels:
+Columns are rounded one after the other, each after the errors of those before it have been fed back. With
+H = L L^T the Gram matrix, d = w - w' one row's errors, and the columns laid out last first,
 
-    ┌──────────── block (128 columns) ───────────┐
-    │ sub-block (16) │ rest of the block         │ columns after the block
-    │ q e q e q e .. │ <- 16 errors, one product │ <- 128 errors, one product
+    d H d^T = |d L|^2 = sum_j L_jj^2 (d_j + sum_{i > j} d_i L_ij / L_jj)^2,
+
+so the walk goes from the last column to the first, and rounds w_j + sum_{i > j} d_i L_ij / L_jj. That is
+algorithm 1 without its matrix inverse (Chen et al., 2025, arXiv:2507.18553: GPTQ is Babai's nearest plane
+algorithm); its U, with H^-1 = U^T U, holds the same numbers, at the price of inverting L.
+
+The weight is held transposed, [in, out], so that a column is contiguous, and feedback comes at three levels:
+
+    ┌─ block (128 columns) ───────┐
+    │      ┌─ sub-block (16) ─┐   │
+    │      │ <- one column    │ <-│ <- the columns after the sub-block, then after the block: one product each
+    └──────┴──────────────────┴───┘
 """
 
 from __future__ import annotations
@@ -53,47 +61,40 @@ def gptq(
     Raises:
         NumericalError: `singular_gram`, no dampening up to 1.0 makes the Gram matrix positive definite.
     """
-    columns = weight.t().float().contiguous()
     gram = gram_matrix.float()
-    dead = gram.diagonal() == 0
-    order = torch.arange(gram.shape[0], device=gram.device)
+    diagonal = gram.diagonal()
     if actorder == "static":
-        order = gram.diagonal().argsort(descending=True, stable=True)
-    dead = dead[order]
-    columns = columns[order]  # a copy, which the walk overwrites
+        order = diagonal.argsort(stable=True)
+    else:
+        order = torch.arange(len(diagonal) - 1, -1, -1, device=gram.device)
+    dead = diagonal[order] == 0
+    columns = weight.t().float().contiguous().index_select(0, order)
     columns[dead] = 0.0
-    factor, worked = inverse_factor(gram[order][:, order], dampening_frac)
-    walked = _walk(columns, factor, params, args, order.tolist(), block_size)
-    codes = torch.empty_like(walked)
-    codes[order] = walked
-    result = QuantizedWeight(codes.t().contiguous(), params, args)
-    return GPTQResult(result, worked, int(dead.sum()))
+    factor, worked = dampened_cholesky(gram.index_select(0, order).index_select(1, order), dampening_frac)
+    codes = torch.empty(columns.shape, dtype=code_dtype(args), device=columns.device)
+    codes[order] = _walk(columns, factor, params, args, order.tolist(), block_size)
+    return GPTQResult(QuantizedWeight(codes.t().contiguous(), params, args), worked, int(dead.sum()))
 
 
-def inverse_factor(gram: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
-    """Upper U [n, n] with (gram + d I)^-1 = U^T U, and the dampening fraction that worked.
+def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
+    """Lower L [n, n] with gram + d I = L L^T, and the dampening fraction that worked; `gram` is overwritten.
 
-    d = fraction * mean of the non-zero diagonal entries. A zero entry (a dead column) becomes 1 first. The
-    fraction grows tenfold, up to 1.0, as long as the Cholesky factorization fails. One factorization of the
-    reversed matrix is enough: with J the reversal, J H J = L L^T gives U = J L^-1 J.
+    d = fraction * mean of the non-zero diagonal entries; a zero entry (a dead column) counts as 1. The
+    fraction grows tenfold, up to 1.0, for as long as the factorization fails.
 
     Raises:
         NumericalError: `singular_gram`.
     """
-    diagonal = gram.diagonal()
-    dead = diagonal == 0
-    mean = diagonal.sum() / (~dead).sum().clamp(min=1)
-    reversed_gram = gram.flip(0, 1)
-    reversed_gram.diagonal()[dead.flip(0)] = 1.0
+    diagonal = gram.diagonal().clone()
+    live = diagonal != 0
+    mean = diagonal.sum() / live.sum().clamp(min=1)
+    diagonal.masked_fill_(~live, 1.0)
     fraction = dampening_frac
     while True:
-        damped = reversed_gram.clone()
-        damped.diagonal().add_(fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(0, 1), fraction
+        gram.diagonal().copy_(diagonal + fraction * mean)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            return factor, fraction
         if fraction >= _MAX_DAMPENING:
             raise NumericalError(
                 "singular_gram",
@@ -111,39 +112,41 @@ def _walk(
     order: list[int],
     block_size: int,
 ) -> Tensor:
-    """Codes [in, out] of `columns` [in, out], which it overwrites; row i of both is column order[i] on disk.
+    """Codes [in, out] of `columns` [in, out], whose rows become their errors; row i is order[i] on disk.
 
-    Errors are kept undivided by U_ii, and the rows of U divided instead: one operation less a column.
+    `factor` is overwritten too, by the shares L_ij / L_jj.
     """
     n, out = columns.shape
-    spread = factor / factor.diagonal().unsqueeze(1)
-    group_size = args.group_size or n
-    groups = [column // group_size for column in order]
+    shares = factor.div_(factor.diagonal().clone())
+    groups = [column // (args.group_size or n) for column in order]
     scales = params.scale.t().float().contiguous().unbind()
     zero_points = None if params.zero_point is None else params.zero_point.t().float().contiguous().unbind()
 
     codes = torch.empty(n, out, dtype=code_dtype(args), device=columns.device)
-    errors = columns.new_zeros(min(block_size, n), out)
+    targets = columns.new_empty(min(block_size, n), out)
     code = columns.new_empty(out)
-    for start in range(0, n, block_size):
-        stop = min(start + block_size, n)
-        for sub_start in range(start, stop, _SUB_BLOCK):
-            sub_stop = min(sub_start + _SUB_BLOCK, stop)
-            sub_errors = errors[sub_start - start : sub_stop - start]
-            received = sub_errors.t()
-            # shares of the sub-block's earlier errors, zero for later ones, so that every product has one shape
-            shares = spread[sub_start:sub_stop, sub_start:sub_stop].triu(1).t().contiguous()
-            for column, share, error, stored, group in zip(
-                columns[sub_start:sub_stop].unbind(),
-                shares.unbind(),
-                sub_errors.unbind(),
-                codes[sub_start:sub_stop].unbind(),
-                groups[sub_start:sub_stop],
+    for stop in range(n, 0, -block_size):
+        start = max(0, stop - block_size)
+        block = targets[: stop - start]
+        torch.addmm(columns[start:stop], shares[stop:, start:stop].t(), columns[stop:], out=block)
+        for sub_stop in range(stop, start, -_SUB_BLOCK):
+            sub_start = max(start, sub_stop - _SUB_BLOCK)
+            sub_block = block[sub_start - start : sub_stop - start]
+            sub_block.addmm_(shares[sub_stop:stop, sub_start:sub_stop].t(), columns[sub_stop:stop])
+            errors = columns[sub_start:sub_stop]
+            received = errors.t()
+            # the shares of columns that are not rounded yet are zeros: every product has the same shape
+            inner = shares[sub_start:sub_stop, sub_start:sub_stop].tril(-1).t().contiguous()
+            for target, share, error, stored, group in zip(
+                reversed(sub_block.unbind()),
+                reversed(inner.unbind()),
+                reversed(errors.unbind()),
+                reversed(codes[sub_start:sub_stop].unbind()),
+                reversed(groups[sub_start:sub_stop]),
                 strict=True,
             ):
                 scale = scales[group]
-                column.addmv_(received, share, alpha=-1)
-                torch.div(column, scale, out=code)
+                torch.div(target.addmv_(received, share), scale, out=code)
                 if zero_points is None:
                     round_to_grid(code, args, out=code)
                     stored.copy_(code)
@@ -151,7 +154,5 @@ def _walk(
                     round_to_grid(code.add_(zero_points[group]), args, out=code)
                     stored.copy_(code)
                     code.sub_(zero_points[group])
-                torch.addcmul(column, code, scale, value=-1, out=error)
-            columns[sub_stop:stop].addmm_(spread[sub_start:sub_stop, sub_stop:stop].t(), sub_errors, alpha=-1)
-        columns[stop:].addmm_(spread[start:stop, stop:].t(), errors[: stop - start], alpha=-1)
+                error.addcmul_(code, scale, value=-1)
     return codes
