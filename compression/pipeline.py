@@ -74,7 +74,9 @@ def compress(
             plan.checkpoint, device=arithmetic.device, compute_dtype=DTYPES[arithmetic.compute_dtype]
         )
         check_against_model(plan, model)
-        blocks = None if dataset is None else load_blocks(dataset, plan.source, calibration, evaluation)
+        blocks = None
+        if dataset is not None:
+            blocks = load_blocks(dataset, plan.source, calibration, evaluation, calibrate=plan.calibrates)
 
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []

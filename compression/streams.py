@@ -23,6 +23,10 @@ from compression.planning import LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 
 
+_LOGITS_IN_A_BATCH = 1 << 25
+"""Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Linears that read one tensor, and that tensor in every batch: [batch, seq, in]; none without data."""
@@ -55,12 +59,13 @@ class Streams:
             m.name: m.scheme.input_activations for m in modules if m.scheme and m.scheme.input_activations
         }
         forwards = Forwards(model, {m.name: m.group for m in modules}, activations)
-        if plan.recipe.needs_data:
+        if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
             self._calibration = forwards.stream(batches, quantize_activations=False)
         if blocks.evaluation:
             self._split = blocks.split
-            batches = make_batches(blocks.evaluation, batch_tokens=1)  # one at a time: logits are large
+            vocabulary = model.module.config.get_text_config().vocab_size
+            batches = make_batches(blocks.evaluation, _LOGITS_IN_A_BATCH // vocabulary)
             self._original = forwards.stream(batches, quantize_activations=False)
             self._compressed = forwards.stream(batches, quantize_activations=True)
 

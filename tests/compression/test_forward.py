@@ -77,7 +77,9 @@ def test_shared_inputs_of_the_empty_model_are_those_of_the_plan(model_type: str,
     model = StreamedModel(read_checkpoint(folder), device="cpu", compute_dtype=torch.float32)
     found = {frozenset(group) for group in model.shared_input_groups()}
     modules = [m for layer in planned(folder).layers for m in layer.modules]
-    expected = {frozenset(m.name for m in modules if m.group == group) for group in {m.group for m in modules}}
+    expected = {
+        frozenset(m.name for m in modules if m.group == group) for group in {m.group for m in modules}
+    }
     assert found == expected | {frozenset({"lm_head"})}
     assert len(expected) == 2 * 4
     assert all(parameter.is_meta for parameter in model.module.parameters())
