@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from compression.errors import PlanError, Problem
 
@@ -121,10 +122,8 @@ class ProblemDetails(BaseModel):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` for those statuses."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     return {
-        status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase, "content": content}
-        for status in statuses
+        status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase} for status in statuses
     }
 
 
@@ -221,10 +220,24 @@ def pointer_to(path: Sequence[str | int], body: Any, error_type: str) -> str:
     return pointer
 
 
-def _on_http_error(_request: Request, error: Exception) -> JSONResponse:
+def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "http_error")
-    return problem_response(error.status_code, code, str(error.detail), headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return problem_response(error.status_code, code, str(error.detail), headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """All methods of the path, of which each may have a route of its own."""
+    tried = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    return {
+        method
+        for method in tried
+        for route in request.app.routes
+        if route.matches({**request.scope, "method": method})[0] == Match.FULL
+    }
 
 
 def _on_database_error(_request: Request, error: Exception) -> JSONResponse:

@@ -56,6 +56,7 @@ def configure_logging(settings: Settings) -> None:
             ],
         )
     )
+    logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # warns that memory:// names no host
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
