@@ -1,0 +1,188 @@
+"""One `bitmill serve` and what can happen to a job: it succeeds, dies, is stopped, is hopeless."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.integration.conftest import LAYERS
+from tests.integration.service import Process, Service, eventually, free_port
+
+Body = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("embedded"), inputs)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(service: Service, deep: Body) -> str:
+    """A job that nothing disturbed."""
+    job_id = service.submit(**deep)
+    assert service.wait(job_id)["status"] == "succeeded"
+    return job_id
+
+
+def assert_resumed(service: Service, job_id: str, uninterrupted: str) -> None:
+    """The last attempt replayed what the first had finished, to the bytes of an undisturbed run."""
+    assert service.job(job_id)["status"] == "succeeded"
+    replayed = service.layers(job_id, "layer_replayed")
+    assert len(replayed) >= 3
+    assert replayed == list(range(len(replayed)))
+    assert service.layers(job_id, "layer_solved") == list(range(LAYERS))
+    assert service.weights(job_id) == service.weights(uninterrupted)
+
+
+def test_a_job_goes_from_submission_to_verified_files(service: Service, uninterrupted: str) -> None:
+    job = service.job(uninterrupted)
+    types = [event["type"] for event in service.events(uninterrupted)]
+    phases = [e["data"]["phase"] for e in service.events(uninterrupted) if e["type"] == "phase_changed"]
+    assert (types[0], types[1], types[-2:]) == (
+        "job_queued",
+        "attempt_started",
+        ["attempt_ended", "job_succeeded"],
+    )
+    assert phases == ["fetch", "plan", "compress", "verify", "upload"]
+    assert service.layers(uninterrupted, "layer_solved") == list(range(LAYERS))
+    assert [attempt["outcome"] for attempt in job["attempts"]] == ["succeeded"]
+    assert job["attempts"][0]["peak_host_bytes"] > 100 << 20
+
+    digests = service.download(uninterrupted)
+    assert {"config.json", "recipe.yaml", "README.md", "bitmill.json"} <= digests.keys()
+    assert sum(name.endswith(".safetensors") for name in digests) > LAYERS
+    report = service.get(f"/v1/jobs/{uninterrupted}/report")
+    assert report["evaluation"]["perplexity_compressed"] > 0
+    assert len(report["modules"]) == 7 * LAYERS
+    assert service.scratch() == []
+
+
+def test_a_killed_engine_is_replaced_and_nothing_is_solved_twice(
+    service: Service, deep: Body, uninterrupted: str
+) -> None:
+    job_id = service.submit(**deep)
+    service.wait_for_layers(job_id, 3)
+    os.kill(service.engine(), signal.SIGKILL)
+    service.wait(job_id)
+    assert service.outcomes(job_id) == ["crashed", "succeeded"]
+    assert service.job(job_id)["attempts"][0]["exit_signal"] == signal.SIGKILL
+    assert_resumed(service, job_id, uninterrupted)
+
+
+def test_a_killed_server_leaves_no_engine_and_goes_on_after_its_start(
+    service: Service, deep: Body, uninterrupted: str
+) -> None:
+    job_id = service.submit(**deep)
+    service.wait_for_layers(job_id, 3)
+    engine = service.engine()
+    assert service.serve is not None
+    service.serve.kill()
+    eventually(lambda: engine not in service.engines(), 5, "the engine outlived its server by 5 seconds")
+    assert service.scratch() != []
+
+    service.start()
+    service.wait(job_id)
+    assert service.outcomes(job_id) == ["preempted", "succeeded"]
+    assert_resumed(service, job_id, uninterrupted)
+    assert service.scratch() == []
+
+
+def test_a_stopped_server_gives_the_job_back_and_goes_on_after_its_start(
+    service: Service, deep: Body, uninterrupted: str
+) -> None:
+    job_id = service.submit(**deep)
+    service.wait_for_layers(job_id, 3)
+    assert service.serve is not None
+    assert service.serve.stop() == 0
+    assert service.engines() == []
+    assert service.scratch() == []
+
+    service.start()
+    service.wait(job_id)
+    assert service.outcomes(job_id) == ["preempted", "succeeded"]
+    assert_resumed(service, job_id, uninterrupted)
+
+
+def test_a_cancel_takes_effect_within_5_seconds_and_a_retry_resumes(
+    service: Service, deep: Body, uninterrupted: str
+) -> None:
+    job_id = service.submit(**deep)
+    service.wait_for_layers(job_id, 3)
+    service.post(f"/v1/jobs/{job_id}/cancel")
+    assert service.wait(job_id, seconds=5)["status"] == "cancelled"
+    assert service.engines() == []
+    assert service.status_of(f"/v1/jobs/{job_id}/artifacts") == 404
+
+    service.post(f"/v1/jobs/{job_id}/retry")
+    service.wait(job_id)
+    assert service.outcomes(job_id) == ["cancelled", "succeeded"]
+    assert_resumed(service, job_id, uninterrupted)
+
+
+def test_max_runtime_seconds_ends_a_job(service: Service, deep: Body) -> None:
+    job = service.wait(service.submit(**deep, max_runtime_seconds=1))
+    assert (job["status"], job["error"]["code"]) == ("failed", "max_runtime_seconds")
+    assert [attempt["outcome"] for attempt in job["attempts"]] == ["timed_out"]
+    assert service.engines() == []
+
+
+def test_a_missed_quality_gate_keeps_the_report_and_publishes_nothing(
+    service: Service, deep: Body, inputs: Path
+) -> None:
+    body = {**deep, "model": str(inputs / "small"), "quality_gate": {"max_perplexity_ratio": 0.5}}
+    job_id = service.submit(**body)
+    job = service.wait(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "quality_gate_failed")
+    assert service.get(f"/v1/jobs/{job_id}/report")["evaluation"]["perplexity_ratio"] > 0.5
+    assert service.status_of(f"/v1/jobs/{job_id}/artifacts") == 404
+
+
+def test_nan_weights_fail_by_name_and_the_next_job_is_unharmed(
+    service: Service, small: Body, inputs: Path
+) -> None:
+    broken = inputs / "broken"
+    broken.mkdir()
+    for path in (inputs / "small").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+
+    first = service.submit(**{**small, "model": str(broken)})
+    second = service.submit(**small)
+    failed = service.wait(first)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "non_finite_weights")
+    assert "model.layers.1.mlp.up_proj" in failed["error"]["message"]
+    assert service.outcomes(first) == ["failed"]
+    assert service.wait(second)["status"] == "succeeded"
+    assert service.scratch() == []
+
+
+def test_a_full_disk_fails_the_job_with_its_code(service: Service, small: Body) -> None:
+    job_id = service.submit(**small)
+    resource.prlimit(service.engine(), resource.RLIMIT_FSIZE, (16 << 10, 16 << 10))
+    job = service.wait(job_id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "disk_full")
+    assert service.scratch() == []
+    service.post(f"/v1/jobs/{job_id}/retry")
+    assert service.wait(job_id)["status"] == "succeeded"
+
+
+def test_a_second_server_on_the_same_data_folder_is_refused(service: Service) -> None:
+    second = Process("serve", service.folder, {**service.settings, "PORT": str(free_port())})
+    eventually(lambda: not second.is_running(), 30, "the second server runs")
+    assert "Another `bitmill serve` uses" in second.log.read_text()
+    assert service.status_of("/readyz") == 200
