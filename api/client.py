@@ -22,8 +22,8 @@ Json = dict[str, Any]
 
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_DOWNLOAD_TRIES = 5
-_CHUNK_BYTES = 1 << 20
+_TRIES_WITHOUT_PROGRESS = 5
+_PAUSE_SECONDS = 0.2
 
 
 class ApiError(Exception):
@@ -156,10 +156,11 @@ class Client:
 
     def _fetch(self, url: str, path: Path, size: int, etag: str) -> None:
         """Append what is missing; a connection that breaks is taken up where it broke."""
-        tries = 0
+        tries, had = 0, -1
         path.touch()
         while (have := path.stat().st_size) < size:
-            tries += 1
+            tries = 1 if have > had else tries + 1
+            had = have
             headers = {"Accept-Encoding": "identity"}
             if have:
                 headers |= {"Range": f"bytes={have}-", "If-Range": etag}
@@ -169,11 +170,12 @@ class Client:
                         response.read()
                         raise _error(response)
                     with path.open("ab" if response.status_code == 206 else "wb") as file:
-                        for chunk in response.iter_bytes(_CHUNK_BYTES):
+                        for chunk in response.iter_bytes():
                             file.write(chunk)
             except httpx.TransportError:
-                if tries == _DOWNLOAD_TRIES:
+                if tries == _TRIES_WITHOUT_PROGRESS:
                     raise
+                time.sleep(_PAUSE_SECONDS * tries)
 
     def _json(self, method: str, url: str, **options: Any) -> Json:
         response = self._http.request(method, url, **options)

@@ -1,0 +1,277 @@
+"""Downloads over HTTP, and the client that resumes and checks them. A real server on a real port."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from api.artifacts.store import Store, artifact_key, open_store
+from api.client import ApiError, Client, DigestMismatch
+from api.jobs import leases
+from api.jobs.leases import WorkerIdentity
+from api.main import create_app
+from tests.api.conftest import Server
+
+CONTENT = {
+    "model-00001-of-00001.safetensors": bytes(range(256)) * 12_000,  # three chunks
+    "config.json": b"{}",
+    "sub folder/ünï.txt": b"text",
+    "empty": b"",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A succeeded job with files, behind a server on a port."""
+
+    url: str
+    key: str
+    job_id: str
+    token: int
+    store: Store
+
+    def path(self, name: str) -> str:
+        return f"{self.url}/v1/jobs/{self.job_id}/artifacts/{name}"
+
+    def get(self, name: str, **headers: str) -> httpx.Response:
+        headers["Authorization"] = f"Bearer {self.key}"
+        return httpx.get(self.path(name), headers=headers, trust_env=False)
+
+
+def publish(server: Server, tmp_path: Path) -> tuple[str, int]:
+    """What a worker does at the end of a job."""
+    job_id = server.submit()["id"]
+    store = open_store(server.settings.store_url)
+    with server.database.write() as session:
+        claimed = leases.claim(session, WorkerIdentity("w", "cpu", 1 << 40, 0), 90)
+    assert claimed is not None
+    lease, _ = claimed
+    files = []
+    for name, content in CONTENT.items():
+        file = tmp_path / "out"
+        file.write_bytes(content)
+        store.put(artifact_key(job_id, lease.token, name), file)
+        file.unlink()
+        files.append({"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"job": job_id, "files": files}))
+    key = artifact_key(job_id, lease.token, "manifest.json")
+    store.put(key, manifest)
+    with server.database.write() as session:
+        leases.succeed(session, lease, {}, key)
+    return job_id, lease.token
+
+
+@pytest.fixture
+def published(server: Server, tmp_path: Path) -> Iterator[Published]:
+    job_id, token = publish(server, tmp_path)
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(create_app(server.settings), port=0, log_config=None, ws="none")
+    )
+    thread = threading.Thread(target=uvicorn_server.run)
+    thread.start()
+    while not uvicorn_server.started:
+        time.sleep(0.01)
+    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+    key = server.http.headers["Authorization"].removeprefix("Bearer ")
+    yield Published(f"http://127.0.0.1:{port}", key, job_id, token, open_store(server.settings.store_url))
+    uvicorn_server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(published: Published) -> Iterator[Client]:
+    with Client(published.url, published.key) as client:
+        yield client
+
+
+BIG = "model-00001-of-00001.safetensors"
+
+
+class TestDownloads:
+    def test_whole_files_with_their_digest(self, published: Published) -> None:
+        for name, content in CONTENT.items():
+            answer = published.get(name)
+            digest = hashlib.sha256(content)
+            assert (answer.status_code, answer.content) == (200, content), name
+            assert answer.headers["ETag"] == f'"{digest.hexdigest()}"'
+            expected = base64.b64encode(digest.digest()).decode()
+            assert answer.headers["Repr-Digest"] == f"sha-256=:{expected}:"
+            assert answer.headers["Content-Length"] == str(len(content))
+            assert answer.headers["Accept-Ranges"] == "bytes"
+
+    def test_a_part(self, published: Published) -> None:
+        answer = published.get(BIG, Range="bytes=1000000-2500000")
+        assert answer.status_code == 206
+        assert answer.content == CONTENT[BIG][1_000_000:2_500_001]
+        assert answer.headers["Content-Range"] == f"bytes 1000000-2500000/{len(CONTENT[BIG])}"
+
+    def test_beyond_the_end(self, published: Published) -> None:
+        answer = published.get("config.json", Range="bytes=2-")
+        assert (answer.status_code, answer.json()["code"]) == (416, "range_not_satisfiable")
+        assert answer.headers["Content-Range"] == "bytes */2"
+
+    def test_if_range(self, published: Published) -> None:
+        etag = published.get("config.json").headers["ETag"]
+        part = published.get("config.json", **{"Range": "bytes=1-", "If-Range": etag})
+        assert (part.status_code, part.content) == (206, b"}")
+        other = published.get("config.json", **{"Range": "bytes=1-", "If-Range": '"other"'})
+        assert (other.status_code, other.content) == (200, b"{}")
+
+    def test_not_modified(self, published: Published) -> None:
+        etag = published.get("config.json").headers["ETag"]
+        answer = published.get("config.json", **{"If-None-Match": f'"x", {etag}'})
+        assert (answer.status_code, answer.content) == (304, b"")
+
+    def test_head(self, published: Published) -> None:
+        headers = {"Authorization": f"Bearer {published.key}"}
+        answer = httpx.head(published.path(BIG), headers=headers, trust_env=False)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["Content-Length"] == str(len(CONTENT[BIG]))
+
+    @pytest.mark.parametrize(
+        "name", ["manifest.json", "nothing", "%2e%2e/%2e%2e/bitmill.db", "sub%20folder", "a%00"]
+    )
+    def test_only_what_the_manifest_names(self, published: Published, name: str) -> None:
+        answer = published.get(name)
+        assert (answer.status_code, answer.json()["code"]) == (404, "artifact_not_found")
+
+    def test_files_that_are_gone(self, published: Published) -> None:
+        published.store.delete(artifact_key(published.job_id, published.token, "config.json"))
+        assert published.get("config.json").json()["code"] == "artifacts_gone"
+        published.store.delete(f"artifacts/{published.job_id}")
+        assert published.get(BIG).json()["code"] == "artifacts_gone"
+
+    def test_a_body_too_large_for_a_real_server(self, published: Published) -> None:
+        answer = httpx.post(
+            f"{published.url}/v1/jobs",
+            content=b"x" * 250_000,
+            headers={"Authorization": f"Bearer {published.key}", "Content-Type": "application/json"},
+            trust_env=False,
+        )
+        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+class TestClient:
+    def test_download_everything(self, client: Client, published: Published, tmp_path: Path) -> None:
+        listed = client.artifacts(published.job_id)
+        assert listed["job"] == published.job_id
+        assert {file["name"]: file["size"] for file in listed["files"]} == {
+            name: len(content) for name, content in CONTENT.items()
+        }
+        for number, file in enumerate(listed["files"]):
+            client.download(published.job_id, file["name"], tmp_path / str(number))
+            assert (tmp_path / str(number)).read_bytes() == CONTENT[file["name"]]
+            assert httpx.get(
+                published.url + file["url"],
+                headers={"Authorization": f"Bearer {published.key}"},
+                trust_env=False,
+            ).is_success
+
+    @pytest.mark.parametrize(
+        "there",
+        [CONTENT[BIG][:1_500_000], CONTENT[BIG], CONTENT[BIG] + b"more", b"x" * 1000],
+        ids=["a part", "all of it", "too much", "something else"],
+    )
+    def test_goes_on_from_what_is_there(
+        self, client: Client, published: Published, tmp_path: Path, there: bytes
+    ) -> None:
+        target = tmp_path / "file"
+        target.write_bytes(there)
+        client.download(published.job_id, BIG, target)
+        assert target.read_bytes() == CONTENT[BIG]
+
+    def test_a_damaged_store_is_noticed(self, client: Client, published: Published, tmp_path: Path) -> None:
+        damaged = tmp_path / "damaged"
+        damaged.write_bytes(b"[]")
+        published.store.put(artifact_key(published.job_id, published.token, "config.json"), damaged)
+        with pytest.raises(DigestMismatch):
+            client.download(published.job_id, "config.json", tmp_path / "file")
+        assert not (tmp_path / "file").exists()
+
+    def test_errors_are_told(self, client: Client, published: Published, tmp_path: Path) -> None:
+        with pytest.raises(ApiError) as caught:
+            client.download(published.job_id, "nothing", tmp_path / "file")
+        assert (caught.value.status, caught.value.code) == (404, "artifact_not_found")
+        with pytest.raises(ApiError) as caught:
+            client.submit({"model": "/etc", "scheme": "W9"})
+        assert caught.value.code == "unknown_scheme"
+        assert {error["pointer"] for error in caught.value.errors} == {"/scheme", "/model"}
+        assert caught.value.request_id
+        with Client(published.url, "wrong") as stranger, pytest.raises(ApiError) as caught:
+            stranger.jobs()
+        assert caught.value.code == "wrong_key"
+
+    def test_jobs(self, client: Client, server: Server) -> None:
+        job = client.submit(server.body(), idempotency_key="k")
+        assert client.submit(server.body(), idempotency_key="k")["id"] == job["id"]
+        assert client.job(job["id"])["status"] == "queued"
+        assert [found["id"] for found in client.jobs(status="queued")["items"]] == [job["id"]]
+        assert client.events(job["id"], since=0)["items"][0]["type"] == "job_queued"
+        with pytest.raises(TimeoutError):
+            client.wait(job["id"], timeout_seconds=0, poll_seconds=0.01)
+        assert client.cancel(job["id"])["status"] == "cancelled"
+        assert client.wait(job["id"])["status"] == "cancelled"
+        assert client.retry(job["id"])["status"] == "queued"
+        assert client.workers() == {"items": []}
+        with pytest.raises(ApiError, match="report_not_available"):
+            client.report(job["id"])
+
+    def test_no_server(self) -> None:
+        with Client("http://127.0.0.1:1", "key") as client, pytest.raises(httpx.TransportError):
+            client.jobs()
+
+
+class BreakingServer(threading.Thread):
+    """Answers like a server of one file whose connections break after 1,000 bytes."""
+
+    content = b"0123456789" * 350
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.ranges: list[int] = []
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection:
+                request = connection.recv(65536).decode()
+                start = int(request.partition("Range: bytes=")[2].partition("-")[0] or 0)
+                etag = hashlib.sha256(self.content).hexdigest()
+                head = [
+                    "HTTP/1.1 " + ("206 Partial Content" if start else "200 OK"),
+                    f'ETag: "{etag}"',
+                    f"Content-Length: {len(self.content) - start}",
+                    "Connection: close",
+                    "\r\n",
+                ]
+                connection.sendall("\r\n".join(head).encode())
+                if request.startswith("GET"):
+                    self.ranges.append(start)
+                    connection.sendall(self.content[start : start + 1000])
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path) -> None:
+    breaking = BreakingServer()
+    breaking.start()
+    with Client(f"http://127.0.0.1:{breaking.port}", "key") as client:
+        client.download("job", "file", tmp_path / "file")
+    breaking.listener.close()
+    assert (tmp_path / "file").read_bytes() == breaking.content
+    assert breaking.ranges == [0, 1000, 2000, 3000]

@@ -1,0 +1,156 @@
+"""The store over a local folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.artifacts.local import LocalStore
+from api.artifacts.store import Store, StoreError, artifact_key, open_store, work_key
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(f"file://{tmp_path / 'the store'}")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+def test_put_get_link_open_list_delete(store: Store, file: Path, tmp_path: Path) -> None:
+    key, published = work_key("job_1", "a" * 64), artifact_key("job_1", 3, "sub/model.safetensors")
+    assert not store.exists(key)
+    store.put(key, file)
+    store.link(key, published)
+    assert (store.exists(key), store.size(published)) == (True, 10)
+    with store.open(published) as reader:
+        reader.seek(4)
+        assert reader.read(3) == b"456"
+    store.get(published, tmp_path / "new folder" / "copy")
+    assert (tmp_path / "new folder" / "copy").read_bytes() == b"0123456789"
+    assert list(store.list("artifacts/job_1")) == [published]
+    assert list(store.list("artifacts/job")) == []
+    store.delete("work/job_1")
+    store.delete("work/job_1")
+    assert not store.exists(key)
+    assert store.exists(published)
+
+
+def test_bytes_are_shared_not_copied(store: Store, file: Path, tmp_path: Path) -> None:
+    store.put("work/a", file)
+    store.link("work/a", "artifacts/a")
+    store.get("artifacts/a", tmp_path / "back")
+    assert file.stat().st_nlink == 4
+
+
+def test_an_object_is_replaced_whole(store: Store, file: Path, tmp_path: Path) -> None:
+    store.put("work/a", file)
+    other = tmp_path / "other"
+    other.write_bytes(b"other")
+    with store.open("work/a") as reader:
+        store.put("work/a", other)
+        assert reader.read() == b"0123456789"
+    assert store.size("work/a") == 5
+    assert file.read_bytes() == b"0123456789"
+    assert list(store.list("work")) == ["work/a"]
+
+
+def test_putting_the_same_file_twice_changes_nothing(store: Store, file: Path) -> None:
+    store.put("work/a", file)
+    store.put("work/a", file)
+    store.link("work/a", "work/a")
+    assert list(store.list("work")) == ["work/a"]
+    assert file.stat().st_nlink == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/passwd", "a//b", "../a", "a/../b", "a/.", "a/", "a\\b", "a\nb", "a\0b"]
+)
+def test_keys_that_are_not_clean(store: Store, file: Path, key: str) -> None:
+    store.put("a", file)
+    calls: list[Callable[[], Any]] = [
+        lambda: store.put(key, file),
+        lambda: store.get(key, file),
+        lambda: store.link("a", key),
+        lambda: store.open(key),
+        lambda: store.size(key),
+        lambda: store.exists(key),
+        lambda: store.list(key),
+        lambda: store.delete(key),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError) as caught:
+            call()
+        assert caught.value.code == "bad_key"
+
+
+def test_missing_objects(store: Store, tmp_path: Path) -> None:
+    key = "work/nothing"
+    calls: list[Callable[[], Any]] = [
+        lambda: store.open(key),
+        lambda: store.size(key),
+        lambda: store.get(key, tmp_path / "x"),
+        lambda: store.link(key, "b"),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError) as caught:
+            call()
+        assert caught.value.code == "object_not_found"
+    assert list(store.list("work")) == []
+
+
+def test_a_file_system_without_links_gets_copies(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "cross-device")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = LocalStore(tmp_path / "store")
+    store.put("work/a", file)
+    assert file.stat().st_nlink == 1
+    assert (tmp_path / "store/work/a").read_bytes() == b"0123456789"
+
+
+def test_no_room_is_disk_full_and_leaves_nothing(tmp_path: Path) -> None:
+    """A real limit, in a process of its own: on another file system the bytes must be copied."""
+    if os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+        pytest.fail("the test needs two file systems: /dev/shm and the temporary folder")
+    code = f"""
+import os, resource, signal, tempfile
+from pathlib import Path
+from api.artifacts.local import LocalStore
+from compression.errors import ResourceError
+source = Path({str(tmp_path / "big")!r})
+source.write_bytes(b"x" * 1_000_000)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    store = LocalStore(Path(folder))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    try:
+        store.put("work/a", source)
+    except ResourceError as error:
+        assert error.code == "disk_full"
+    else:
+        raise SystemExit("stored")
+    assert os.listdir(Path(folder) / "work") == []
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_unknown_stores() -> None:
+    for url in ("s3://bucket", "file://host/path", "file:relative", "/tmp"):
+        with pytest.raises(StoreError) as caught:
+            open_store(url)
+        assert caught.value.code == "unknown_store"
