@@ -361,8 +361,12 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> 
 
 def _other_files(folder: Path) -> tuple[str, ...]:
     """What is copied byte for byte: all but weights, indexes, hidden folders, and what Bitmill writes."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*files, *folders):
             path = Path(parent, name)
