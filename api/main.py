@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 import migrations
-from api import errors, health, openapi
+from api import errors, health
 from api.artifacts import routes as artifacts
 from api.artifacts.store import open_store
 from api.database import Database
@@ -19,6 +19,7 @@ from api.dependencies import AppContext
 from api.jobs import routes as jobs
 from api.limits import BodyLimit
 from api.observability import RequestContext
+from api.openapi import ProblemAPI
 from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.security import KeyHasher
@@ -43,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         context.database.close()
 
-    app = FastAPI(
+    app = ProblemAPI(
         title="Bitmill",
         summary="Compresses language models.",
         version=version("bitmill"),
@@ -52,7 +53,6 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    openapi.install(app)
     for router in (jobs.router, artifacts.router, workers.router, health.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -1,0 +1,122 @@
+"""Sessions on SQLite: one writer at a time, readers undisturbed, one clock in UTC."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from api import database as clock
+from api.database import Database
+from api.projects.models import ApiKey, Project
+
+
+def add_project(database: Database, name: str, created_at: datetime | None = None) -> None:
+    with database.write() as session:
+        session.add(Project(id=name, name=name, created_at=created_at or clock.now(session)))
+
+
+def test_pragmas(database: Database) -> None:
+    with database.read() as session:
+        found = {
+            name: session.execute(text(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
+
+
+def test_a_write_that_reads_first_waits_for_the_other_writer(database: Database) -> None:
+    """With a plain BEGIN, both would read the old number and one would fail or be lost."""
+    add_project(database, "0")
+
+    def increase() -> None:
+        for _ in range(10):
+            with database.write() as session:
+                project = session.scalars(select(Project)).one()
+                project.name = str(int(project.name) + 1)
+
+    threads = [threading.Thread(target=increase) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        assert session.scalars(select(Project.name)).one() == "40"
+
+
+def test_readers_see_one_snapshot_and_block_nobody(database: Database) -> None:
+    add_project(database, "a")
+    with database.read() as reader:
+        assert len(reader.scalars(select(Project.id)).all()) == 1
+        started = time.monotonic()
+        add_project(database, "b")
+        assert time.monotonic() - started < 4  # the busy timeout is 5 seconds
+        assert len(reader.scalars(select(Project.id)).all()) == 1
+    with database.read() as reader:
+        assert len(reader.scalars(select(Project.id)).all()) == 2
+
+
+def test_a_session_that_has_said_nothing_holds_no_lock(database: Database) -> None:
+    with database.write():
+        add_project(database, "a")
+
+
+def test_a_failed_block_leaves_nothing(database: Database) -> None:
+    def add_and_break() -> None:
+        with database.write() as session:
+            session.add(Project(id="a", name="a", created_at=clock.now(session)))
+            session.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        add_and_break()
+    with database.read() as session:
+        assert session.scalars(select(Project.id)).all() == []
+
+
+def test_foreign_keys_are_held(database: Database) -> None:
+    def add_orphan() -> None:
+        with database.write() as session:
+            now = clock.now(session)
+            session.add(ApiKey(id="k", project_id="none", name="", digest="", scopes=[], created_at=now))
+
+    with pytest.raises(IntegrityError):
+        add_orphan()
+
+
+def test_times_are_utc_and_come_back_as_they_went(database: Database) -> None:
+    moment = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=timezone(timedelta(hours=5)))
+    add_project(database, "a", moment)
+    with database.read() as session:
+        back = session.scalars(select(Project.created_at)).one()
+        assert back == moment
+        assert back.tzinfo == UTC
+        assert abs(clock.now(session) - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+def test_stored_times_compare_as_times(database: Database) -> None:
+    """SQLite compares text: every time must be stored with the same digits."""
+    with database.read() as session:
+        now = clock.now(session)
+    add_project(database, "past", now - timedelta(microseconds=1))
+    add_project(database, "same", now)
+    add_project(database, "future", now + timedelta(microseconds=1))
+    with database.read() as session:
+        assert session.scalars(select(Project.id).where(Project.created_at == now)).all() == ["same"]
+        assert session.scalars(select(Project.id).where(Project.created_at < now)).all() == ["past"]
+
+
+def test_memory_databases_are_refused() -> None:
+    with pytest.raises(ValueError, match="SQLite needs a file"):
+        Database("sqlite://")
+
+
+def test_an_unwritable_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((NotADirectoryError, FileExistsError, OperationalError)):
+        Database(f"sqlite:///{tmp_path / 'file' / 'bitmill.db'}")
