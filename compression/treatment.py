@@ -45,7 +45,7 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
     result = Treatment()
     for number, step in enumerate(recipe.steps):
         result.problems += _pattern_problems(number, step, linears, module_names)
-    if result.problems:
+    if any(problem.code == "pattern_invalid" for problem in result.problems):
         return result
     chosen = _choose(linears, recipe)
     if any(step is not None and linear.name == LM_HEAD for linear, (step, _) in chosen):
@@ -57,7 +57,8 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
                 "/recipe/steps/0/ignore",
             )
         )
-    if all(step is None or linear.name == LM_HEAD for linear, (step, _) in chosen):
+    idle = all(step is None or linear.name == LM_HEAD for linear, (step, _) in chosen)
+    if idle and not result.problems:
         result.problems.append(
             Problem(
                 "nothing_to_compress",

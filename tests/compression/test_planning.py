@@ -239,6 +239,13 @@ class TestPatterns:
         assert problem.pointer == f"/recipe/steps/0/{where}/1"
         assert pattern in problem.message
 
+    def test_an_expression_that_is_none_is_refused(self, model: Path) -> None:
+        problem = problem_of(model, recipe(ignore=["lm_head", "re:*x"]))
+        assert (problem.code, problem.pointer) == ("pattern_invalid", "/recipe/steps/0/ignore/1")
+
+    def test_a_list_of_countless_expressions_is_refused(self, model: Path) -> None:
+        assert problem_of(model, recipe(ignore=["lm_head", *["re:.*"] * 300])).code == "pattern_invalid"
+
     def test_ignore_may_name_what_is_no_linear(self, model: Path) -> None:
         assert len(self.compressed(model, ignore=["lm_head", "model.embed_tokens", "re:.*norm"])) == 14
 
@@ -425,12 +432,13 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     shapes["model.layers.0.mlp.up_proj.weight"] = (7, 7)
     name = "model.layers.1.mlp.up_proj.weight"
     folder = fake_llama(tmp_path / "model", SMOLLM2, shapes=shapes, dtypes={name: "F64"})
-    problems = problems_of(folder, recipe(type="gptq", ignore=["lm_head", "re:.*q_proj"]))
+    problems = problems_of(folder, recipe(type="gptq", ignore=["lm_head", "re:.*q_proj", "typo"]))
     assert codes(problems) == [
         "dataset_required",
         "checkpoint_incomplete",
         "shape_mismatch",
         "unsupported_dtype",
+        "pattern_matches_nothing",
         "fused_group_mismatch",
         "group_size_does_not_divide",
     ]
