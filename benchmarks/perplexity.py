@@ -30,15 +30,12 @@ def main(checkpoint: str, tokens: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", local_files_only=True).eval()
     blocks = load_file(tokens)["input_ids"]
     losses = negative_log_likelihoods(model, blocks)
-    print(  # noqa: T201
-        json.dumps(
-            {
-                "perplexity": math.exp(losses.mean()),
-                "tokens": losses.numel(),
-                "block_means": losses.mean(1).tolist(),
-            }
-        )
-    )
+    score = {
+        "perplexity": math.exp(losses.mean()),
+        "tokens": losses.numel(),
+        "block_means": losses.mean(1).tolist(),
+    }
+    sys.stdout.write(json.dumps(score) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Reproducible measurements; README.md states workload, machine, peer and every run."""

@@ -1,0 +1,5 @@
+"""`make bench`."""
+
+from benchmarks.gptq_vs_peer import main
+
+main()
