@@ -60,7 +60,7 @@ class GPTQStep(_QuantizationStep):
     """
 
     type: Literal["gptq"] = "gptq"
-    block_size: int = Field(default=128, ge=1)
+    block_size: int = Field(default=128, ge=1, le=1 << 20)
     dampening_frac: float = Field(default=0.01, gt=0, le=1)
     actorder: Literal["static"] | None = "static"
 
@@ -149,10 +149,10 @@ class Calibration(_Frozen):
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
     """
 
-    num_calibration_samples: int = Field(default=512, ge=1)
-    max_seq_length: int = Field(default=2048, ge=2)
+    num_calibration_samples: int = Field(default=512, ge=1, le=1_000_000)
+    max_seq_length: int = Field(default=2048, ge=2, le=1 << 20)
     packing: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 class Evaluation(_Frozen):
@@ -162,7 +162,7 @@ class Evaluation(_Frozen):
     """
 
     enabled: bool = True
-    num_samples: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1, le=1_000_000)
 
     def samples(self, calibration: Calibration) -> int:
         """How many held-out blocks this run uses; 0 when off."""

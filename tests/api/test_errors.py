@@ -91,6 +91,16 @@ def test_unknown_route_and_method(server: Server) -> None:
             "greater_than_equal",
             "/calibration/max_seq_length",
         ),
+        (
+            {"model": "/m", "scheme": "W4A16", "calibration": {"num_calibration_samples": 10**30}},
+            "less_than_equal",
+            "/calibration/num_calibration_samples",
+        ),
+        (
+            {"model": "/m", "scheme": "W4A16", "calibration": {"seed": 2**63}},
+            "less_than",
+            "/calibration/seed",
+        ),
         ({"model": "/m", "scheme": "W4A16", "dataset": {"text_column": "t"}}, "value_error", "/dataset"),
         ({"model": "/m", "scheme": "W4A16", "name": "\ud800"}, "string_unicode", "/name"),
     ],
