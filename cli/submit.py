@@ -113,7 +113,11 @@ def submit(
         if not wait:
             _print_submitted(job, as_json=as_json)
             return
-        ended, report = wait_for(client, job, quiet=as_json)
+        try:
+            ended, report = wait_for(client, job, quiet=as_json)
+        except KeyboardInterrupt:
+            hint = f"Cancel it with: bitmill cancel {job['id']}"
+            fail(Exit.INTERRUPTED, "interrupted", f"{job['id']} goes on.", as_json=as_json, hint=hint)
         _print_outcome(ended, report, as_json=as_json)
 
 
@@ -124,11 +128,7 @@ def wait_for(
     from cli.progress import Silent, follow, view_for
 
     view = Silent() if quiet else view_for(err(), job["layers_total"])
-    try:
-        follow(lambda since: client.events(job["id"], since=since)["items"], view)
-    except KeyboardInterrupt:
-        hint = f"Cancel it with: bitmill cancel {job['id']}"
-        fail(Exit.INTERRUPTED, "interrupted", f"{job['id']} goes on.", as_json=quiet, hint=hint)
+    follow(lambda since: client.events(job["id"], since=since)["items"], view)
     ended = client.job(job["id"])
     return ended, client.report(job["id"]) if ended["status"] == "succeeded" else None
 

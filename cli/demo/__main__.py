@@ -1,7 +1,7 @@
 """`make demo`: a real model through the real service, from a folder to an answer.
 
-Makes a small model and a text in .demo/, starts `bitmill serve` on a free port, submits one job over HTTP, downloads the
-checkpoint and asks it a question. To the service these are a path and a file like any other.
+Makes a small model and a text in .demo/, starts `bitmill serve` on a free port, submits one job over HTTP,
+downloads the checkpoint and asks it a question. To the service these are a path and a file like any other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cli.demo.data import make_demo_dataset
 from cli.demo.model import make_demo_model
 from cli.demo.server import ServerFailed, serving
 from cli.download import fetch
+from cli.exits import Exit
 from cli.formats import seconds_text
 from cli.output import err, out
 from cli.submit import failure, wait_for
@@ -68,10 +69,13 @@ def main() -> int:
     ) as error:
         err().print("[bold red]The demo failed.[/] ", end="")
         err().print(str(error), markup=False)
-        return 1
+        return Exit.FAILED
+    except KeyboardInterrupt:
+        err().print("Interrupted.")
+        return Exit.INTERRUPTED
     _print_next_steps(job["id"])
     out().print(f"\nDone in {seconds_text(time.monotonic() - started)}.")
-    return 0
+    return Exit.OK
 
 
 def _compress() -> tuple[dict[str, Any], dict[str, Any]]:

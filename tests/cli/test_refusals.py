@@ -1,0 +1,77 @@
+"""What goes wrong, and the exit code that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cli.exits import Exit
+from tests.cli.bitmill import bitmill
+from tests.cli.conftest import Server
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def test_no_server_is_exit_code_3(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "jobs", URL=NOBODY, API_KEY="bitmill_x")
+    assert result.code == Exit.UNREACHABLE
+    assert "server_unreachable" in result.err
+    assert "bitmill serve" in result.err
+    assert result.out == ""
+
+
+def test_with_json_an_error_is_one_json_document_too(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "jobs", "--json", URL=NOBODY, API_KEY="bitmill_x")
+    assert result.code == Exit.UNREACHABLE
+    assert result.json["error"]["code"] == "server_unreachable"
+
+
+def test_no_credentials_is_wrong_usage(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "jobs", "--json")
+    assert (result.code, result.json["error"]["code"]) == (Exit.USAGE, "no_credentials")
+
+
+def test_a_wrong_key_is_refused(server: Server) -> None:
+    result = server.bitmill("jobs", "--json", API_KEY="bitmill_wrong")
+    assert (result.code, result.json["error"]["code"]) == (Exit.REFUSED, "wrong_key")
+
+
+def test_an_unknown_job_is_refused(server: Server) -> None:
+    for arguments in (("cancel", "job_x"), ("download", "job_x", "--output-dir", "nowhere")):
+        result = server.bitmill(*arguments, "--json")
+        assert (result.code, result.json["error"]["code"]) == (Exit.REFUSED, "job_not_found")
+
+
+def test_a_job_that_cannot_succeed_is_refused_with_what_would(server: Server) -> None:
+    result = server.bitmill("submit", server.model, "--scheme", "W5A16", "--json")
+    assert result.code == Exit.REFUSED
+    assert result.json["error"]["code"] == "unknown_scheme"
+    assert "W4A16" in result.json["error"]["hint"]
+
+
+def test_every_problem_of_a_request_is_shown(server: Server) -> None:
+    result = server.bitmill("submit", server.home, "--scheme", "W5A16")
+    assert result.code == Exit.REFUSED
+    assert "W5A16" in result.err
+    assert "root" in result.err
+
+
+def test_a_bad_option_is_wrong_usage(server: Server) -> None:
+    assert server.bitmill("submit", server.model, "--no-such-option").code == Exit.USAGE
+    assert server.submit("--label", "no equals sign", "--json").json["error"]["code"] == "bad_options"
+    assert server.submit("--text-column", "text").code == Exit.USAGE
+
+
+def test_a_bad_setting_is_named(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "jobs", "--json", PORT="eighty")
+    assert (result.code, result.json["error"]["code"]) == (Exit.USAGE, "bad_setting")
+    assert "BITMILL_PORT" in result.json["error"]["message"]
+
+
+def test_a_worker_on_the_embedded_broker_is_refused(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "worker", "--json")
+    assert (result.code, result.json["error"]["code"]) == (Exit.USAGE, "broker_is_embedded")
+
+
+def test_two_servers_on_one_data_folder_are_one_too_many(server: Server) -> None:
+    result = server.bitmill("serve", "--port", "0", "--json")
+    assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "already_served")
