@@ -232,7 +232,8 @@ def _search_group(
         shifts = [None] * len(shrinks) if params.zero_point is None else params.zero_point.float().unbind()
         costs = torch.stack([cost_of(*pair) for pair in zip(scales.unbind(), shifts, strict=True)])
         costs *= (scales / unit).square_()  # relative to the min-max scale: finite for huge and tiny weights
-        least, index = costs.min(dim=0, keepdim=True)
+        # a range beyond float32 gives NaN, which must not win
+        least, index = costs.nan_to_num_(nan=torch.inf, posinf=torch.inf).min(dim=0, keepdim=True)
         return _Found(least[0], shrinks.gather(0, index)[0], params.gather(index))
 
     coarse = torch.tensor((1.0, *_COARSE_SHRINKS), device=weights.device)
