@@ -46,12 +46,14 @@ def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
     total: Tensor | None = None
     tokens = 0
     for chunk in _fixed_chunks(inputs):
-        product = _product(chunk, precision)
-        total = product.float() if total is None else total.add_(product)
+        if total is None:
+            total = torch.zeros(chunk.shape[1], chunk.shape[1], device=chunk.device)
+        _add_upper_panels(total, chunk, precision)
         tokens += chunk.shape[0]
     if total is None:
         raise ValueError("a Gram matrix needs at least one token")
-    return Gram((total + total.t()).mul_(0.5), tokens)
+    _mirror(total)
+    return Gram(total, tokens)
 
 
 def require_finite_gram(name: str, gram: Gram) -> None:
@@ -68,13 +70,41 @@ def require_finite_gram(name: str, gram: Gram) -> None:
         )
 
 
-def _product(chunk: Tensor, precision: Precision) -> Tensor:
+def _add_upper_panels(total: Tensor, chunk: Tensor, precision: Precision) -> None:
+    """Add chunk^T chunk to `total`, on and above the diagonal only: little more than half of the products.
+
+        ┌────┬────┬────┐
+        │ ▓▓ │ ▓▓ │ ▓▓ │  panel 0: columns 0.. of the chunk times all
+        └────┼────┼────┤
+             │ ▓▓ │ ▓▓ │  panel 1: its columns times those from itself on
+             └────┴────┘
+    """
     if precision == "float32" or chunk.dtype != torch.bfloat16:
         chunk = chunk.float()
-        return chunk.t() @ chunk
-    if chunk.is_cuda:
-        return torch.mm(chunk.t(), chunk, out_dtype=torch.float32)
-    return chunk.t() @ chunk
+    for start, stop in _panels(chunk.shape[1]):
+        left, right = chunk[:, start:stop].t(), chunk[:, start:]
+        panel = total[start:stop, start:]
+        if chunk.dtype == torch.float32:
+            panel.addmm_(left, right)
+        elif chunk.is_cuda:
+            panel.add_(torch.mm(left, right, out_dtype=torch.float32))
+        else:
+            panel.add_(left @ right)
+
+
+def _mirror(total: Tensor) -> None:
+    """Make `total` symmetric from what is on and above its diagonal."""
+    for start, stop in _panels(total.shape[0]):
+        corner = total[start:stop, start:stop]
+        corner.copy_((corner + corner.t()).mul_(0.5))
+        total[stop:, start:stop] = total[start:stop, stop:].t()
+
+
+def _panels(columns: int) -> Iterator[tuple[int, int]]:
+    """Eighths of the columns, in multiples of 64 and not narrower than 128, where products are efficient."""
+    width = max(128, -(-columns // 8 // 64) * 64)
+    for start in range(0, columns, width):
+        yield start, min(start + width, columns)
 
 
 def _fixed_chunks(inputs: Iterable[Tensor]) -> Iterator[Tensor]:

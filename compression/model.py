@@ -21,6 +21,8 @@ from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
 
+HEAD = "lm_head"
+
 
 class StreamedModel:
     """A causal language model in evaluation mode, one decoder layer of which is real at a time.
@@ -34,7 +36,7 @@ class StreamedModel:
         self.compute_dtype = compute_dtype
         self.module = _build_empty(checkpoint.folder, compute_dtype)
         self.layers = list(self.module.base_model.get_submodule("layers").children())
-        self.head = self.module.get_submodule("lm_head")
+        self.head = self.module.get_submodule(HEAD)
         self._layers_prefix = f"{self.module.base_model_prefix}.layers."
 
     def __len__(self) -> int:
@@ -69,20 +71,26 @@ class StreamedModel:
             groups.setdefault(id(tensor), []).append(name)
         return list(groups.values())
 
-    def load_outside(self) -> None:
-        """Make real what is outside the decoder layers: embeddings, final norm, lm_head, rotary buffers."""
+    def load_embeddings(self) -> None:
+        """Make real all that runs before the first layer, and what is small: norms and rotary buffers."""
         model: Any = self.module  # the half-private part of Transformers' interface has no types
         meta_buffers = [buffer for buffer in model.buffers() if buffer.is_meta]
         model._move_missing_keys_from_meta_to_device([], {"": self.device}, None, None)
         for tensor in [*model.parameters(), *meta_buffers]:
             tensor._is_hf_initialized = True  # only what no checkpoint holds is initialised
         model.initialize_weights()
-        names = [name for name in self._names_on_disk() if not name.startswith(self._layers_prefix)]
-        self._load(names)
-        model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
-        self._refuse_meta(
-            (name, p) for name, p in model.named_parameters() if not name.startswith(self._layers_prefix)
-        )
+        self._load(self._outside())
+
+    def drop_embeddings(self) -> None:
+        """Give back the embeddings, which no batch reads again once it has reached the first layer."""
+        embeddings = {id(p) for p in self.module.get_input_embeddings().parameters()}
+        self._drop([name for name, p in self.module.named_parameters() if id(p) in embeddings])
+
+    def load_head(self) -> None:
+        """Make lm_head real, from the embeddings on disk where the two are tied."""
+        name = f"{HEAD}.weight"
+        tied: dict[str, str] = self.module.all_tied_weights_keys
+        self._load([name], {name: tied.get(name, name)})
 
     def load_layer(self, index: int) -> None:
         """Make one decoder layer real.
@@ -91,15 +99,11 @@ class StreamedModel:
             NumericalError: `non_finite_weights`, naming the tensor.
             SourceError: the file cannot be read, or is no longer the one that was planned.
         """
-        prefix = f"{self._layers_prefix}{index}."
-        self._load([name for name in self._names_on_disk() if name.startswith(prefix)])
-        self._refuse_meta((prefix + name, p) for name, p in self.layers[index].named_parameters())
+        self._load(self._in_layer(index))
 
     def drop_layer(self, index: int) -> None:
         """Give back a layer's parameters; buffers that no checkpoint holds stay."""
-        prefix = f"{self._layers_prefix}{index}."
-        for name, parameter in list(self.layers[index].named_parameters()):
-            self._assign(prefix + name, torch.empty_like(parameter, device="meta"))
+        self._drop(self._in_layer(index))
 
     def weights(self, names: Iterable[str]) -> list[Tensor]:
         """The weights [out, in] of named linears, which must be real."""
@@ -110,36 +114,47 @@ class StreamedModel:
         for name, weight in weights.items():
             self._assign(f"{name}.weight", weight.to(self.device, self.compute_dtype))
 
-    def _names_on_disk(self) -> list[str]:
-        known = dict(self.module.named_parameters())
-        return [name for name in self.checkpoint.tensors if name in known]
+    def _in_layer(self, index: int) -> list[str]:
+        prefix = f"{self._layers_prefix}{index}."
+        return [prefix + name for name, _ in self.layers[index].named_parameters()]
 
-    def _load(self, names: Iterable[str]) -> None:
+    def _outside(self) -> list[str]:
+        """Parameters outside the decoder layers, without lm_head."""
+        names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
+        return [n for n in names if not n.startswith((self._layers_prefix, f"{HEAD}."))]
+
+    def _load(self, names: Iterable[str], on_disk: Mapping[str, str] | None = None) -> None:
         for name in names:
-            tensor = read_tensors(self.checkpoint, [name])[name]
+            key = (on_disk or {}).get(name, name)
+            if key not in self.checkpoint.tensors:
+                raise _missing(name)
+            tensor = read_tensors(self.checkpoint, [key])[key]
             if not torch.isfinite(tensor).all():
                 raise NumericalError(
                     "non_finite_weights",
-                    f"{name} holds NaN or Inf.",
+                    f"{key} holds NaN or Inf.",
                     "Repair or download the checkpoint again: nothing was written for this layer.",
                 )
             self._assign(name, tensor.to(self.device, self.compute_dtype))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._assign(name, torch.empty_like(self.module.get_parameter(name), device="meta"))
 
     def _assign(self, name: str, tensor: Tensor) -> None:
         """Give a parameter new storage; storage of another device cannot be put into the old parameter."""
         module, _, leaf = name.rpartition(".")
         self.module.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
-    def _refuse_meta(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        missing = [name for name, parameter in parameters if parameter.is_meta]
-        if missing:
-            raise PlanError(
-                Problem(
-                    "plan_mismatch",
-                    f"The model has parameters that the checkpoint does not: {', '.join(missing[:5])}.",
-                    "The checkpoint is incomplete, or its config.json belongs to another model.",
-                )
-            )
+
+def _missing(name: str) -> PlanError:
+    return PlanError(
+        Problem(
+            "plan_mismatch",
+            f"The model has a parameter that the checkpoint does not: {name}.",
+            "The checkpoint is incomplete, or its config.json belongs to another model.",
+        )
+    )
 
 
 def _build_empty(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:

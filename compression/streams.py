@@ -22,7 +22,6 @@ from compression.model import StreamedModel
 from compression.planning import LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 
-
 _LOGITS_IN_A_BATCH = 1 << 25
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 
@@ -47,13 +46,15 @@ class Streams:
         clock: Clock,
     ) -> None:
         self._clock = clock
+        self._model = model
         self._split = ""
         self._calibration: Stream | None = None
         self._original: Stream | None = None
         self._compressed: Stream | None = None
         if blocks is None:
             return
-        model.load_outside()
+        with clock.phase("read"):
+            model.load_embeddings()
         modules = [module for layer in plan.layers for module in layer.modules]
         activations = {
             m.name: m.scheme.input_activations for m in modules if m.scheme and m.scheme.input_activations
@@ -68,6 +69,7 @@ class Streams:
             batches = make_batches(blocks.evaluation, _LOGITS_IN_A_BATCH // vocabulary)
             self._original = forwards.stream(batches, quantize_activations=False)
             self._compressed = forwards.stream(batches, quantize_activations=True)
+        model.drop_embeddings()
 
     def pass_original(self, layer: int) -> None:
         """Send the original stream through a layer; to be called while its weights are the checkpoint's."""
@@ -109,6 +111,8 @@ class Streams:
             self._calibration.close()
         if self._original is None or self._compressed is None:
             return None
+        with self._clock.phase("read"):
+            self._model.load_head()
         with self._clock.phase("evaluate"):
             comparison = Comparison()
             for (original, tokens), (compressed, _) in zip(

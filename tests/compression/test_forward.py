@@ -31,7 +31,7 @@ def _no_gradients() -> Iterator[None]:
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
     model = StreamedModel(read_checkpoint(folder), device="cpu", compute_dtype=dtype)
-    model.load_outside()
+    model.load_embeddings()
     return model
 
 
@@ -53,6 +53,7 @@ def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
         model.load_layer(index)
         stream.run_through(index)
         model.drop_layer(index)
+    model.load_head()
     return [logits for logits, _ in stream.finish()]
 
 
