@@ -92,6 +92,7 @@ LYING: dict[str, tuple[Any, int]] = {
     "65 dimensions": ({"a": {**A, "shape": [1] * 64 + [6]}}, 12),
     "shape no list": ({"a": {**A, "shape": "23"}}, 12),
     "shape larger than its bytes": ({"a": {**A, "shape": [2, 4]}}, 12),
+    "shape smaller than its bytes": ({"a": {**A, "shape": [1, 3]}}, 12),
     "overflowing shape": ({"a": {**A, "shape": [2**62, 2**62, 4]}}, 12),
     "half a byte": ({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, 1),
     "end before begin": ({"a": {**A, "data_offsets": [12, 0]}}, 12),
@@ -146,7 +147,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     assert code_of(folder) == "invalid_safetensors"
 
 
-@pytest.mark.parametrize("unit", [b"0,", b"1234567,", b"[],", b"{},", b'"ab",', "\N{SNOWMAN}".encode()])
+@pytest.mark.parametrize("unit", [b"1234567,", b"[],", "\N{SNOWMAN}".encode()])
 def test_a_json_bomb_is_bounded_in_memory(tmp_path: Path, unit: bytes) -> None:
     """100 MB of JSON, the most that is read, must not take down a server of ordinary size."""
     body = unit * (99_999_900 // len(unit))
