@@ -1,0 +1,41 @@
+"""Runs LLM Compressor on local checkpoints. A script of its own: it runs under the peer's interpreter.
+
+    python peer_rtn.py < jobs.json
+
+jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null}, ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from compressed_tensors.quantization import preset_name_to_scheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+
+SAMPLES, LENGTH = 4, 64
+
+
+def run(job: dict[str, Any]) -> None:
+    scheme = preset_name_to_scheme(job["scheme"], ["Linear"])
+    if job["group_size"] is not None:
+        scheme.weights.group_size = job["group_size"]
+    modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[job["method"]]
+    recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
+    data: dict[str, Any] = {}
+    if job["method"] == "gptq":
+        rows = [[(row * 31 + position) % 300 for position in range(LENGTH)] for row in range(SAMPLES)]
+        dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * LENGTH] * SAMPLES})
+        data = {"dataset": dataset, "num_calibration_samples": SAMPLES, "max_seq_length": LENGTH}
+    oneshot(model=model, recipe=recipe, output_dir=job["output"], **data)
+
+
+if __name__ == "__main__":
+    for each in json.load(sys.stdin):
+        run(each)
