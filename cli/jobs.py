@@ -55,8 +55,10 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("job", "status", "layers", "scheme", "method", "model", "created"):
-        table.add_column(heading, justify="right" if heading == "layers" else "left", no_wrap=True)
+    for heading in ("job", "status", "layers", "scheme", "method", "created", "name or model"):
+        # On a narrow terminal the last column gives way: an id that is cut is of no use.
+        kept = max((len(str(job["id"])) for job in found), default=0) if heading == "job" else None
+        table.add_column(heading, no_wrap=True, min_width=kept)
     for job in found:
         table.add_row(
             job["id"],
@@ -64,7 +66,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
             f"{job['layers_done']}/{job['layers_total']}",
             job["scheme"],
             job["method"],
-            job["name"] or job["model"],
             job["created_at"][:19].replace("T", " "),
+            job["name"] or job["model"],
         )
     out().print(table)

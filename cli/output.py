@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from api.settings import Settings
 
+PIPE_WIDTH = 160  # where there is no terminal to fit into
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 
 
@@ -27,7 +28,8 @@ def out() -> Console:
     """The console of results."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(highlight=False, soft_wrap=True, width=width)
 
 
 @cache
