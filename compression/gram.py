@@ -73,11 +73,11 @@ def require_finite_gram(name: str, gram: Gram) -> None:
 def _add_upper_panels(total: Tensor, chunk: Tensor, precision: Precision) -> None:
     """Add chunk^T chunk to `total`, on and above the diagonal only: little more than half of the products.
 
-        ┌────┬────┬────┐
-        │ ▓▓ │ ▓▓ │ ▓▓ │  panel 0: columns 0.. of the chunk times all
-        └────┼────┼────┤
-             │ ▓▓ │ ▓▓ │  panel 1: its columns times those from itself on
-             └────┴────┘
+    ┌────┬────┬────┐
+    │ ▓▓ │ ▓▓ │ ▓▓ │  panel 0: columns 0.. of the chunk times all
+    └────┼────┼────┤
+         │ ▓▓ │ ▓▓ │  panel 1: its columns times those from itself on
+         └────┴────┘
     """
     if precision == "float32" or chunk.dtype != torch.bfloat16:
         chunk = chunk.float()

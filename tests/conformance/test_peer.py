@@ -95,9 +95,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), CHOICES, ids=IDS)
-def test_float32_tensors_are_equal(
-    folder: Path, tmp_path: Path, scheme: str, group_size: int | None
-) -> None:
+def test_float32_tensors_are_equal(folder: Path, tmp_path: Path, scheme: str, group_size: int | None) -> None:
     ours, theirs = both(folder, tmp_path, "float32", scheme, group_size)
     unequal = [name for name, tensor in ours.items() if not torch.equal(raw(tensor), raw(theirs[name]))]
     assert not unequal
