@@ -98,13 +98,26 @@ def test_held_out_documents_are_apart_and_in_addition(source: Path) -> None:
     assert {len(block) for block in (*blocks.calibration, *blocks.evaluation)} == {32}
 
 
+def test_no_more_blocks_than_asked_for(source: Path) -> None:
+    blocks = load(source, LETTERS, Evaluation(num_samples=1), num_calibration_samples=3, max_seq_length=4)
+    assert (len(blocks.calibration), len(blocks.evaluation)) == (3, 1)
+    assert blocks.report.documents == 2
+    assert blocks.report.tokens_used == 16
+
+
 def test_one_document_is_split_by_blocks(source: Path) -> None:
     text = "".join(chr(33 + index) for index in range(90))
-    blocks = load(source, [text], Evaluation(num_samples=2), num_calibration_samples=7, max_seq_length=10)
+    wanted = {"num_calibration_samples": 7, "max_seq_length": 10}
+    blocks = load(source, [text], Evaluation(num_samples=2), **wanted)
     assert blocks.split == "blocks"
     tokens = tokens_of(text)
     expected = [tokens[begin : begin + 10] for begin in range(0, 90, 10)]
     assert sorted(as_lists(blocks.calibration) + as_lists(blocks.evaluation)) == sorted(expected)
+    held_out = {
+        str(as_lists(load(source, [text], Evaluation(num_samples=2), seed=seed, **wanted).evaluation))
+        for seed in range(4)
+    }
+    assert len(held_out) > 1
 
 
 def test_the_seed_decides(source: Path) -> None:
@@ -128,23 +141,26 @@ def test_the_seed_decides(source: Path) -> None:
 def test_another_process_gives_the_same_blocks(source: Path, tiny_texts: Path) -> None:
     """Whatever the hash seed and the number of tokenizer threads."""
     code = (
-        "import hashlib, torch; from pathlib import Path; from compression.calibration import load_blocks;"
-        "from compression.recipe import *;"
-        f"b = load_blocks(DatasetSpec(path={str(tiny_texts)!r}), Path({str(source)!r}),"
+        "from pathlib import Path; from compression.recipe import *;"
+        "from compression.calibration import load_blocks;"
+        f"blocks = load_blocks(DatasetSpec(path={str(tiny_texts)!r}), Path({str(source)!r}),"
         "Calibration(num_calibration_samples=9, max_seq_length=100, seed=5), Evaluation(num_samples=3));"
-        "print(hashlib.sha256(torch.stack(b.calibration + b.evaluation).numpy().tobytes()).hexdigest())"
+        "print([block.tolist() for block in blocks.calibration + blocks.evaluation])"
     )
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed, "TOKENIZERS_PARALLELISM": parallel},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed, parallel in (("1", "true"), ("2", "false"))
-    }
-    assert len(digests) == 1
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "12345", "TOKENIZERS_PARALLELISM": "true"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = load_blocks(
+        DatasetSpec(path=str(tiny_texts)),
+        source,
+        Calibration(num_calibration_samples=9, max_seq_length=100, seed=5),
+        Evaluation(num_samples=3),
+    )
+    assert json.loads(there.stdout) == as_lists(here.calibration + here.evaluation)
 
 
 def test_without_packing_a_row_is_a_truncated_document(source: Path) -> None:
