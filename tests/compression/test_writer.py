@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compression.checkpoint.headers import read_checkpoint, read_header
 from compression.checkpoint.layout import TensorSpec, build_header, file_size
-from compression.checkpoint.reader import TORCH_DTYPES, read_infos, read_tensors
+from compression.checkpoint.reader import TORCH_DTYPES, open_unchanged, read_infos, read_tensors
 from compression.checkpoint.writer import (
     copy_file,
     read_shard,
@@ -96,6 +96,12 @@ def test_tensors_are_copied_from_file_to_file(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "out.safetensors")
     assert loaded.keys() == {"renamed", "mine"}
     assert same(loaded["renamed"], big)
+
+
+def test_a_tensor_larger_than_a_chunk_is_read_whole(tmp_path: Path) -> None:
+    big = torch.arange(5 << 20, dtype=torch.float32)
+    save_file({"small": torch.ones(3), "big": big}, tmp_path / "model.safetensors")
+    assert same(read_infos(read_header(tmp_path / "model.safetensors").values())["big"], big)
 
 
 def test_a_header_tells_the_size_of_a_file_before_it_is_written(tmp_path: Path) -> None:
@@ -235,6 +241,18 @@ def test_a_source_that_changed_after_the_plan_is_not_read(tmp_path: Path, change
             read()
         assert caught.value.code == "source_changed"
     assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    info = read_checkpoint(fake_llama(tmp_path / "model")).tensors["model.norm.weight"]
+    reached = []
+    with pytest.raises(SourceError) as caught, open_unchanged(info):
+        reached.append(True)
+        os.utime(info.file, ns=(0, 1))
+    assert caught.value.code == "source_changed"
+    with pytest.raises(SourceError), open_unchanged(info):
+        reached.append(True)
+    assert reached == [True]
 
 
 def test_a_dtype_without_a_torch_type_is_named(tmp_path: Path) -> None:
