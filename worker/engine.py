@@ -28,9 +28,13 @@ PASSED_VARIABLES = (
 
 
 def engine_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The engine's whole environment: where to find Python, libraries and devices, and nothing secret."""
+    """The engine's whole environment: where to find Python, libraries and devices, and nothing secret.
+
+    It never writes .pyc files: on a full disk they come out truncated, and every later start would fail.
+    """
     passed = {name: environment[name] for name in PASSED_VARIABLES if name in environment}
-    return {**passed, "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    own = {"TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**passed, **own}
 
 
 class EngineProcess:

@@ -127,6 +127,11 @@ class Service:
         eventually(lambda: self.job(job_id)["status"] in ENDED, seconds, f"{job_id} did not end")
         return self.job(job_id)
 
+    def succeed(self, job_id: str) -> None:
+        """Wait for the job, which must succeed."""
+        job = self.wait(job_id)
+        assert (job["status"], job["error"]) == ("succeeded", None)
+
     def wait_for_layers(self, job_id: str, count: int) -> None:
         """Until so many layers are finished, with the job still running."""
 
@@ -143,9 +148,10 @@ class Service:
         assert [event["seq"] for event in found] == list(range(1, len(found) + 1))
         return found
 
-    def layers(self, job_id: str, type: str) -> list[int]:
-        """The layers that events of that type named, in their order."""
-        return [event["data"]["layer"] for event in self.events(job_id) if event["type"] == type]
+    def layers(self, job_id: str, type: str, attempt: int) -> list[int]:
+        """The layers that an attempt's events of that type named, in their order."""
+        events = [event for event in self.events(job_id) if event["attempt"] == attempt]
+        return [event["data"]["layer"] for event in events if event["type"] == type]
 
     def outcomes(self, job_id: str) -> list[str]:
         return [attempt["outcome"] for attempt in self.job(job_id)["attempts"]]
