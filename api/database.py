@@ -80,7 +80,7 @@ def _now_default(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
 
 @compiles(_Now, "sqlite")
 def _now_sqlite(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
-    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"  # milliseconds, padded to SQLAlchemy's stored form
+    return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 
 def now(session: Session) -> datetime:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import pytest
 import structlog
 from fastapi.testclient import TestClient
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from api.errors import pointer_to
 from api.main import create_app
@@ -179,6 +181,22 @@ def test_an_unexpected_failure_tells_nothing_of_the_inside(
     (failure,) = [record for record in logged if record["event"] == "request_failed"]
     assert failure["request_id"] == problem["request_id"]
     assert "no such status" in failure["exception"]
+
+
+def test_what_was_not_committed_is_not_accepted(server: Server) -> None:
+    """The transaction ends before the answer is sent, so that a failing commit is no 202."""
+
+    def fail(_connection: object) -> None:
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    key = {"Authorization": server.http.headers["Authorization"]}
+    app = create_app(server.settings)
+    with TestClient(app) as http:
+        event.listen(app.state.context.database.engine, "commit", fail)
+        answer = http.post("/v1/jobs", json=server.body(), headers=key)
+        event.remove(app.state.context.database.engine, "commit", fail)
+    assert_problem(answer, 503, "database_unavailable")
+    assert server.http.get("/v1/jobs").json()["items"] == []
 
 
 def test_request_ids_are_taken_over_if_they_are_clean(server: Server) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 _IMPORT_ALL = """
 import importlib, pkgutil, sys
 
@@ -34,7 +32,6 @@ def test_every_module_imports_without_torch() -> None:
     assert int(done.stdout) > 30
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers"])
-def test_the_application_loads_no(name: str) -> None:
-    code = f"import sys, api.main, api.client; sys.exit({name!r} in sys.modules)"
+def test_the_application_loads_no_engine() -> None:
+    code = "import sys, api.main, api.client; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -35,6 +35,7 @@ def test_keys_are_random_and_checked() -> None:
     assert is_well_formed(one)
     assert not is_well_formed(one[:-1])
     assert not is_well_formed(one.swapcase())
+    assert not is_well_formed(one.removeprefix("bitmill_"))
     assert not is_well_formed("")
     assert not is_well_formed("bitmill_" + "é" * 38)
 

@@ -243,6 +243,7 @@ class BreakingServer(threading.Thread):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.ranges: list[int] = []
+        self.conditions: list[bool] = []
 
     def run(self) -> None:
         while True:
@@ -264,6 +265,7 @@ class BreakingServer(threading.Thread):
                 connection.sendall("\r\n".join(head).encode())
                 if request.startswith("GET"):
                     self.ranges.append(start)
+                    self.conditions.append(f'If-Range: "{etag}"' in request)
                     connection.sendall(self.content[start : start + 1000])
 
 
@@ -275,3 +277,4 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path) -> 
     breaking.listener.close()
     assert (tmp_path / "file").read_bytes() == breaking.content
     assert breaking.ranges == [0, 1000, 2000, 3000]
+    assert breaking.conditions == [False, True, True, True]

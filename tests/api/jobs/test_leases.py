@@ -218,6 +218,7 @@ class TestFence:
         zombie = must_claim(database)
         let_lease_run_out(database)
         assert reap(database) == 1
+        assert job_row(database).lease_token > zombie.token
         make_available(database)
         heir = must_claim(database, WorkerIdentity("cpu-2", "cpu", 1000, 0))
         assert heir.token > zombie.token
@@ -402,6 +403,7 @@ class TestEndings:
             lease = must_claim(database)
             with database.write() as session:
                 assert leases.release(session, lease) == JobStatus.QUEUED
+            assert job_row(database).lease_token > lease.token
         job = job_row(database)
         assert (job.attempts_made, job.attempts_counted) == (3, 0)
         assert attempt_row(database, 3).outcome == AttemptOutcome.PREEMPTED
