@@ -41,7 +41,7 @@ JOB = {
     "scheme": "W4A16",
     "method": "gptq",
     "group_size": 64,
-    "calibration": {"num_calibration_samples": 64, "max_seq_length": 512},
+    "calibration": {"num_calibration_samples": 16, "max_seq_length": 512},
     "name": "demo",
 }
 QUESTION = "What is the capital of France?"
@@ -87,7 +87,7 @@ def _compress() -> tuple[dict[str, Any], dict[str, Any]]:
     _say("Starting bitmill serve ...")
     with serving(DATA_DIR, FOLDER, FOLDER / "serve.log") as client:
         job = client.submit(JOB)
-        _say(f"Submitted {job['id']}: GPTQ, W4A16, group size 64, 64 samples of 512 tokens.")
+        _say(f"Submitted {job['id']}: GPTQ, W4A16, group size 64, 16 samples of 512 tokens.")
         ended, report = wait_for(client, job, quiet=False)
         if report is None:
             raise DemoFailed(failure(ended))
