@@ -43,8 +43,8 @@ class EvaluationReport:
     """Original and compressed model on the same held-out tokens.
 
     perplexity = exp(mean negative log likelihood, nats per token). kl_divergence: mean over tokens of
-    KL(original || compressed) in nats. top1_agreement: fraction of tokens whose most likely next token agrees.
-    *_stderr: standard error of the mean over tokens.
+    KL(original || compressed) in nats. top1_agreement: fraction of tokens whose most likely next token is the
+    same. *_stderr: standard error of the mean over tokens.
     """
 
     tokens: int

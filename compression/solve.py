@@ -68,7 +68,8 @@ def _solve_stacked(
     """
     for module, weight in members:
         require_finite_weight(module.name, weight)
-    stacked = torch.cat([weight.float() for _, weight in members])
+    weights = [weight.float() for _, weight in members]
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     params = _observe(stacked, gram, step, scheme, stored_dtype)
     dampening_frac, dead_columns = None, 0
     if step.type == "gptq":
@@ -88,19 +89,19 @@ def _solve_stacked(
         solution = rtn(stacked, scheme.weights, params)
 
     start = 0
-    for module, weight in members:
+    for (module, _), weight in zip(members, weights, strict=True):
         part = solution.rows(start, start + weight.shape[0])
         start += weight.shape[0]
         meant = part.dequantize(stored_dtype)
-        difference = weight.float() - meant.float()
+        difference = weight - meant.float()
         report = ModuleReport(
             name=module.name,
             method=step.type,
             scheme=scheme.name,
             group_size=scheme.weights.group_size,
             shape=(weight.shape[0], weight.shape[1]),
-            weight_error=_ratio(difference.square().sum(), weight.float().square().sum()),
-            relative_error=None if gram is None else _output_error(weight.float(), difference, gram.matrix),
+            weight_error=_ratio(difference.square().sum(), weight.square().sum()),
+            relative_error=None if gram is None else _output_error(weight, difference, gram.matrix),
             dampening_frac=dampening_frac,
             dead_columns=dead_columns,
             dequantized_sha256=sha256_of(meant),

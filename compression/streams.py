@@ -22,7 +22,7 @@ from compression.model import StreamedModel
 from compression.planning import LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 
-_LOGITS_IN_A_BATCH = 1 << 25
+_LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 
 
