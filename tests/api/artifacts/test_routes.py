@@ -265,7 +265,7 @@ class BreakingServer(threading.Thread):
                 connection.sendall("\r\n".join(head).encode())
                 if request.startswith("GET"):
                     self.ranges.append(start)
-                    self.conditions.append(f'If-Range: "{etag}"' in request)
+                    self.conditions.append(f'\nIf-Range: "{etag}"' in request)
                     connection.sendall(self.content[start : start + 1000])
 
 
