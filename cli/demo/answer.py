@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 MAX_NEW_TOKENS = 40
 
 
 def answer(folder: Path, question: str) -> str:
     """The model's greedy answer to one chat message."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.bfloat16)
     prompt = tokenizer.apply_chat_template(
