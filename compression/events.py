@@ -10,6 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+PARTIAL_SUFFIX = ".partial"
+"""A run works in `<output_dir>.partial` and publishes by renaming it."""
+
+JOURNAL_FILE = ".bitmill/journal.jsonl"
+"""The journal in that folder. To resume elsewhere: write it from `PlanResolved.header` and every
+`LayerSolved.entry`, one JSON object a line, and put the shards that the entries name beside it."""
+
 Phase = Literal["fetch", "plan", "compress", "verify", "upload"]
 
 

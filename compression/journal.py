@@ -17,9 +17,8 @@ from typing import Any
 
 from compression.checkpoint.writer import Shard, naming_full_disk, read_shard, write_file
 from compression.errors import CompressionError, PlanError, Problem
+from compression.events import JOURNAL_FILE, PARTIAL_SUFFIX
 from compression.report import ModuleReport
-
-FILE = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Journal:
                     "/output_dir",
                 )
             )
-        folder = output_dir.with_name(output_dir.name + ".partial")
+        folder = output_dir.with_name(output_dir.name + PARTIAL_SUFFIX)
         folder.mkdir(parents=True, exist_ok=True)
         journal = cls(folder)
         journal._read()
@@ -134,8 +133,13 @@ class Journal:
     def _rewrite(self) -> None:
         """The file without torn or stale lines, replaced at once."""
         lines = [self.header, *(layer.to_dict() for layer in self.finished.values())]
+        self._path.parent.mkdir(exist_ok=True)
         write_file(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def close(self) -> None:
+        """Remove the journal: what it kept is about to be published."""
+        shutil.rmtree(self._path.parent)
 
     @property
     def _path(self) -> Path:
-        return self.folder / FILE
+        return self.folder / JOURNAL_FILE

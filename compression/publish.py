@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 import compression
-from compression import journal as journals
 from compression.checkpoint.formats import quantization_config
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
 from compression.journal import Journal
@@ -28,8 +27,8 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     checkpoint = plan.checkpoint
     for name in checkpoint.other_files:
         copy_file(checkpoint, name, folder / name)
-    if (checkpoint.folder / "README.md").is_file():
-        write_file(folder / "README.source.md", (checkpoint.folder / "README.md").read_bytes())
+    if (checkpoint.folder / "README.md").exists():
+        copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
     config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
     write_file(folder / "config.json", _json(config))
@@ -37,7 +36,7 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     write_file(folder / "recipe.yaml", recipe.encode())
     write_file(folder / "README.md", _card(plan, report).encode())
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
-    (folder / journals.FILE).unlink()
+    journal.close()
     _rename(folder, output_dir)
 
 

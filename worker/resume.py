@@ -9,6 +9,7 @@ from typing import Any
 
 from api.artifacts.store import Store, StoreError
 from api.jobs.models import JobLayer
+from compression.events import JOURNAL_FILE
 
 
 def restore(store: Store, header: dict[str, Any], layers: Sequence[JobLayer], partial: Path) -> list[int]:
@@ -30,5 +31,7 @@ def restore(store: Store, header: dict[str, Any], layers: Sequence[JobLayer], pa
         else:
             lines.append(row.entry)
     journal = "".join(json.dumps(line) + "\n" for line in lines)
-    (partial / "journal.jsonl").write_text(journal, encoding="utf-8")
+    path = partial / JOURNAL_FILE
+    path.parent.mkdir()
+    path.write_text(journal, encoding="utf-8")
     return lost

@@ -24,6 +24,7 @@ from api.jobs import leases
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job
 from compression.errors import CompressionError
+from compression.events import PARTIAL_SUFFIX
 from worker import upload
 from worker.context import WorkerContext
 from worker.engine import EngineProcess
@@ -142,7 +143,7 @@ class _Attempt:
         self._keeper = keeper
         self._folder = folder
         self._output = folder / "output"
-        self._partial = folder / "output.partial"
+        self._partial = folder / f"output{PARTIAL_SUFFIX}"
         self._started = time.monotonic()
         self._digests: dict[str, str] = {}  # of finished layers' shards, by file name
         self.facts = AttemptFacts()

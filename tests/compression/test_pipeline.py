@@ -27,7 +27,7 @@ from compression import (
     plan,
 )
 from compression.calibration import load_blocks
-from compression.events import Event, LayerReplayed, LayerSolved, WarningRaised
+from compression.events import JOURNAL_FILE, Event, LayerReplayed, LayerSolved, WarningRaised
 from compression.model import StreamedModel
 from compression.report import Report
 from compression.selfcheck import check_against_model, check_files
@@ -120,14 +120,14 @@ def test_what_is_published_is_a_whole_checkpoint_and_nothing_else(
     (source / "README.md").write_text("the model's own card")
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_bytes(b"\x00\xff")
+    (source / "journal.jsonl").write_text("a file of the model's")
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
     out = tmp_path / "out"
     report = run(source, out, tiny_texts)
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     shards = {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
-    copied = {p.name for p in tiny_llama.iterdir()} - {"config.json", "model.safetensors"} | {
-        "extra/notes.txt"
-    }
+    copied = {p.name for p in tiny_llama.iterdir()} - {"config.json", "model.safetensors"}
+    copied |= {"extra/notes.txt", "journal.jsonl"}
     written = {"config.json", "model.safetensors.index.json", "README.md", "README.source.md", "recipe.yaml"}
     assert names == shards | copied | written | {"bitmill.json"}
     for name in copied:
@@ -199,7 +199,7 @@ def test_a_torn_journal_line_and_a_damaged_shard_count_as_never_written(
     partial = tmp_path / "cut.partial"
     shard = partial / "model-00001-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00\x01"[:1])
-    with (partial / "journal.jsonl").open("a") as journal:
+    with (partial / JOURNAL_FILE).open("a") as journal:
         journal.write('{"type": "layer", "layer": 2, "fil')
     events: list[Event] = []
     run(source, tmp_path / "cut", tiny_texts, on_event=events.append)
