@@ -21,6 +21,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_THREADS_AT_IMPORT = torch.get_num_threads()
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -86,8 +87,8 @@ def apply(arithmetic: Arithmetic) -> None:
 
 
 def available_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores this process may use: what the scheduler allows, or OMP_NUM_THREADS where that is less."""
+    return min(len(os.sched_getaffinity(0)), _THREADS_AT_IMPORT)
 
 
 def peak_host_bytes() -> int:

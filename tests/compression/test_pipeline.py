@@ -70,7 +70,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def perplexity(folder: Path, blocks: tuple[torch.Tensor, ...]) -> float:
-    """Of a checkpoint loaded by Transformers and compressed-tensors, activations quantized as they serve them."""
+    """Of a checkpoint in Transformers and compressed-tensors, activations quantized as they serve them."""
     config = AutoConfig.from_pretrained(folder)
     quantization = getattr(config, "quantization_config", {})
     if any(not group["weights"]["symmetric"] for group in quantization.get("config_groups", {}).values()):
