@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from api.client import Client
+from worker.runner import PR_SET_PDEATHSIG
 
 STOP_SECONDS = 30
 _LOG_LINES = 15
@@ -20,9 +23,14 @@ class ServerFailed(Exception):
     """The server ended before it was ready; the message has the end of its log."""
 
 
+def _end_with_parent() -> None:
+    """Runs in the server's process: the kernel sends it SIGTERM when the demo is gone, killed or not."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 @contextmanager
 def serving(data_dir: Path, local_root: Path, log: Path) -> Iterator[Client]:
-    """A client of a server on a free port, which is ended with the block.
+    """A client of a server on a free port. It ends with the block, and with this process however that ends.
 
     Settings of the person's own environment do not reach it.
 
@@ -34,7 +42,14 @@ def serving(data_dir: Path, local_root: Path, log: Path) -> Iterator[Client]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("BITMILL_")}
     with (
         log.open("w") as log_file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, env=own, text=True) as server,
+        subprocess.Popen(
+            command,
+            env=own,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            text=True,
+            preexec_fn=_end_with_parent,
+        ) as server,
     ):
         try:
             assert server.stdout is not None
