@@ -25,7 +25,7 @@ ENDED = ("succeeded", "failed", "cancelled", "expired")
 class Process:
     """A command of `bitmill` on one core, with nothing of this process's environment but PATH."""
 
-    def __init__(self, command: str, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, command: str, folder: Path, settings: Mapping[str, str], core: int = 0) -> None:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
@@ -37,7 +37,8 @@ class Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cli", command], env=environment, stdout=log, stderr=log
             )
-        os.sched_setaffinity(self._process.pid, {next(iter(os.sched_getaffinity(0)))})
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(self._process.pid, {cores[core % len(cores)]})
 
     @property
     def pid(self) -> int:
@@ -89,9 +90,9 @@ class Service:
         self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
         return self.serve
 
-    def worker(self, **settings: str) -> Process:
-        """Start `bitmill worker` on the same settings, but for those given."""
-        return Process("worker", self.folder, {**self.settings, **settings})
+    def worker(self, core: int) -> Process:
+        """Start `bitmill worker` on the same settings."""
+        return Process("worker", self.folder, self.settings, core)
 
     def close(self) -> None:
         self._close_client()
