@@ -1,0 +1,119 @@
+"""Attempts that end otherwise than well, on the real engine. Kills and resumes are in tests/integration."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from api.jobs import events, leases
+from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
+from compression.events import JOURNAL_FILE
+from tests.worker.conftest import Submit
+from worker.context import WorkerContext
+from worker.heartbeat import Presence
+from worker.resume import restore
+from worker.tasks import look
+
+CANCEL_AT_UPLOAD = """
+CREATE TRIGGER cancel_at_upload AFTER UPDATE OF phase ON jobs WHEN NEW.phase = 'upload'
+BEGIN UPDATE jobs SET status = 'cancelling' WHERE id = NEW.id; END
+"""
+
+
+def run(worker: WorkerContext) -> None:
+    look(worker, Presence(worker))
+
+
+def job_of(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:
+    with worker.database.read() as session:
+        return session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
+
+
+def attempt_folders(worker: WorkerContext) -> list[Path]:
+    return [path for path in worker.scratch.folder.iterdir() if path.is_dir()]
+
+
+def once_an_engine_runs(worker: WorkerContext, action: Callable[[], None]) -> threading.Thread:
+    """A thread that calls `action` when an attempt has started its engine."""
+
+    def wait() -> None:
+        while not any((folder / "engine.log").exists() for folder in attempt_folders(worker)):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_an_engine_past_its_memory_limit_is_ended(worker: WorkerContext, submit: Submit) -> None:
+    limited = dataclasses.replace(
+        worker, settings=worker.settings.model_copy(update={"engine_memory_bytes": 64 << 20})
+    )
+    job_id = submit()
+    run(limited)
+    job, attempt = job_of(worker, job_id)
+    assert (job.status, job.error_code) == (JobStatus.FAILED, "memory_limit")
+    assert attempt.outcome == AttemptOutcome.OUT_OF_MEMORY
+    assert attempt.peak_host_bytes is not None
+    assert attempt.peak_host_bytes > 64 << 20
+    assert attempt_folders(worker) == []
+
+
+def test_a_worker_that_lost_its_lease_writes_nothing_more(worker: WorkerContext, submit: Submit) -> None:
+    job_id = submit()
+
+    def lose() -> None:
+        with worker.database.write() as session:
+            leases.release_all(session)
+        worker.stopping.set()  # so that the job is not claimed again
+
+    thread = once_an_engine_runs(worker, lose)
+    started = time.monotonic()
+    run(worker)
+    thread.join()
+    assert time.monotonic() - started < 5
+    job, attempt = job_of(worker, job_id)
+    assert (job.status, attempt.outcome) == (JobStatus.QUEUED, AttemptOutcome.PREEMPTED)
+    with worker.database.read() as session:
+        told = [event.type for event in events.page(session, job_id, 0, 100)]
+    assert told[-1] == "attempt_ended"
+    assert attempt_folders(worker) == []
+
+
+def test_a_cancel_during_the_upload_wins_and_the_upload_is_removed(
+    worker: WorkerContext, submit: Submit
+) -> None:
+    job_id = submit()
+    with worker.database.write() as session:
+        session.connection().exec_driver_sql(CANCEL_AT_UPLOAD)
+    run(worker)
+    job, attempt = job_of(worker, job_id)
+    assert (job.status, job.manifest_key) == (JobStatus.CANCELLED, None)
+    assert attempt.outcome == AttemptOutcome.CANCELLED
+    assert list(worker.store.list("artifacts")) == []
+    assert len(list(worker.store.list(f"work/{job_id}"))) == job.layers_total
+
+
+def test_a_journal_is_restored_without_what_the_store_lost(worker: WorkerContext, tmp_path: Path) -> None:
+    shard = tmp_path / "shard"
+    shard.write_bytes(b"layer 0")
+    worker.store.put("work/job/a.safetensors", shard)
+    rows = [
+        JobLayer(
+            layer=0, store_key="work/job/a.safetensors", entry={"type": "layer", "layer": 0, "file": "0"}
+        ),
+        JobLayer(
+            layer=1, store_key="work/job/b.safetensors", entry={"type": "layer", "layer": 1, "file": "1"}
+        ),
+    ]
+    partial = tmp_path / "output.partial"
+    assert restore(worker.store, {"type": "plan", "work_key": "k"}, rows, partial) == [1]
+    assert (partial / "0").read_bytes() == b"layer 0"
+    assert (partial / "0").stat().st_nlink > 1
+    assert (partial / JOURNAL_FILE).read_text() == (
+        '{"type": "plan", "work_key": "k"}\n{"type": "layer", "layer": 0, "file": "0"}\n'
+    )
