@@ -39,6 +39,9 @@ def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
     precision "float32": products of float32 copies. "mixed": bfloat16 inputs are multiplied as they are and
     summed over chunks in float32. On CUDA each product accumulates and returns float32, so nothing is lost;
     on the CPU a chunk's product is rounded to bfloat16 (1.8e-3 relative). Other dtypes are always float32.
+    Which one is faster depends on the machine, so it is the caller's choice, recorded with the run: on a CPU
+    with AMX bfloat16 products are 4 times faster, on one without bfloat16 instructions (Zen 3, one thread,
+    [4096, 576]^T [4096, 576]) 12 GFLOP/s against float32's 57.
 
     Raises:
         ValueError: no tokens at all.

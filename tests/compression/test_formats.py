@@ -91,7 +91,8 @@ def test_bytes_hold_the_codes(name: str) -> None:
 
 def test_tiny_scales_do_not_move_a_code() -> None:
     scheme = WEIGHTS["FP8_DYNAMIC"]
-    weight = torch.randn(4, 64) * 1e-36
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight *= 1e-41  # scales of a few subnormal steps: a product with them loses the code
     solved = rtn(weight, scheme.weights, search_params(weight, scheme.weights, torch.float32))
     tensors = encode("a", solved, scheme.format)
     assert torch.equal(tensors["a.weight"].float(), solved.codes.float())

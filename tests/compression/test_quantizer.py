@@ -235,5 +235,11 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     assert caught.value.code == "non_finite_weights"
 
 
-def test_large_finite_weights_are_not_refused() -> None:
-    require_finite_weight("big", torch.full((64, 64), 1e38))  # their sum overflows
+@pytest.mark.parametrize("name", ["W4A16-g32", "W4A16_ASYM-g32", "W8A8", "FP8_DYNAMIC"])
+def test_a_widened_range_may_overflow(name: str) -> None:
+    args = WEIGHTS[name].weights
+    weight = torch.linspace(0, 3.2e38, 64).repeat(3, 1)  # 1.16 of it is beyond float32
+    params = search_params(weight, args, torch.float32)
+    assert params.scale.isfinite().all()
+    restored_weight = QuantizedWeight(quantize(weight, params, args), params, args).dequantize(torch.float32)
+    assert ((restored_weight / weight.max() - weight / weight.max()).abs() < 0.1).all()
