@@ -1,6 +1,10 @@
 """Run by vLLM's interpreter: loads a checkpoint, asks a question, prints the answer as one line of JSON.
 
     .venv-vllm/bin/python tests/conformance/vllm_answer.py CHECKPOINT QUESTION
+
+vLLM's CPU kernels for 4-bit weights are compiled for AVX-512 only. On a processor without it, that one matrix
+product is done in plain torch here, on the weights as vLLM has read and repacked them; everything else is
+vLLM's own. `native_kernels` in the answer says which it was.
 """
 
 from __future__ import annotations
@@ -9,16 +13,55 @@ import json
 import os
 import sys
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; must be set before the import
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; both must be set before the import
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+import torch
+from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+
+SIGNATURE = (
+    "cpu_gemm_wna16(Tensor input, Tensor q_weight, Tensor(a!) output, Tensor scales, Tensor? zeros, "
+    "Tensor? bias, int pack_factor, str isa_hint) -> ()"
+)
+
+
+def wna16(
+    x: Tensor,
+    packed: Tensor,
+    output: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *_: object,
+) -> None:
+    """output [tokens, out] = x [tokens, in] times the symmetric 4-bit weight, plus bias.
+
+    packed: int32 [out / 16, in * 2]; a row holds 16 outputs, for each input two words of eight codes + 8.
+    scales: [in / group, out].
+    """
+    assert zeros is None
+    blocks, inputs = packed.shape[0], packed.shape[1] // 2
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (packed.view(blocks, inputs, 2, 1) >> shifts & 15) - 8
+    codes = codes.view(blocks, inputs, 16).permute(1, 0, 2).reshape(inputs, blocks * 16)
+    weight = codes.to(x.dtype) * scales.repeat_interleave(inputs // scales.shape[0], 0)
+    product = x @ weight
+    output.copy_(product if bias is None else product + bias)
 
 
 def main(checkpoint: str, question: str) -> None:
+    current_platform.import_kernels()
+    native = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    if not native:
+        library = torch.library.Library("_C", "FRAGMENT")
+        library.define(SIGNATURE)
+        library.impl("cpu_gemm_wna16", wna16, "CPU")
     model = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, max_model_len=512)
     sampling = SamplingParams(temperature=0, max_tokens=32)
     [reply] = model.chat([{"role": "user", "content": question}], sampling, use_tqdm=False)
-    sys.stdout.write("\n" + json.dumps({"answer": reply.outputs[0].text}) + "\n")
+    sys.stdout.write("\n" + json.dumps({"answer": reply.outputs[0].text, "native_kernels": native}) + "\n")
 
 
 if __name__ == "__main__":
