@@ -1,10 +1,11 @@
 """GPTQ W4A16, Bitmill and LLM Compressor side by side: whole processes, the same tokens, the same scorer.
 
-    python -m benchmarks [--rounds 3] [--work FOLDER]
+    python -m benchmarks [--rounds 3] [--work FOLDER] [--peer-precision stored|float32]
 
 Each round runs Bitmill, then the peer with its default observer; both are timed from exec to exit. The peer
 runs once more with imatrix_mse, its most accurate observer, whose time is listed and whose perplexity is the
-one to beat. Writes results.json and results.md into FOLDER. benchmarks/README.md says what the figures mean.
+one to beat. On a processor without bfloat16 arithmetic the peer is told to load the model in float32 unless
+--peer-precision says otherwise: that is many times faster there. Writes results.json and results.md into FOLDER. benchmarks/README.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, stdev
 from typing import Any
+
+import torch
 
 from benchmarks.inputs import GROUP_SIZE, Inputs, prepare
 
@@ -42,16 +45,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
+    faster = "stored" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    parser.add_argument("--peer-precision", choices=["stored", "float32"], default=faster)
     options = parser.parse_args(argv)
     work: Path = options.work.resolve()
     inputs = prepare(work)
 
+    peer, best = (_peer(inputs, work, observer, options.peer_precision) for observer in (None, "imatrix_mse"))
     runs = []
     for number in range(1, options.rounds + 1):
-        for name, command in (("Bitmill", _ours(inputs, work)), ("peer", _peer(inputs, work, None))):
+        for name, command in (("Bitmill", _ours(inputs, work)), ("peer", peer)):
             runs.append(_timed(name, command, work))
             _say(f"round {number}: {name} {runs[-1].seconds:.1f} s")
-    runs.append(_timed("peer-imatrix_mse", _peer(inputs, work, "imatrix_mse"), work))
+    runs.append(_timed("peer-imatrix_mse", best, work))
     _say(f"peer with imatrix_mse: {runs[-1].seconds:.1f} s")
 
     checkpoints = {
@@ -62,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "machine": _machine(),
         "versions": {"Bitmill": _versions(sys.executable), "peer": _versions(str(PEER_PYTHON))},
+        "peer_precision": options.peer_precision,
         "runs": [asdict(run) for run in runs],
         "scores": scores,
     }
@@ -104,11 +111,13 @@ def _ours(inputs: Inputs, work: Path) -> list[str]:
     ]
 
 
-def _peer(inputs: Inputs, work: Path, observer: str | None) -> list[str]:
-    output = work / ("peer" if observer is None else f"peer-{observer}")
-    chosen = [] if observer is None else ["--observer", observer]
-    script = ROOT / "benchmarks" / "peer_gptq.py"
-    return [str(PEER_PYTHON), str(script), str(inputs.model), str(inputs.calibration), str(output), *chosen]
+def _peer(inputs: Inputs, work: Path, observer: str | None, precision: str) -> list[str]:
+    return [
+        *(str(PEER_PYTHON), str(ROOT / "benchmarks" / "peer_gptq.py"), str(inputs.model)),
+        *(str(inputs.calibration), str(work / ("peer" if observer is None else f"peer-{observer}"))),
+        *([] if observer is None else ["--observer", observer]),
+        *(["--float32"] if precision == "float32" else []),
+    ]
 
 
 def _timed(name: str, command: list[str], work: Path) -> Run:

@@ -18,7 +18,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation
 GROUP_SIZE = 64
 """128 does not divide the model's hidden size, 576."""
 
-HELDOUT_LENGTH = 1024
+HELDOUT_BLOCKS, HELDOUT_LENGTH = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def prepare(work: Path) -> Inputs:
     save_file({"input_ids": torch.stack(blocks.calibration)}, inputs.calibration)
 
     tokenizer = AutoTokenizer.from_pretrained(inputs.model, local_files_only=True)
-    ids = tokenizer(heldout_text(work / "downloads"), verbose=False)["input_ids"]
-    count = len(ids) // HELDOUT_LENGTH
-    tokens = torch.tensor(ids[: count * HELDOUT_LENGTH]).reshape(count, HELDOUT_LENGTH)
+    text = heldout_text(work / "downloads")
+    ids = tokenizer(text, verbose=False)["input_ids"][: HELDOUT_BLOCKS * HELDOUT_LENGTH]
+    tokens = torch.tensor(ids).reshape(HELDOUT_BLOCKS, HELDOUT_LENGTH)
     save_file({"input_ids": tokens}, inputs.heldout)
     return inputs

@@ -3,6 +3,7 @@
     .venv-peer/bin/python benchmarks/peer_gptq.py MODEL TOKENS.safetensors OUTPUT [--observer imatrix_mse]
 
 TOKENS holds `input_ids`, int64 [samples, tokens]. Everything that is not named here is the peer's default.
+--float32 loads the model in float32: many times faster on a processor without bfloat16 arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from safetensors.torch import load_file
 
 
-def run(model: Path, tokens: Path, output: Path, *, group_size: int, observer: str | None) -> None:
+def run(
+    model: Path, tokens: Path, output: Path, *, group_size: int, observer: str | None, float32: bool
+) -> None:
     """Compresses `model` and saves it to `output`."""
     blocks = load_file(tokens)["input_ids"]
     dataset = Dataset.from_dict(
@@ -30,6 +33,7 @@ def run(model: Path, tokens: Path, output: Path, *, group_size: int, observer: s
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=str(model),
+        precision="float32" if float32 else "auto",
         dataset=dataset,
         recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         max_seq_length=blocks.shape[1],
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--observer", help="the peer's default observer unless given")
+    parser.add_argument("--float32", action="store_true")
     options = parser.parse_args()
     run(
         options.model,
@@ -52,6 +57,7 @@ def main() -> None:
         options.output,
         group_size=options.group_size,
         observer=options.observer,
+        float32=options.float32,
     )
 
 
