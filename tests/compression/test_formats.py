@@ -13,11 +13,11 @@ from torch import Tensor
 from compression.checkpoint.formats import decode, encode, quantization_config
 from compression.methods.rtn import rtn
 from compression.planning import plan, stored_tensors
-from compression.quantizer import QuantizedWeight, minmax_params, search_params
+from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import Scheme
 from tests.compression.fake_checkpoints import fake_llama
-from tests.compression.grids import WEIGHTS
+from tests.compression.grids import WEIGHTS, all_codes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 TORCH_DTYPES = {
@@ -89,13 +89,14 @@ def test_bytes_hold_the_codes(name: str) -> None:
     assert torch.equal(tensors["a.weight"].float(), weight.codes.float())
 
 
-def test_tiny_scales_do_not_move_a_code() -> None:
-    scheme = WEIGHTS["FP8_DYNAMIC"]
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    weight *= 1e-41  # scales of a few subnormal steps: a product with them loses the code
-    solved = rtn(weight, scheme.weights, search_params(weight, scheme.weights, torch.float32))
-    tensors = encode("a", solved, scheme.format)
-    assert torch.equal(tensors["a.weight"].float(), solved.codes.float())
+@pytest.mark.parametrize("name", ["W4A16-channel", "W8A8", "FP8_DYNAMIC"])
+def test_no_scale_is_too_small_to_keep_the_codes(name: str) -> None:
+    scheme = WEIGHTS[name]
+    codes = all_codes(scheme.weights).to(code_dtype(scheme.weights)).unsqueeze(0)
+    params = QuantizationParams(torch.tensor([[1e-44]]), None)  # subnormal: code * scale loses the code
+    tensors = encode("a", QuantizedWeight(codes, params, scheme.weights), scheme.format)
+    one = {**tensors, "a.weight_scale": torch.ones(1, 1)}
+    assert torch.equal(decode("a", one, scheme, torch.float32), codes.float())
 
 
 def recipe(**step: object) -> Recipe:

@@ -14,9 +14,10 @@ from compression.gram import CHUNK_TOKENS, Precision, accumulate_gram, require_f
 from tests.compression.grids import correlated_inputs
 
 
-def test_float32_is_the_sum_over_tokens() -> None:
-    x = correlated_inputs(3000, 48)
-    gram = accumulate_gram([x[:1000].reshape(2, 500, 48), x[1000:]], precision="float32")
+@pytest.mark.parametrize("columns", [48, 200, 1100])
+def test_float32_is_the_sum_over_tokens(columns: int) -> None:
+    x = correlated_inputs(3000, columns)
+    gram = accumulate_gram([x[:1000].reshape(2, 500, columns), x[1000:]], precision="float32")
     expected = x.double().t() @ x.double()
     assert gram.tokens == 3000
     assert gram.matrix.dtype == torch.float32
@@ -36,7 +37,7 @@ def test_mixed_keeps_bfloat16_within_its_rounding_and_others_exact(dtype: torch.
 
 @pytest.mark.parametrize("precision", ["mixed", "float32"])
 def test_the_matrix_is_exactly_symmetric(precision: Precision) -> None:
-    x = correlated_inputs(5000, 96).bfloat16()
+    x = correlated_inputs(5000, 300).bfloat16()
     matrix = accumulate_gram([x], precision=precision).matrix
     assert torch.equal(matrix, matrix.t())
 
