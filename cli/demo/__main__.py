@@ -86,6 +86,7 @@ def _compress() -> tuple[dict[str, Any], dict[str, Any]]:
     make_demo_dataset(DATASET)
     _say("Starting bitmill serve ...")
     with serving(DATA_DIR, FOLDER, FOLDER / "serve.log") as client:
+        _cancel_leftovers(client)
         job = client.submit(JOB)
         _say(f"Submitted {job['id']}: GPTQ, W4A16, group size 64, 16 samples of 512 tokens.")
         ended, report = wait_for(client, job, quiet=False)
@@ -93,6 +94,13 @@ def _compress() -> tuple[dict[str, Any], dict[str, Any]]:
             raise DemoFailed(failure(ended))
         _download(client, job["id"])
     return ended, report
+
+
+def _cancel_leftovers(client: Client) -> None:
+    """A demo that was interrupted left its job behind, which the service would finish before the new one."""
+    for status in ("queued", "running"):
+        for job in client.jobs(status=status)["items"]:
+            client.cancel(job["id"])
 
 
 def _download(client: Client, job_id: str) -> None:
