@@ -84,7 +84,7 @@ class Service:
         """Start `bitmill serve` and wait until it is ready."""
         self.serve = Process("serve", self.folder, self.settings)
         url = f"http://127.0.0.1:{self.port}"
-        eventually(lambda: self._answers(url), START_SECONDS, f"no server; see {self.serve.log}")
+        eventually(lambda: self._answers(url), START_SECONDS, f"no server; see {self.serve.log}", every=0.1)
         key = json.loads((self.data / "credentials.json").read_text())["api_key"]
         self._close_client()
         self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
@@ -125,7 +125,7 @@ class Service:
 
     def wait(self, job_id: str, seconds: float = JOB_SECONDS) -> dict[str, Any]:
         """The job once it has ended."""
-        eventually(lambda: self.job(job_id)["status"] in ENDED, seconds, f"{job_id} did not end")
+        eventually(lambda: self.job(job_id)["status"] in ENDED, seconds, f"{job_id} did not end", every=0.2)
         return self.job(job_id)
 
     def succeed(self, job_id: str) -> None:
@@ -141,7 +141,7 @@ class Service:
             assert job["status"] in ("queued", "running"), job
             return bool(job["layers_done"] >= count)
 
-        eventually(enough, JOB_SECONDS, f"{job_id} finished no {count} layers")
+        eventually(enough, JOB_SECONDS, f"{job_id} finished no {count} layers", every=0.1)
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
         """All events so far; their seq has no gap."""
@@ -202,12 +202,12 @@ class Service:
         return False
 
 
-def eventually(condition: Callable[[], bool], seconds: float, complaint: str) -> None:
-    """Wait until the condition holds."""
+def eventually(condition: Callable[[], bool], seconds: float, complaint: str, every: float = 0.02) -> None:
+    """Wait until the condition holds, which is looked at `every` so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, complaint
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def commands() -> Iterator[tuple[int, str]]:
