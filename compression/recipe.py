@@ -139,6 +139,8 @@ class DatasetSpec(_Frozen):
     def _one_source(self) -> DatasetSpec:
         if (self.path is None) == (self.texts is None):
             raise ValueError("give exactly one of path and texts")
+        if self.text_column is not None and self.messages_column is not None:
+            raise ValueError("give at most one of text_column and messages_column")
         return self
 
 

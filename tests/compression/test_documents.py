@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from compression.documents import dataset_digest, open_documents
 from compression.errors import SourceError
@@ -68,6 +69,11 @@ def test_messages(tmp_path: Path) -> None:
     content = json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": []})
     documents = open_documents(spec(tmp_path / "a.jsonl", content, messages_column="messages"))
     assert list(documents) == [turns]
+
+
+def test_two_columns_at_once_are_refused() -> None:
+    with pytest.raises(ValidationError, match="at most one of text_column and messages_column"):
+        DatasetSpec(path="a.jsonl", text_column="text", messages_column="messages")
 
 
 def test_text_files_split_at_blank_lines(tmp_path: Path) -> None:
