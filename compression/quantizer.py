@@ -24,8 +24,11 @@ _COARSE_SHRINKS = (1.16, 1.08, 0.92, 0.84, 0.76, 0.68, 0.60, 0.52, 0.44)
 _FINE_STEPS = (0.04, 0.02, 0.01)
 """Shrinks of the min-max range that a search tries; within 0.5% of the error that 180 even steps reach."""
 
+_SEARCH_ROWS = 4096
+"""Rows whose group is searched at once, which bounds the memory of a search."""
+
 _CHUNK_ELEMENTS = 1 << 16
-"""Weights searched at once: with the two temporaries, what two cores hold in their level-2 caches."""
+"""Weights rounded at once: with the two temporaries, what two cores hold in their level-2 caches."""
 
 
 class QuantizationParams(NamedTuple):
@@ -128,12 +131,11 @@ def search_params(
         raise ValueError("give importance or gram, not both")
     params = minmax_params(weight, args, scale_dtype)
     size = args.group_size or weight.shape[1]
-    rows = max(64, _CHUNK_ELEMENTS // size)
     for group, start in enumerate(range(0, weight.shape[1], size)):
         columns = slice(start, start + size)
         cost = _error_cost(size, weight.device, importance, gram, columns)
-        for top in range(0, weight.shape[0], rows):
-            chunk = slice(top, top + rows)
+        for top in range(0, weight.shape[0], _SEARCH_ROWS):
+            chunk = slice(top, top + _SEARCH_ROWS)
             found = _search_group(weight[chunk, columns].t().float().contiguous(), args, scale_dtype, cost)
             params.scale[chunk, group] = found.scale
             if params.zero_point is not None and found.zero_point is not None:
@@ -216,22 +218,12 @@ def _search_group(
     """
     low, high = weights.aminmax(dim=0)
     unit = _params_of_range(low, high, args, scale_dtype).scale.float()
-    scaled, codes = torch.empty_like(weights), torch.empty_like(weights)
-
-    def cost_of(scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        torch.div(weights, scale, out=scaled)
-        if zero_point is not None:
-            scaled.add_(zero_point)
-        round_to_grid(scaled, args, out=codes)
-        return cost(codes.sub_(scaled))
 
     def best_of(shrinks: Tensor) -> _Found:
         """Of the shrinks [tries, rows], the best for each row."""
         params = _params_of_range(low * shrinks, high * shrinks, args, scale_dtype)
-        scales = params.scale.float()
-        shifts = [None] * len(shrinks) if params.zero_point is None else params.zero_point.float().unbind()
-        costs = torch.stack([cost_of(*pair) for pair in zip(scales.unbind(), shifts, strict=True)])
-        costs *= (scales / unit).square_()  # relative to the min-max scale: finite for huge and tiny weights
+        costs = _costs(weights, params, args, cost)
+        costs *= (params.scale.float() / unit).square_()  # relative: finite for huge and tiny weights
         # a range beyond float32 gives NaN, which must not win
         least, index = costs.nan_to_num_(nan=torch.inf, posinf=torch.inf).min(dim=0, keepdim=True)
         return _Found(least[0], shrinks.gather(0, index)[0], params.gather(index))
@@ -247,6 +239,25 @@ def _search_group(
             best.params.where(better, found.params),
         )
     return best.params
+
+
+def _costs(weights: Tensor, params: QuantizationParams, args: QuantizationArgs, cost: _Cost) -> Tensor:
+    """What rounding weights [group_size, rows] by each of params [tries, rows] costs, in squared steps."""
+    scales = params.scale.float()
+    shifts = None if params.zero_point is None else params.zero_point.float()
+    costs = torch.empty_like(scales)
+    width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
+    for left in range(0, weights.shape[1], width):
+        rows = slice(left, left + width)
+        part = weights[:, rows].contiguous()
+        scaled, codes = torch.empty_like(part), torch.empty_like(part)
+        for attempt in range(scales.shape[0]):
+            torch.div(part, scales[attempt, rows], out=scaled)
+            if shifts is not None:
+                scaled.add_(shifts[attempt, rows])
+            round_to_grid(scaled, args, out=codes)
+            costs[attempt, rows] = cost(codes.sub_(scaled))
+    return costs
 
 
 class _Found(NamedTuple):
