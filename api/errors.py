@@ -1,13 +1,13 @@
 """Errors of the HTTP API, all of them RFC 9457 problem+json with a stable `code`.
 
-    ApiError            status, code, message, hint, problems
-    ├── Unauthorized    401  missing_key, wrong_key
-    ├── Forbidden       403  scope_missing
-    ├── NotFound        404  job_not_found, report_not_available, ...
-    ├── Conflict        409  not_cancellable, not_retryable
-    ├── BadRange        416  range_not_satisfiable
-    ├── Unprocessable   422  everything that is wrong with a submission, all at once
-    └── Unavailable     503  not_ready
+ApiError            status, code, message, hint, problems
+├── Unauthorized    401  missing_key, wrong_key
+├── Forbidden       403  scope_missing
+├── NotFound        404  job_not_found, report_not_available, ...
+├── Conflict        409  not_cancellable, not_retryable
+├── BadRange        416  range_not_satisfiable
+├── Unprocessable   422  everything that is wrong with a submission, all at once
+└── Unavailable     503  not_ready
 """
 
 from __future__ import annotations

@@ -62,9 +62,7 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(settings.log_level.upper())
 
 
-def hide_secrets(
-    _logger: Any, _method: str, record: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
+def hide_secrets(_logger: Any, _method: str, record: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replace API keys, passwords in URLs and values with a telling name, at any depth."""
     return {name: _hide(name, value) for name, value in record.items()}
 

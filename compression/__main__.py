@@ -26,9 +26,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
     result.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W8A8 or FP8_DYNAMIC")
-    result.add_argument(
-        "--method", choices=["gptq", "rtn"], help="default: gptq for int weights with data"
-    )
+    result.add_argument("--method", choices=["gptq", "rtn"], help="default: gptq for int weights with data")
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")

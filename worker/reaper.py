@@ -79,14 +79,16 @@ def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:
 
 
 def forget_work(database: Database, store: Store, resume_days: float) -> None:
-    """Remove the finished layers of jobs that ended longer ago than they can be resumed.
+    """Remove what jobs keep for a resume, and what a killed upload left, once they can no longer be resumed.
 
     Objects go before the rows that name them, so a crash in between leaves nothing unnamed; a job that is
     retried meanwhile solves again what it misses.
     """
     with database.read() as session:
         over = retention.past_resume(session, resume_days)
-    for job_id in over:
-        store.delete(f"work/{job_id}")
+    for job in over:
+        store.delete(f"work/{job.id}")
+        if job.manifest_key is None:
+            store.delete(f"artifacts/{job.id}")
         with database.write() as session:
-            retention.forget_layers(session, job_id)
+            retention.forget_layers(session, job.id)

@@ -125,9 +125,7 @@ def die_with_supervisor(control: int) -> None:
     def watch() -> None:
         while os.read(control, 4096):
             pass
-        if os.getpgrp() == os.getpid():
-            os.killpg(os.getpid(), signal.SIGKILL)
-        os._exit(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="control-pipe", daemon=True).start()
 

@@ -31,9 +31,7 @@ def list_artifacts(session: Session, store: Store, project_id: str, job_id: str)
     return ArtifactList(job=manifest.job, files=files)
 
 
-def find_artifact(
-    session: Session, store: Store, project_id: str, job_id: str, name: str
-) -> StoredArtifact:
+def find_artifact(session: Session, store: Store, project_id: str, job_id: str, name: str) -> StoredArtifact:
     """One file of a job; only names that the manifest has.
 
     Raises:

@@ -31,9 +31,7 @@ def append(
     ).scalar_one_or_none()
     if seq is not None:
         session.add(
-            JobEvent(
-                job_id=job_id, seq=seq, at=database.now(session), attempt=attempt, type=type, data=data
-            )
+            JobEvent(job_id=job_id, seq=seq, at=database.now(session), attempt=attempt, type=type, data=data)
         )
         session.flush()
     return seq

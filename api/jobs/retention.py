@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from api import database
-from api.jobs.models import TERMINAL, Job, JobLayer
+from api.jobs.models import RETRYABLE, TERMINAL, Job, JobLayer
 
 
-def past_resume(session: Session, days: float) -> Sequence[str]:
+def past_resume(session: Session, days: float) -> Sequence[Job]:
     """Jobs that still have finished layers although they ended more than `days` ago."""
     cutoff = database.now(session) - timedelta(days=days)
     return session.scalars(
-        select(Job.id)
+        select(Job)
         .where(Job.status.in_(TERMINAL), Job.finished_at < cutoff)
         .where(Job.id.in_(select(JobLayer.job_id)))
         .order_by(Job.id)
@@ -24,6 +24,7 @@ def past_resume(session: Session, days: float) -> Sequence[str]:
 
 
 def forget_layers(session: Session, job_id: str) -> None:
-    """Forget the finished layers of a job, unless it was retried meanwhile."""
+    """Forget the finished layers of a job, unless it was retried meanwhile. A retry begins at layer 0."""
+    session.execute(update(Job).where(Job.id == job_id, Job.status.in_(RETRYABLE)).values(layers_done=0))
     ended = select(Job.id).where(Job.id == job_id, Job.status.in_(TERMINAL))
     session.execute(delete(JobLayer).where(JobLayer.job_id.in_(ended)))

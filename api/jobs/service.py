@@ -42,9 +42,7 @@ def find_repeated(session: Session, project_id: str, key: str | None, body: JobS
     """
     if key is None:
         return None
-    row = repository.find_idempotency_key(
-        session, project_id, SUBMIT_ROUTE, key, database.now(session)
-    )
+    row = repository.find_idempotency_key(session, project_id, SUBMIT_ROUTE, key, database.now(session))
     if row is None:
         return None
     if row.body_sha256 != _body_digest(body):

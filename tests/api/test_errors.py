@@ -107,9 +107,7 @@ def test_unknown_route_and_method(server: Server) -> None:
         ({"model": "/m", "scheme": "W4A16", "name": "\ud800"}, "string_unicode", "/name"),
     ],
 )
-def test_bad_fields_are_pointed_at(
-    server: Server, body: dict[str, Any], code: str, pointer: str
-) -> None:
+def test_bad_fields_are_pointed_at(server: Server, body: dict[str, Any], code: str, pointer: str) -> None:
     answer = server.http.post("/v1/jobs", content=json.dumps(body), headers=JSON_TYPE)
     problem = assert_problem(answer, 422, "validation_error")
     assert (code, pointer) in [(error["code"], error["pointer"]) for error in problem["errors"]]
@@ -150,9 +148,7 @@ def test_a_body_too_large_is_refused_as_it_comes(server: Server) -> None:
     assert server.http.get("/v1/jobs").json()["items"] == []
 
 
-def test_a_database_that_is_busy_is_a_503(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_that_is_busy_is_a_503(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.database.BUSY_TIMEOUT_SECONDS", 0)
     holder = sqlite3.connect(server.settings.data_dir / "bitmill.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE").close()

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 
 from api import database
 from api.jobs import leases
@@ -66,18 +66,23 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
                     at=database.now(session),
                 )
             )
+    worker.store.put(f"artifacts/{job_id}/1/model.safetensors", shard)
     with worker.database.write() as session:
-        ended = {"status": JobStatus.FAILED, "finished_at": database.now(session) - timedelta(days=3)}
+        ended = {
+            "status": JobStatus.FAILED,
+            "layers_done": 1,
+            "finished_at": database.now(session) - timedelta(days=3),
+        }
         session.execute(update(Job).where(Job.id == job_id).values(**ended))
 
     forget_work(worker.database, worker.store, resume_days=4)
     assert worker.store.exists(f"work/{job_id}/aa.safetensors")
     forget_work(worker.database, worker.store, resume_days=2)
-    assert not worker.store.exists(f"work/{job_id}/aa.safetensors")
+    assert list(worker.store.list(f"work/{job_id}")) == list(worker.store.list(f"artifacts/{job_id}")) == []
     assert worker.store.exists(f"work/{other_id}/aa.safetensors")
     with worker.database.read() as session:
         assert session.scalars(select(JobLayer.job_id)).all() == [other_id]
-        assert session.scalar(select(func.count()).select_from(Job)) == 2
+        assert session.get_one(Job, job_id).layers_done == 0
 
 
 def test_a_worker_on_the_embedded_broker_is_refused(worker: WorkerContext) -> None:

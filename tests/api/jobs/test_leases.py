@@ -384,9 +384,7 @@ class TestEndings:
         assert attempt_row(database, 2).exit_signal == 9
         assert event_types(database)[-2:] == ["attempt_ended", "job_failed"]
 
-    def test_what_cannot_succeed_fails_at_once(
-        self, database: Database, add_job: Callable[..., str]
-    ) -> None:
+    def test_what_cannot_succeed_fails_at_once(self, database: Database, add_job: Callable[..., str]) -> None:
         add_job()
         lease = must_claim(database)
         with database.write() as session:

@@ -117,7 +117,9 @@ class TestRefused:
             str(tmp_path / "nothing"), "X"
         )
 
-    @pytest.mark.parametrize("model", ["/", "/etc/../etc", "../tiny", "./tiny", "~/tiny", "a/b/c", "/x\0y", "s3://b/k"])
+    @pytest.mark.parametrize(
+        "model", ["/", "/etc/../etc", "../tiny", "./tiny", "~/tiny", "a/b/c", "/x\0y", "s3://b/k"]
+    )
     def test_paths_that_are_none_of_ours(self, server: Server, model: str) -> None:
         assert refused(server, model=model)["code"] == "path_not_allowed"
 
