@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compression.errors import CompressionError
 from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
+from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--max-seq-length", type=int, default=defaults.max_seq_length)
     result.add_argument("--seed", type=int, default=defaults.seed)
     result.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    result.add_argument("--activation-budget-bytes", type=int, default=ACTIVATION_BUDGET_BYTES)
     result.add_argument("--no-evaluation", action="store_true")
     result.add_argument("--num-evaluation-samples", type=int)
     result.add_argument("--no-self-check", action="store_true", help="do not read the result back")
@@ -113,6 +115,7 @@ def _run(
             calibration=calibration,
             evaluation=evaluation,
             device=options.device,
+            activation_budget_bytes=options.activation_budget_bytes,
             on_event=show,
             self_check=not options.no_self_check,
         )

@@ -16,6 +16,11 @@ PROCESS_BYTES = 450 << 20
 """Resident memory of a process that has imported torch and transformers, before any model."""
 CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
+COMPUTE_ITEMSIZE = 4
+"""Bytes of a number in the forward pass: a CPU without native 16-bit products computes in float32, and at
+submission nobody knows which worker will come."""
+ACTIVATION_BUDGET_BYTES = 4 << 30
+"""What suspended forwards may hold together, unless a caller allows more."""
 BATCH_TOKENS = 4096
 """Tokens that run through the model together while calibrating."""
 EVALUATION_CHUNK_BYTES = 64 << 20

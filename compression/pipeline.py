@@ -28,6 +28,7 @@ from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged
 from compression.gram import accumulate_gram, require_finite_gram
 from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
+from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.model import StreamedModel
 from compression.planning import LayerPlan, ModulePlan, Plan
 from compression.planning import plan as make_plan
@@ -49,13 +50,15 @@ def compress(
     calibration: Calibration = Calibration(),
     evaluation: Evaluation = Evaluation(),
     device: str = "auto",
+    activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
     on_event: OnEvent | None = None,
     self_check: bool = True,
 ) -> Report:
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
-    arguments. `on_event` hears of every phase and layer. `self_check` reads every written module back before
+    arguments. `activation_budget_bytes` bounds what batches hold between layers: a plan that needs more is
+    refused. `on_event` hears of every phase and layer. `self_check` reads every written module back before
     the result is published.
 
     Raises:
@@ -65,7 +68,14 @@ def compress(
     clock = Clock()
     emit(PhaseChanged("plan"))
     with clock.phase("plan"):
-        plan = make_plan(source, recipe, dataset=dataset, calibration=calibration, evaluation=evaluation)
+        plan = make_plan(
+            source,
+            recipe,
+            dataset=dataset,
+            calibration=calibration,
+            evaluation=evaluation,
+            activation_budget_bytes=activation_budget_bytes,
+        )
         for warning in plan.warnings:
             emit(WarningRaised(warning.code, warning.message))
         journal = Journal.open(Path(output_dir))

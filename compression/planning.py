@@ -15,7 +15,7 @@ from typing import Any
 
 from compression import checks
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
-from compression.checkpoint.layout import DTYPE_BITS, TensorSpec, file_size
+from compression.checkpoint.layout import TensorSpec, file_size
 from compression.errors import PlanError, Problem, SourceError
 from compression.families import (
     EMBEDDING,
@@ -26,7 +26,14 @@ from compression.families import (
     Decoder,
     read_decoder,
 )
-from compression.memory import MemoryEstimate, ParkedTokens, Workload, estimate
+from compression.memory import (
+    ACTIVATION_BUDGET_BYTES,
+    COMPUTE_ITEMSIZE,
+    MemoryEstimate,
+    ParkedTokens,
+    Workload,
+    estimate,
+)
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import Scheme
 from compression.treatment import Linear, Treatment, treat
@@ -144,7 +151,7 @@ def plan(
     dataset: DatasetSpec | None = None,
     calibration: Calibration = Calibration(),
     evaluation: Evaluation = Evaluation(),
-    activation_budget_bytes: int = 4 << 30,
+    activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
 
@@ -171,7 +178,7 @@ def plan(
     problems += treatment.problems
     calibrates = has_data and recipe.needs_data
     if has_data:
-        bytes_per_token = decoder.parked_width * _itemsize(checkpoint)
+        bytes_per_token = decoder.parked_width * COMPUTE_ITEMSIZE
         problems += checks.activation_problems(
             bytes_per_token, calibration, evaluation, calibrates, activation_budget_bytes
         )
@@ -267,12 +274,6 @@ def _leaf_modules(expected: dict[str, tuple[int, ...]]) -> list[str]:
     return list(dict.fromkeys([*(key.rpartition(".")[0] for key in expected), LM_HEAD]))
 
 
-def _itemsize(checkpoint: Checkpoint) -> int:
-    """Bytes of a number in the compute dtype, which is that of the embeddings."""
-    info = checkpoint.tensors.get(EMBEDDING)
-    return DTYPE_BITS[info.dtype] // 8 if info else 2
-
-
 def _module_plans(checkpoint: Checkpoint, treatment: Treatment) -> list[ModulePlan]:
     plans = []
     for linear, treated in treatment.modules:
@@ -355,7 +356,7 @@ def _workload(
         group_elements[module.group] += math.prod(module.shape)
     names = decoder.layer_tensors()
     return Workload(
-        itemsize=_itemsize(checkpoint),
+        itemsize=COMPUTE_ITEMSIZE,
         outside_bytes=sum(tensors[key].nbytes for key in decoder.outside_tensors()),
         layer_bytes=max(sum(tensors[layer.prefix + name].nbytes for name in names) for layer in layers),
         layer_output_bytes=max(

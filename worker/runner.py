@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compression.errors import CompressionError
 from compression.events import Event
+from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -41,6 +42,7 @@ class EngineSpec(BaseModel):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     device: str = "auto"
+    activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES
     output_dir: Path
 
 
@@ -72,6 +74,7 @@ def run(spec: EngineSpec, messages: IO[str]) -> dict[str, Any]:
             calibration=spec.calibration,
             evaluation=spec.evaluation,
             device=spec.device,
+            activation_budget_bytes=spec.activation_budget_bytes,
             on_event=forward,
         )
     except Exception as error:

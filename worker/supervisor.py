@@ -176,6 +176,7 @@ class _Attempt:
                 "calibration": job.calibration,
                 "evaluation": job.evaluation,
                 "device": self._worker.settings.device,
+                "activation_budget_bytes": self._worker.settings.activation_budget_bytes,
                 "output_dir": self._output,
             }
         )

@@ -279,10 +279,10 @@ class TestData:
         assert problem_of(model, recipe(observer=observer)).code == "dataset_required"
 
     def test_parked_activations_fit_the_budget_or_the_message_says_what_would(self, tmp_path: Path) -> None:
-        """Per token of SmolLM2: residual and normed state 2 x 576, then an MLP input of 1536, in bf16."""
+        """Per token of SmolLM2: residual and normed state 2 x 576, then an MLP input of 1536, in float32."""
         folder = fake_llama(tmp_path / "model", SMOLLM2)
         gptq = recipe(type="gptq", group_size=64)
-        per_sample = (2 * 576 + 1536) * 2 * 2048
+        per_sample = (2 * 576 + 1536) * 4 * 2048
         evaluation = Evaluation(num_samples=3)
         budget = per_sample * (100 + 2 * 3)
         fits = Calibration(num_calibration_samples=100)
