@@ -23,7 +23,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	  || { echo 'Bitmill needs Python 3.11 to 3.13; name one with: make PYTHON=/path/to/python3.11'; exit 1; }
 	@echo 'Making .venv ...'
 	@$(PYTHON) -m venv .venv
-	@echo 'Installing what requirements.lock names (the first time: one or two minutes, about 1 GB on disk) ...'
+	@echo 'Installing what requirements.lock names (the first time: one or two minutes, 1.6 GB on disk) ...'
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.lock
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	@touch $@

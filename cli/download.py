@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.exits import Exit
+from cli.formats import bytes_text
 from cli.output import JsonOption, err, fail, out, print_json
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def fetch(client: Client, job_id: str, folder: Path) -> list[dict[str, Any]]:
         OSError: the folder cannot be written to.
     """
     files: list[dict[str, Any]] = client.artifacts(job_id)["files"]
-    for file in files:
-        target = _inside(folder, file["name"])
-        err().print(file["name"], markup=False)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        client.download(job_id, file["name"], target)
+    with err().status("") as status:
+        for file in files:
+            status.update(f"{file['name']}, {bytes_text(file['size'])}")
+            target = _inside(folder, file["name"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download(job_id, file["name"], target)
     return files
 
 

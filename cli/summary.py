@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -12,7 +13,9 @@ from cli.formats import bytes_text, seconds_text
 
 def table(job: dict[str, Any], report: dict[str, Any]) -> Table:
     """Size, accuracy, seconds by phase and peak memory of a succeeded job."""
-    shown = Table(title=f"{job['model']} as {job['scheme']} by {job['method']}", title_justify="left")
+    shown = Table(
+        title=f"{Path(job['model']).name} as {job['scheme']} by {job['method']}", title_justify="left"
+    )
     shown.add_column("")
     for heading in ("before", "after", ""):
         shown.add_column(heading, justify="right")
@@ -47,5 +50,5 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, str
         f"x {compressed / original:.4f}",
     )
     kl = evaluation["kl_divergence"]
-    yield "KL divergence, nats a token", "", f"{kl:.4f}", f"+- {evaluation['kl_divergence_stderr']:.4f}"
+    yield "KL divergence, nats a token", "", f"{kl:.4f}", f"± {evaluation['kl_divergence_stderr']:.4f}"
     yield "same most likely next token", "", f"{evaluation['top1_agreement']:.2%}", ""
