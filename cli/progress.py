@@ -153,6 +153,6 @@ class Bar:
                     self._console.print(line, markup=False)
 
     def _layer(self, data: dict[str, Any], details: str) -> None:
-        self._progress.update(
-            self._task, completed=data["layer"] + 1, total=data["layers_total"], details=details
-        )
+        done, total = data["layer"] + 1, data["layers_total"]
+        # drawn at once: the next event may come with the same answer, and would hide it
+        self._progress.update(self._task, completed=done, total=total, details=details, refresh=True)
