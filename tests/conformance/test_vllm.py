@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.demo.data import make_demo_dataset
 from cli.demo.model import make_demo_model
@@ -17,11 +20,24 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 CACHE = ROOT / ".demo"
 """Where `make demo` keeps the same model, so that it is downloaded once."""
 
-QUESTION = "What is the capital of France?"
+CONVERSATION = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is"},
+]
+PASSAGE = (
+    "The old mill stood at the end of the village, where the river turned towards the sea. In the winter its "
+    "wheel was still, and children from the school came to skate on the pond. Every spring the miller opened "
+    "the gates, the water rushed in, and the stones began to turn again. People brought their grain from the "
+    "farms in the valley and waited in the yard, talking about the weather and the price of bread."
+)
 
+DATASET = CACHE / "python-reference.jsonl"
 SCHEMES = {
-    "W4A16": ("--method", "gptq", "--group-size", "64"),
-    "W8A8": ("--method", "gptq"),
+    "W4A16": (
+        *("--method", "gptq", "--group-size", "64", "--dataset", DATASET, "--text-column", "text"),
+        *("--num-calibration-samples", "32", "--max-seq-length", "512", "--no-evaluation"),
+    ),
+    "W8A8": ("--method", "rtn"),
     "FP8_DYNAMIC": ("--method", "rtn"),
 }
 
@@ -33,33 +49,45 @@ def model() -> Path:
     return make_demo_model(CACHE / "SmolLM2-135M-Instruct", CACHE / "downloads")
 
 
-@pytest.fixture(scope="module")
-def dataset() -> Path:
-    return make_demo_dataset(CACHE / "python-reference.jsonl")
-
-
-def answer(checkpoint: Path) -> str:
-    """The greedy answer of vLLM, in a process of its own interpreter."""
+def in_vllm(checkpoint: Path) -> dict[str, Any]:
+    """What vllm_answer.py prints, run by the interpreter that has vLLM."""
     script = Path(__file__).with_name("vllm_answer.py")
     finished = subprocess.run(
-        [VLLM_PYTHON, script, checkpoint, QUESTION], capture_output=True, text=True, check=False
+        [VLLM_PYTHON, script, checkpoint, json.dumps(CONVERSATION), PASSAGE],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    reply: str = json.loads(finished.stdout.splitlines()[-1])["answer"]
-    return reply
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return result
+
+
+@torch.no_grad()
+def loss_in_transformers(checkpoint: Path) -> float:
+    """The passage's mean negative log likelihood, float32, activations quantized as the scheme says."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(PASSAGE, return_tensors="pt")["input_ids"]
+    return float(model(tokens, labels=tokens).loss)
+
+
+def check(checkpoint: Path) -> None:
+    seen = in_vllm(checkpoint)
+    assert "Paris" in seen["answer"]
+    assert seen["passage_loss"] == pytest.approx(loss_in_transformers(checkpoint), abs=0.03)
 
 
 def test_the_original_answers(model: Path) -> None:
     """If this fails, the machine or vLLM's environment is at fault, not the engine."""
-    assert "Paris" in answer(model)
+    check(model)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_compressed_model_answers(scheme: str, model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_compressed_model_answers(scheme: str, model: Path, tmp_path: Path) -> None:
+    make_demo_dataset(DATASET)
     command = [
         *(sys.executable, "-m", "compression", model, "--output-dir", tmp_path / scheme),
-        *("--scheme", scheme, *SCHEMES[scheme], "--dataset", dataset, "--text-column", "text"),
-        *("--num-calibration-samples", "32", "--max-seq-length", "512", "--no-evaluation"),
+        *("--scheme", scheme, *SCHEMES[scheme]),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert "Paris" in answer(tmp_path / scheme)
+    check(tmp_path / scheme)

@@ -1,10 +1,13 @@
-"""Run by vLLM's interpreter: loads a checkpoint, asks a question, prints the answer as one line of JSON.
+"""Run by vLLM's interpreter: what a checkpoint answers and how it likes a passage, in a line of JSON.
 
-    .venv-vllm/bin/python tests/conformance/vllm_answer.py CHECKPOINT QUESTION
+    .venv-vllm/bin/python tests/conformance/vllm_answer.py CHECKPOINT CONVERSATION.json PASSAGE
+
+The conversation ends with the first words of the model's answer. The passage's score is its mean negative log
+likelihood in nats, without the first token.
 
 vLLM's CPU kernels for 4-bit weights are compiled for AVX-512 only. On a processor without it, that one matrix
 product is done in plain torch here, on the weights as vLLM has read and repacked them; everything else is
-vLLM's own. `native_kernels` in the answer says which it was.
+vLLM's own. `native_kernels` says which it was.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def wna16(
     output.copy_(product if bias is None else product + bias)
 
 
-def main(checkpoint: str, question: str) -> None:
+def main(checkpoint: str, conversation: str, passage: str) -> None:
     current_platform.import_kernels()
     native = hasattr(torch.ops._C, "cpu_gemm_wna16")
     if not native:
@@ -59,9 +62,22 @@ def main(checkpoint: str, question: str) -> None:
         library.define(SIGNATURE)
         library.impl("cpu_gemm_wna16", wna16, "CPU")
     model = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, max_model_len=512)
-    sampling = SamplingParams(temperature=0, max_tokens=32)
-    [reply] = model.chat([{"role": "user", "content": question}], sampling, use_tqdm=False)
-    sys.stdout.write("\n" + json.dumps({"answer": reply.outputs[0].text, "native_kernels": native}) + "\n")
+    [reply] = model.chat(
+        json.loads(conversation),
+        SamplingParams(temperature=0, max_tokens=16),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        use_tqdm=False,
+    )
+    [read] = model.generate(passage, SamplingParams(prompt_logprobs=0, max_tokens=1), use_tqdm=False)
+    # One dict a token, the first None: with 0, it holds the token that stands there and no other.
+    logprobs = [next(iter(token.values())).logprob for token in read.prompt_logprobs[1:]]
+    result = {
+        "answer": reply.outputs[0].text,
+        "passage_loss": -sum(logprobs) / len(logprobs),
+        "native_kernels": native,
+    }
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
