@@ -71,10 +71,12 @@ def loss_in_transformers(checkpoint: Path) -> float:
     return float(model(tokens, labels=tokens).loss)
 
 
-def check(checkpoint: Path) -> None:
+def check(checkpoint: Path, *, int8: bool = False) -> None:
+    """vLLM computes in bfloat16, Transformers in float32: within 0.03 nats, unless its int8 saturates."""
     seen = in_vllm(checkpoint)
     assert "Paris" in seen["answer"]
-    assert seen["passage_loss"] == pytest.approx(loss_in_transformers(checkpoint), abs=0.03)
+    tolerance = 0.3 if int8 and not seen["exact_int8"] else 0.03
+    assert seen["passage_loss"] == pytest.approx(loss_in_transformers(checkpoint), abs=tolerance)
 
 
 def test_the_original_answers(model: Path) -> None:
@@ -90,4 +92,4 @@ def test_a_compressed_model_answers(scheme: str, model: Path, tmp_path: Path) ->
         *("--scheme", scheme, *SCHEMES[scheme]),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
-    check(tmp_path / scheme)
+    check(tmp_path / scheme, int8=scheme == "W8A8")

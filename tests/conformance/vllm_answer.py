@@ -7,7 +7,8 @@ likelihood in nats, without the first token.
 
 vLLM's CPU kernels for 4-bit weights are compiled for AVX-512 only. On a processor without it, that one matrix
 product is done in plain torch here, on the weights as vLLM has read and repacked them; everything else is
-vLLM's own. `native_kernels` says which it was.
+vLLM's own. `native_kernels` says which it was. On processors without VNNI instructions, vLLM's 8-bit products
+saturate where two neighbouring ones add up to more than 16 bits hold: then `exact_int8` is false.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 SIGNATURE = (
@@ -54,6 +56,15 @@ def wna16(
     output.copy_(product if bias is None else product + bias)
 
 
+def exact_int8() -> bool:
+    """Whether a product of int8 matrices with all entries 127 is what it should be."""
+    weight = torch.full((32, 64), 127, dtype=torch.int8)
+    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(32, 1), torch.float32, True, False)
+    output = torch.empty(1, 32)
+    ops.onednn_scaled_mm(handler, weight[:1].contiguous(), output, torch.ones(1, 1), None, None, None)
+    return bool((output == 64 * 127 * 127).all())
+
+
 def main(checkpoint: str, conversation: str, passage: str) -> None:
     current_platform.import_kernels()
     native = hasattr(torch.ops._C, "cpu_gemm_wna16")
@@ -76,6 +87,7 @@ def main(checkpoint: str, conversation: str, passage: str) -> None:
         "answer": reply.outputs[0].text,
         "passage_loss": -sum(logprobs) / len(logprobs),
         "native_kernels": native,
+        "exact_int8": exact_int8(),
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
