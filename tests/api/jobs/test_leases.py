@@ -3,126 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from api import database as clock
 from api.database import Database
-from api.errors import Conflict
 from api.jobs import leases
-from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost, WorkerIdentity
+from api.jobs.leases import LeaseLost, WorkerIdentity
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
 from api.jobs.service import cancel, retry
-from api.projects.models import Project
-
-CPU = WorkerIdentity("cpu-1", "cpu", host_bytes=1000, gpu_bytes=0)
-GPU = WorkerIdentity("gpu-1", "cuda", host_bytes=1000, gpu_bytes=500)
-LEASE = 90.0
-HEADER: dict[str, Any] = {"type": "plan", "work_key": "w" * 64, "fingerprint": "f" * 64, "resolved": {}}
-
-
-@pytest.fixture
-def add_job(database: Database) -> Callable[..., str]:
-    """Adds a queued job and returns its id; keywords change its columns."""
-    with database.write() as session:
-        session.add(Project(id="p", name="p", created_at=clock.now(session)))
-
-    def add(id: str = "job", **columns: Any) -> str:
-        with database.write() as session:
-            now = clock.now(session)
-            defaults: dict[str, Any] = {
-                "project_id": "p",
-                "labels": {},
-                "priority": 0,
-                "model": "m",
-                "source": "/m",
-                "scheme": "W4A16",
-                "method": "rtn",
-                "recipe": {},
-                "calibration": {},
-                "evaluation": {},
-                "plan": {},
-                "max_attempts": 3,
-                "device_class": "any",
-                "required_host_bytes": 100,
-                "required_gpu_bytes": 100,
-                "status": JobStatus.QUEUED,
-                "layers_total": 2,
-                "created_at": now,
-                "available_at": now,
-            }
-            session.add(Job(id=id, **{**defaults, **columns}))
-        return id
-
-    return add
-
-
-def claim(database: Database, worker: WorkerIdentity = CPU) -> Lease | None:
-    with database.write() as session:
-        claimed = leases.claim(session, worker, LEASE)
-        return claimed[0] if claimed else None
-
-
-def must_claim(database: Database, worker: WorkerIdentity = CPU) -> Lease:
-    lease = claim(database, worker)
-    assert lease is not None
-    return lease
-
-
-def job_row(database: Database, job_id: str = "job") -> Job:
-    with database.read() as session:
-        return session.get_one(Job, job_id)
-
-
-def attempt_row(database: Database, number: int, job_id: str = "job") -> Attempt:
-    with database.read() as session:
-        return session.get_one(Attempt, (job_id, number))
-
-
-def event_types(database: Database, job_id: str = "job") -> list[str]:
-    """Types in order; fails if a seq is missing."""
-    with database.read() as session:
-        events = session.scalars(
-            select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)
-        ).all()
-    assert [event.seq for event in events] == list(range(1, len(events) + 1))
-    return [event.type for event in events]
-
-
-def let_lease_run_out(database: Database, job_id: str = "job") -> None:
-    with database.write() as session:
-        past = clock.now(session) - timedelta(seconds=1)
-        session.execute(update(Job).where(Job.id == job_id).values(lease_until=past))
-
-
-def make_available(database: Database, job_id: str = "job") -> None:
-    """Skip the delay before the next attempt."""
-    with database.write() as session:
-        session.execute(update(Job).where(Job.id == job_id).values(available_at=clock.now(session)))
-
-
-def reap(database: Database) -> int:
-    with database.write() as session:
-        return leases.reap(session)
-
-
-def layer(number: int) -> dict[str, Any]:
-    entry = {"layer": number, "file": f"{number}.safetensors", "sha256": "a" * 64, "size": 7, "report": {}}
-    return {
-        "layer": number,
-        "layers_total": 2,
-        "relative_error": 0.1,
-        "seconds": 1.0,
-        "eta_seconds": 1.0,
-        "entry": entry,
-    }
+from tests.api.jobs.leasing import (
+    CPU,
+    GPU,
+    HEADER,
+    LEASE,
+    attempt_row,
+    claim,
+    event_types,
+    job_row,
+    layer,
+    let_lease_run_out,
+    make_available,
+    must_claim,
+    reap,
+)
 
 
 class TestClaim:
@@ -344,180 +253,6 @@ class TestLayers:
         lease = must_claim(database)
         with pytest.raises(ValueError, match="resolved plan"), database.write() as session:
             leases.record_layer(session, lease, layer(0), "work/a")
-
-
-class TestEndings:
-    def test_success(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            facts = AttemptFacts(peak_host_bytes=5)
-            leases.succeed(session, lease, {"totals": {"seconds": 1}}, "artifacts/job/1/manifest.json", facts)
-        job = job_row(database)
-        assert (job.status, job.manifest_key) == (JobStatus.SUCCEEDED, "artifacts/job/1/manifest.json")
-        assert (job.lease_owner, job.lease_until) == (None, None)
-        attempt = attempt_row(database, 1)
-        assert (attempt.outcome, attempt.peak_host_bytes) == (AttemptOutcome.SUCCEEDED, 5)
-        assert attempt.seconds is not None
-        assert attempt.seconds >= 0
-        assert event_types(database) == ["attempt_started", "attempt_ended", "job_succeeded"]
-        with pytest.raises(LeaseLost), database.write() as session:
-            leases.succeed(session, lease, {}, "again")
-
-    def test_crashes_are_retried_until_max_attempts(
-        self, database: Database, add_job: Callable[..., str]
-    ) -> None:
-        add_job()
-        for number in (1, 2, 3):
-            lease = must_claim(database)
-            assert lease.attempt == number
-            with database.write() as session:
-                facts = AttemptFacts(exit_signal=9)
-                leases.fail(
-                    session, lease, AttemptOutcome.CRASHED, "engine_crashed", "m", retryable=True, facts=facts
-                )
-            if number < 3:
-                assert claim(database) is None  # it waits a moment first
-                make_available(database)
-        job = job_row(database)
-        assert (job.status, job.error_code) == (JobStatus.FAILED, "engine_crashed")
-        assert attempt_row(database, 2).exit_signal == 9
-        assert event_types(database)[-2:] == ["attempt_ended", "job_failed"]
-
-    def test_what_cannot_succeed_fails_at_once(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            status = leases.fail(
-                session, lease, AttemptOutcome.FAILED, "nan", "m", retryable=False, report={"a": 1}
-            )
-        assert status == JobStatus.FAILED
-        with database.read() as session:
-            assert session.get_one(Job, "job").report == {"a": 1}
-
-    def test_preempted_attempts_do_not_count(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job(max_attempts=1)
-        for _ in range(3):
-            lease = must_claim(database)
-            with database.write() as session:
-                assert leases.release(session, lease) == JobStatus.QUEUED
-            assert job_row(database).lease_token > lease.token
-        job = job_row(database)
-        assert (job.attempts_made, job.attempts_counted) == (3, 0)
-        assert attempt_row(database, 3).outcome == AttemptOutcome.PREEMPTED
-
-    def test_retry_gives_all_attempts_anew(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job(max_attempts=1)
-        lease = must_claim(database)
-        with database.write() as session:
-            leases.fail(session, lease, AttemptOutcome.CRASHED, "c", "m", retryable=True)
-        assert job_row(database).status == JobStatus.FAILED
-        with database.write() as session:
-            retry(session, "p", "job")
-        job = job_row(database)
-        assert (job.status, job.attempts_counted, job.error_code) == (JobStatus.QUEUED, 0, None)
-        again = must_claim(database)
-        assert again.attempt == 2
-        assert again.token > lease.token
-
-
-class TestCancel:
-    def test_a_waiting_job_ends_at_once(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job()
-        with database.write() as session:
-            cancel(session, "p", "job")
-        assert job_row(database).status == JobStatus.CANCELLED
-        assert claim(database) is None
-        assert event_types(database) == ["cancel_requested", "job_cancelled"]
-
-    def test_the_worker_learns_it_at_its_heartbeat(
-        self, database: Database, add_job: Callable[..., str]
-    ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
-        with database.write() as session:
-            assert leases.renew(session, lease, LEASE) == JobStatus.CANCELLING
-            leases.mark_cancelled(session, lease)
-        assert job_row(database).status == JobStatus.CANCELLED
-        assert attempt_row(database, 1).outcome == AttemptOutcome.CANCELLED
-
-    def test_a_cancel_that_came_first_beats_success(
-        self, database: Database, add_job: Callable[..., str]
-    ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
-        with pytest.raises(CancelWon), database.write() as session:
-            leases.succeed(session, lease, {}, "manifest")
-        with database.write() as session:
-            leases.mark_cancelled(session, lease)
-        job = job_row(database)
-        assert (job.status, job.manifest_key) == (JobStatus.CANCELLED, None)
-
-    def test_mark_cancelled_needs_a_cancel(self, database: Database, add_job: Callable[..., str]) -> None:
-        add_job()
-        lease = must_claim(database)
-        with pytest.raises(LeaseLost), database.write() as session:
-            leases.mark_cancelled(session, lease)
-
-    @pytest.mark.parametrize("end", ["fail", "release", "reap"])
-    def test_any_other_ending_of_a_cancelled_attempt_is_cancelled(
-        self, database: Database, add_job: Callable[..., str], end: str
-    ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
-        if end == "reap":
-            let_lease_run_out(database)
-            reap(database)
-        else:
-            with database.write() as session:
-                if end == "fail":
-                    leases.fail(session, lease, AttemptOutcome.CRASHED, "c", "m", retryable=True)
-                else:
-                    leases.release(session, lease)
-        assert job_row(database).status == JobStatus.CANCELLED
-        assert event_types(database)[-1] == "job_cancelled"
-
-    def test_cancel_and_success_at_once_end_in_exactly_one(
-        self, database: Database, add_job: Callable[..., str]
-    ) -> None:
-        outcomes: Counter[str] = Counter()
-        for number in range(20):
-            job_id = add_job(f"job{number}")
-            lease = must_claim(database)
-            start = threading.Barrier(2)
-
-            def finish(lease: Lease = lease, start: threading.Barrier = start) -> str:
-                start.wait()
-                try:
-                    with database.write() as session:
-                        leases.succeed(session, lease, {}, "manifest")
-                    return "succeeded"
-                except CancelWon:
-                    with database.write() as session:
-                        leases.mark_cancelled(session, lease)
-                    return "cancelled"
-
-            def stop(job_id: str = job_id, start: threading.Barrier = start) -> None:
-                start.wait()
-                with suppress(Conflict), database.write() as session:
-                    cancel(session, "p", job_id)
-
-            with ThreadPoolExecutor(2) as pool:
-                finished, stopped = pool.submit(finish), pool.submit(stop)
-                outcome = finished.result()
-                stopped.result()
-            job = job_row(database, job_id)
-            assert job.status == outcome
-            assert (job.manifest_key is not None) == (outcome == "succeeded")
-            assert event_types(database, job_id).count("attempt_ended") == 1
-            outcomes[outcome] += 1
-        assert sum(outcomes.values()) == 20
 
 
 class TestReaper:
