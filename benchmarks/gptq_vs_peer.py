@@ -2,9 +2,9 @@
 
     python -m benchmarks [--rounds 3] [--work FOLDER] [--peer-precision stored|float32]
 
-Each round runs Bitmill, then the peer with its default observer; both are timed from exec to exit. The peer
-runs once more with imatrix_mse, its most accurate observer, whose time is listed and whose perplexity is the
-one to beat. On a processor without bfloat16 arithmetic the peer is told to load the model in float32 unless
+Each round runs Bitmill, the peer with its default observer, and Bitmill with its evaluation and self-check on,
+which the peer does not have; all are timed from exec to exit. The peer runs once more with imatrix_mse, its
+most accurate observer, whose time is listed and whose perplexity is the one to beat. On a processor without bfloat16 arithmetic the peer is told to load the model in float32 unless
 --peer-precision says otherwise: that is many times faster there. Writes results.json and results.md into
 FOLDER. benchmarks/README.md says what the figures mean.
 """
@@ -53,18 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     inputs = prepare(work)
 
     peer, best = (_peer(inputs, work, observer, options.peer_precision) for observer in (None, "imatrix_mse"))
+    plain = [*_ours(inputs, work / "Bitmill"), "--no-evaluation", "--no-self-check"]
+    checked = _ours(inputs, work / "Bitmill-checked")
     runs = []
     for number in range(1, options.rounds + 1):
-        for name, command in (("Bitmill", _ours(inputs, work)), ("peer", peer)):
+        for name, command in (("Bitmill", plain), ("peer", peer), ("Bitmill-checked", checked)):
             runs.append(_timed(name, command, work))
             _say(f"round {number}: {name} {runs[-1].seconds:.1f} s")
     runs.append(_timed("peer-imatrix_mse", best, work))
     _say(f"peer with imatrix_mse: {runs[-1].seconds:.1f} s")
 
-    checkpoints = {
-        "original": inputs.model,
-        **{name: work / name for name in dict.fromkeys(r.name for r in runs)},
-    }
+    checkpoints = {"original": inputs.model}
+    checkpoints |= {name: work / name for name in ("Bitmill", "peer", "peer-imatrix_mse")}
     scores = {name: _score(name, folder, inputs) for name, folder in checkpoints.items()}
     results = {
         "machine": _machine(),
@@ -83,8 +83,11 @@ def markdown(runs: list[Run], scores: dict[str, dict[str, Any]]) -> str:
     """Every run, the medians and their ratio, and the perplexities."""
     lines = ["| run | seconds | peak RSS, MB | load before |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {r.name} | {r.seconds:.1f} | {r.peak_mb:.0f} | {r.load:.1f} |" for r in runs]
-    ours, peers = (median(r.seconds for r in runs if r.name == name) for name in ("Bitmill", "peer"))
-    lines += ["", f"Median: Bitmill {ours:.1f} s, peer {peers:.1f} s; ratio {ours / peers:.3f}.", ""]
+    names = ("Bitmill", "peer", "Bitmill-checked")
+    ours, peers, checked = (median(r.seconds for r in runs if r.name == name) for name in names)
+    lines += ["", f"Median: Bitmill {ours:.1f} s, peer {peers:.1f} s; ratio {ours / peers:.3f}."]
+    more = f"{checked - ours:.1f} s more ({checked / ours - 1:.1%})"
+    lines += [f"With evaluation and self-check: {checked:.1f} s, {more}.", ""]
     lines += ["| checkpoint | perplexity | ratio to the peer with imatrix_mse |", "| --- | ---: | ---: |"]
     best = scores["peer-imatrix_mse"]
     for name, score in scores.items():
@@ -101,14 +104,13 @@ def _paired_ratio(score: dict[str, Any], other: dict[str, Any]) -> tuple[float, 
     return ratio, ratio * stdev(differences) / len(differences) ** 0.5 if any(differences) else 0.0
 
 
-def _ours(inputs: Inputs, work: Path) -> list[str]:
-    """Defaults but for what defines the workload; evaluation and self-check off, as the peer has neither."""
+def _ours(inputs: Inputs, output: Path) -> list[str]:
+    """Defaults but for what defines the workload."""
     return [
-        *(sys.executable, "-m", "compression", str(inputs.model), "--output-dir", str(work / "Bitmill")),
+        *(sys.executable, "-m", "compression", str(inputs.model), "--output-dir", str(output)),
         *("--scheme", "W4A16", "--method", "gptq", "--group-size", str(GROUP_SIZE)),
         *("--dataset", str(inputs.dataset), "--text-column", "text"),
         *("--num-calibration-samples", str(inputs.samples), "--max-seq-length", str(inputs.length)),
-        *("--no-evaluation", "--no-self-check"),
     ]
 
 
