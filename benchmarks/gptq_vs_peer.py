@@ -2,11 +2,12 @@
 
     python -m benchmarks [--rounds 3] [--work FOLDER] [--peer-precision stored|float32]
 
-Each round runs Bitmill, the peer with its default observer, and Bitmill with its evaluation and self-check on,
-which the peer does not have; all are timed from exec to exit. The peer runs once more with imatrix_mse, its
-most accurate observer, whose time is listed and whose perplexity is the one to beat. On a processor without bfloat16 arithmetic the peer is told to load the model in float32 unless
---peer-precision says otherwise: that is many times faster there. Writes results.json and results.md into
-FOLDER. benchmarks/README.md says what the figures mean.
+Each round runs Bitmill, the peer with its default observer, and Bitmill with its evaluation and self-check
+on, which the peer does not have; all are timed from exec to exit. The peer runs once more with imatrix_mse,
+its most accurate observer, whose time is listed and whose perplexity is the one to beat. On a processor
+without bfloat16 arithmetic the peer is told to load the model in float32 unless --peer-precision says
+otherwise: that is many times faster there. Writes results.json and results.md into FOLDER.
+benchmarks/README.md says what the figures mean.
 """
 
 from __future__ import annotations
