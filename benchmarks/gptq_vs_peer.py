@@ -1,13 +1,14 @@
 """GPTQ W4A16, Bitmill and LLM Compressor side by side: whole processes, the same tokens, the same scorer.
 
-    python -m benchmarks [--rounds 3] [--work FOLDER] [--peer-precision stored|float32]
+    python -m benchmarks [--rounds 3] [--work FOLDER] [--peer-precision stored|float32] [--without-peer]
 
-Each round runs Bitmill, the peer with its default observer, and Bitmill with its evaluation and self-check
-on, which the peer does not have; all are timed from exec to exit. The peer runs once more with imatrix_mse,
-its most accurate observer, whose time is listed and whose perplexity is the one to beat. On a processor
-without bfloat16 arithmetic the peer is told to load the model in float32 unless --peer-precision says
-otherwise: that is many times faster there. Writes results.json and results.md into FOLDER.
-benchmarks/README.md says what the figures mean.
+Each round runs Bitmill, Bitmill with its evaluation and self-check on, which the peer does not have, and the
+peer with its default observer; all are timed from exec to exit, and ratios are taken within a round, so that
+a machine that gets slower does not tilt them. The peer runs once more with imatrix_mse, its most accurate
+observer, whose time is listed and whose perplexity is the one to beat. On a processor without bfloat16
+arithmetic the peer is told to load the model in float32 unless --peer-precision says otherwise: that is many
+times faster there. Writes results.json and results.md into FOLDER. benchmarks/README.md says what the figures
+mean.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     faster = "stored" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     parser.add_argument("--peer-precision", choices=["stored", "float32"], default=faster)
+    parser.add_argument("--without-peer", action="store_true", help="what the evaluation costs, and no more")
     options = parser.parse_args(argv)
     work: Path = options.work.resolve()
     inputs = prepare(work)
@@ -58,9 +60,15 @@ def main(argv: list[str] | None = None) -> None:
     checked = _ours(inputs, work / "Bitmill-checked")
     runs = []
     for number in range(1, options.rounds + 1):
-        for name, command in (("Bitmill", plain), ("peer", peer), ("Bitmill-checked", checked)):
+        commands = {"Bitmill": plain, "Bitmill-checked": checked, "peer": peer}
+        if options.without_peer:
+            del commands["peer"]
+        for name, command in commands.items():
             runs.append(_timed(name, command, work))
             _say(f"round {number}: {name} {runs[-1].seconds:.1f} s")
+    if options.without_peer:
+        _say("\n" + _evaluation_cost(runs))
+        return
     runs.append(_timed("peer-imatrix_mse", best, work))
     _say(f"peer with imatrix_mse: {runs[-1].seconds:.1f} s")
 
@@ -84,17 +92,27 @@ def markdown(runs: list[Run], scores: dict[str, dict[str, Any]]) -> str:
     """Every run, the medians and their ratio, and the perplexities."""
     lines = ["| run | seconds | peak RSS, MB | load before |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {r.name} | {r.seconds:.1f} | {r.peak_mb:.0f} | {r.load:.1f} |" for r in runs]
-    names = ("Bitmill", "peer", "Bitmill-checked")
-    ours, peers, checked = (median(r.seconds for r in runs if r.name == name) for name in names)
-    lines += ["", f"Median: Bitmill {ours:.1f} s, peer {peers:.1f} s; ratio {ours / peers:.3f}."]
-    more = f"{checked - ours:.1f} s more ({checked / ours - 1:.1%})"
-    lines += [f"With evaluation and self-check: {checked:.1f} s, {more}.", ""]
+    ratios = _ratios(runs, "Bitmill", "peer")
+    listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    lines += ["", f"Bitmill / peer: {listed}; median {median(ratios):.3f}.", "", _evaluation_cost(runs), ""]
     lines += ["| checkpoint | perplexity | ratio to the peer with imatrix_mse |", "| --- | ---: | ---: |"]
     best = scores["peer-imatrix_mse"]
     for name, score in scores.items():
         ratio, error = _paired_ratio(score, best)
         lines.append(f"| {name} | {score['perplexity']:.3f} | {ratio:.4f} ± {error:.4f} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratios(runs: list[Run], name: str, other: str) -> list[float]:
+    """Seconds of one to seconds of the other, round by round."""
+    ours, theirs = ([run.seconds for run in runs if run.name == wanted] for wanted in (name, other))
+    return [left / right for left, right in zip(ours, theirs, strict=True)]
+
+
+def _evaluation_cost(runs: list[Run]) -> str:
+    more = [ratio - 1 for ratio in _ratios(runs, "Bitmill-checked", "Bitmill")]
+    listed = ", ".join(f"{share:.1%}" for share in more)
+    return f"Evaluation and self-check: {listed} more; median {median(more):.1%}."
 
 
 def _paired_ratio(score: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:

@@ -160,7 +160,7 @@ class Calibration(_Frozen):
 class Evaluation(_Frozen):
     """The side-by-side measurement on held-out text.
 
-    num_samples: blocks of max_seq_length; by default 1/16 of the calibration samples, at least 3,072 tokens.
+    num_samples: blocks of max_seq_length; by default 1/16 of the calibration samples, at least 2,048 tokens.
     """
 
     enabled: bool = True
@@ -172,5 +172,5 @@ class Evaluation(_Frozen):
             return 0
         if self.num_samples is not None:
             return self.num_samples
-        at_least = -(-3072 // calibration.max_seq_length)
+        at_least = -(-2048 // calibration.max_seq_length)
         return max(at_least, calibration.num_calibration_samples // 16)
