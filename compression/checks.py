@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from compression.checkpoint.headers import Checkpoint
 from compression.errors import Problem
-from compression.families import LAYERS_PREFIX, Decoder
+from compression.families import Decoder
 from compression.memory import ParkedTokens
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.recipe import Calibration, Evaluation, Recipe
@@ -105,7 +105,7 @@ def tensor_problems(
     mistyped = [f"{info.name} is {info.dtype}" for info in present if info.dtype not in COMPUTE_DTYPES]
     problems = []
     if decoder.num_layers > len(tensors):
-        missing.append(f"{LAYERS_PREFIX}{decoder.num_layers - 1}")
+        missing.append(f"{decoder.layers_prefix}{decoder.num_layers - 1}")
     if missing:
         problems.append(
             _of_model(

@@ -1,105 +1,263 @@
 """The decoders that the engine knows, and the tensors that a config.json implies for them.
 
-One table of suffixes says which tensors of a layer are linears and which of those read the same input.
-Nothing is imported from Transformers; a test compares this module with its modeling code.
+One table, FAMILIES: for each model type the linears of a layer, which of them read the same input, the other
+tensors, and what Transformers assumes where config.json is silent. Shapes are written in the model's sizes,
+by name ("q" = heads x head_dim), so a new family is one entry here. Nothing is imported from Transformers; a
+test compares this module with its modeling code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from compression.errors import Problem
 
-LINEAR_GROUPS: tuple[tuple[str, ...], ...] = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Linears of a layer in forward order; those in one tuple read the same tensor, and vLLM fuses them."""
-
-LAYERS_PREFIX = "model.layers."
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
-class Family:
-    """What Transformers assumes where config.json is silent, and what differs in the modules.
+class LinearSpec:
+    """One linear of a layer. out, inp: names of sizes. bias: "always", a config key that decides, or ""."""
 
-    kv_heads, head_dim: defaults; None = as many as heads, and hidden_size / heads. qkv_bias: always there.
-    reads_attention_bias, reads_mlp_bias: config.json's `attention_bias` (q, k, v, o) and `mlp_bias` decide.
+    name: str
+    out: str
+    inp: str
+    bias: str = ""
+
+
+Groups = tuple[tuple[LinearSpec, ...], ...]
+"""A layer's linears in forward order; those in one tuple read the same tensor."""
+
+
+def _attention(*, qkv_bias: str = "", o_bias: str = "") -> Groups:
+    names = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
+    qkv = tuple(LinearSpec(f"self_attn.{name}", size, "hidden", qkv_bias) for name, size in names)
+    return (qkv, (LinearSpec("self_attn.o_proj", "hidden", "q", o_bias),))
+
+
+def _gated_mlp(bias: str = "") -> Groups:
+    return (
+        tuple(LinearSpec(f"mlp.{name}", "inner", "hidden", bias) for name in ("gate_proj", "up_proj")),
+        (LinearSpec("mlp.down_proj", "hidden", "inner", bias),),
+    )
+
+
+_FUSED_MLP: Groups = (
+    (LinearSpec("mlp.gate_up_proj", "gate_up", "hidden"),),
+    (LinearSpec("mlp.down_proj", "hidden", "inner"),),
+)
+
+
+def _parallel(attention: Groups, mlp: Groups) -> Groups:
+    """Attention and MLP read one norm, side by side: their first groups are one."""
+    return ((*attention[0], *mlp[0]), *attention[1:], *mlp[1:])
+
+
+def _norms(*names: str, shape: tuple[str, ...] = ("hidden",)) -> dict[str, tuple[str, ...]]:
+    return {f"{name}.weight": shape for name in names}
+
+
+def _layer_norm(name: str) -> dict[str, tuple[str, ...]]:
+    return {f"{name}.weight": ("hidden",), f"{name}.bias": ("hidden",)}
+
+
+_PRE_NORMS = _norms("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = _PRE_NORMS | _norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_QK_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", shape=("head",))
+_ALL_BIASED = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The structure of one model type.
+
+    linears, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
+    key is true. outside: tensors in no layer, lm_head apart. defaults: config values that Transformers assumes
+    where the key is absent; None in num_key_value_heads means as many as heads, in head_dim hidden_size /
+    heads. fixed: config keys that must have this value (a str names another key) for this table to hold.
     """
 
     architecture: str
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    qkv_bias: bool = False
-    reads_attention_bias: bool = False
-    reads_mlp_bias: bool = False
-    qk_norm: bool = False
+    linears: Groups
+    others: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    layers_prefix: str = "model.layers."
+    embedding: str = "model.embed_tokens.weight"
+    outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _norms("model.norm"))
+    intermediate_key: str = "intermediate_size"
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", reads_attention_bias=True, reads_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", kv_heads=8),
-    "qwen2": Family("Qwen2ForCausalLM", kv_heads=32, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, reads_attention_bias=True, qk_norm=True),
+    "llama": Family("LlamaForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp("mlp_bias"), _PRE_NORMS),
+    "mistral": Family(
+        "MistralForCausalLM", _attention() + _gated_mlp(), _PRE_NORMS, defaults={"num_key_value_heads": 8}
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _attention(qkv_bias="always") + _gated_mlp(),
+        _PRE_NORMS,
+        defaults={"num_key_value_heads": 32},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _PRE_NORMS | _QK_NORMS,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _PRE_NORMS,
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _FOUR_NORMS,
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _FOUR_NORMS | _QK_NORMS,
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        (
+            (LinearSpec("self_attn.qkv_proj", "qkv", "hidden"),),
+            (LinearSpec("self_attn.o_proj", "hidden", "q"),),
+            *_FUSED_MLP,
+        ),
+        _PRE_NORMS,
+    ),
+    "granite": Family("GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp("mlp_bias"), _PRE_NORMS),
+    "glm": Family(
+        "GlmForCausalLM",
+        _attention(qkv_bias="attention_bias") + _FUSED_MLP,
+        _PRE_NORMS,
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        _attention(qkv_bias="attention_bias") + _FUSED_MLP,
+        _PRE_NORMS | _norms("post_self_attn_layernorm", "post_mlp_layernorm"),
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _norms("post_attention_layernorm", "post_feedforward_layernorm")
+        | _norms("self_attn.q_norm", shape=("q",))
+        | _norms("self_attn.k_norm", shape=("kv",)),
+    ),
+    "cohere": Family(
+        "CohereForCausalLM",
+        _parallel(_attention(**_ALL_BIASED), _gated_mlp()),
+        _norms("input_layernorm"),
+        optional={
+            "use_qk_norm": _norms("self_attn.q_norm", shape=("heads", "head"))
+            | _norms("self_attn.k_norm", shape=("kv_heads", "head"))
+        },
+        defaults={"tie_word_embeddings": True},
+    ),
+    "cohere2": Family(
+        "Cohere2ForCausalLM",
+        _parallel(_attention(**_ALL_BIASED), _gated_mlp()),
+        _norms("input_layernorm"),
+        defaults={"tie_word_embeddings": True},
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        (
+            tuple(
+                LinearSpec(f"self_attn.{name}_proj", "hidden", "hidden", "enable_bias") for name in "qkv"
+            ),
+            (LinearSpec("self_attn.out_proj", "hidden", "hidden", "enable_bias"),),
+            (LinearSpec("fc1", "inner", "hidden", "enable_bias"),),
+            (LinearSpec("fc2", "hidden", "inner", "enable_bias"),),
+        ),
+        _layer_norm("self_attn_layer_norm") | _layer_norm("final_layer_norm"),
+        defaults={"enable_bias": True, "tie_word_embeddings": True, "max_position_embeddings": 2048},
+        fixed={
+            "word_embed_proj_dim": "hidden_size",
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+        },
+        layers_prefix="model.decoder.layers.",
+        embedding="model.decoder.embed_tokens.weight",
+        outside={"model.decoder.embed_positions.weight": ("positions + 2", "hidden")}
+        | _layer_norm("model.decoder.final_layer_norm"),
+        intermediate_key="ffn_dim",
+    ),
 }
 """By `model_type`."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes of one model. attention_width = heads x head_dim, kv_width = key/value heads x head_dim."""
+    """A family with its sizes: the shapes of one model.
 
-    hidden_size: int
-    intermediate_size: int
+    sizes: by the names that the table uses. switches: the config keys that decide about biases and optional
+    tensors.
+    """
+
+    family: Family
+    sizes: Mapping[str, int]
     num_layers: int
-    attention_width: int
-    kv_width: int
-    head_dim: int
-    vocab_size: int
     tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    switches: Mapping[str, bool]
+
+    @property
+    def layers_prefix(self) -> str:
+        """What stands before a layer's number in the name of a tensor."""
+        return self.family.layers_prefix
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token embeddings' weight."""
+        return self.family.embedding
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes["vocab"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["hidden"]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.sizes["inner"]
+
+    def linear_groups(self) -> list[list[tuple[str, tuple[int, int]]]]:
+        """(name within the layer, (out, in)) of each linear, those of one input together, in forward order."""
+        return [
+            [(spec.name, (self.sizes[spec.out], self.sizes[spec.inp])) for spec in group]
+            for group in self.family.linears
+        ]
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within the layer -> shape, in forward order."""
-        hidden, inner, q, kv = self.hidden_size, self.intermediate_size, self.attention_width, self.kv_width
-        linears = {
-            "self_attn.q_proj": (q, hidden, self.qkv_bias),
-            "self_attn.k_proj": (kv, hidden, self.qkv_bias),
-            "self_attn.v_proj": (kv, hidden, self.qkv_bias),
-            "self_attn.o_proj": (hidden, q, self.o_bias),
-            "mlp.gate_proj": (inner, hidden, self.mlp_bias),
-            "mlp.up_proj": (inner, hidden, self.mlp_bias),
-            "mlp.down_proj": (hidden, inner, self.mlp_bias),
-        }
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-        for name, (rows, columns, bias) in linears.items():
-            if name == "mlp.gate_proj":
-                shapes["post_attention_layernorm.weight"] = (hidden,)
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
-        if self.qk_norm:
-            shapes |= {
-                "self_attn.q_norm.weight": (self.head_dim,),
-                "self_attn.k_norm.weight": (self.head_dim,),
-            }
-        return shapes
+        """Name within the layer -> shape: the linears in forward order, then the rest."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for group in self.family.linears:
+            for spec in group:
+                shapes[f"{spec.name}.weight"] = (self.sizes[spec.out], self.sizes[spec.inp])
+                if spec.bias == "always" or self.switches.get(spec.bias):
+                    shapes[f"{spec.name}.bias"] = (self.sizes[spec.out],)
+        others = dict(self.family.others)
+        for key, tensors in self.family.optional.items():
+            others |= tensors if self.switches[key] else {}
+        return shapes | self._sized(others)
 
     def outside_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is in no layer. A tied lm_head is not on disk."""
-        shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (self.vocab_size, self.hidden_size),
-            FINAL_NORM: (self.hidden_size,),
-        }
+        shapes = self._sized({self.family.embedding: ("vocab", "hidden"), **self.family.outside})
         if not self.tied:
             shapes[f"{LM_HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -108,15 +266,21 @@ class Decoder:
     def parked_width(self) -> int:
         """Numbers a token that a suspended forward holds, at the group where it is most.
 
-        Residual and normed hidden state always; before o_proj also queries, keys, values and their result;
-        before down_proj also its input (STREAMING: hidden state, residual, one intermediate).
+        Residual and normed hidden state always; before the output projection also queries, keys, values and
+        their result; before the down projection also its input. A fused projection's result outlives its
+        parts, as they are views of it.
         """
-        attention = 2 * self.attention_width + 2 * self.kv_width
-        return 2 * self.hidden_size + max(attention, self.intermediate_size)
+        outs = {spec.out for group in self.family.linears for spec in group}
+        attention = 2 * (self.sizes["q"] + self.sizes["kv"]) + (self.sizes["qkv"] if "qkv" in outs else 0)
+        mlp = self.sizes["inner"] + (self.sizes["gate_up"] if "gate_up" in outs else 0)
+        return 2 * self.sizes["hidden"] + max(attention, mlp)
+
+    def _sized(self, shapes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self.sizes[size] for size in shape) for name, shape in shapes.items()}
 
 
-def read_decoder(config: dict[str, Any]) -> Decoder | list[Problem]:
-    """The sizes that a config.json of a known family states, or every reason why it cannot be used."""
+def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
+    """The decoder that a config.json of a known family states, or every reason why it cannot be used."""
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -128,12 +292,16 @@ def read_decoder(config: dict[str, Any]) -> Decoder | list[Problem]:
             )
         ]
     problems = _architecture_problems(config, family)
-    sizes = {}
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        sizes[key] = _size(config, key, None, problems)
-    heads = sizes["num_attention_heads"]
-    kv_heads = _size(config, "num_key_value_heads", family.kv_heads or heads, problems)
-    head_dim = _size(config, "head_dim", family.head_dim or sizes["hidden_size"] // heads, problems)
+    stated = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    hidden, inner, layers, heads, vocab = (
+        _size(stated, key, None, problems)
+        for key in (
+            "hidden_size", family.intermediate_key, "num_hidden_layers", "num_attention_heads", "vocab_size",
+        )
+    )  # fmt: skip
+    kv_heads = _size(stated, "num_key_value_heads", heads, problems)
+    head = _size(stated, "head_dim", hidden // heads, problems)
+    positions = _size(stated, "max_position_embeddings", 1, problems)
     if not problems and heads % kv_heads:
         problems.append(
             _problem(
@@ -143,40 +311,50 @@ def read_decoder(config: dict[str, Any]) -> Decoder | list[Problem]:
         )
     if problems:
         return problems
-    attention_bias = family.reads_attention_bias and config.get("attention_bias") is True
-    return Decoder(
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        attention_width=heads * head_dim,
-        kv_width=kv_heads * head_dim,
-        head_dim=head_dim,
-        vocab_size=sizes["vocab_size"],
-        tied=config.get("tie_word_embeddings") is True,
-        qkv_bias=family.qkv_bias or attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=family.reads_mlp_bias and config.get("mlp_bias") is True,
-        qk_norm=family.qk_norm,
-    )
+    sizes = {
+        "hidden": hidden,
+        "inner": inner,
+        "gate_up": 2 * inner,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head": head,
+        "q": heads * head,
+        "kv": kv_heads * head,
+        "qkv": (heads + 2 * kv_heads) * head,
+        "vocab": vocab,
+        "positions + 2": positions + 2,
+    }
+    keys = {spec.bias for group in family.linears for spec in group} | family.optional.keys()
+    switches = {key: stated.get(key) is True for key in keys}
+    return Decoder(family, sizes, layers, stated.get("tie_word_embeddings") is True, switches)
 
 
-def _architecture_problems(config: dict[str, Any], family: Family) -> list[Problem]:
+def _architecture_problems(config: Mapping[str, Any], family: Family) -> list[Problem]:
     architectures = config.get("architectures")
-    if architectures is None or architectures == [family.architecture]:
-        return []
-    return [
-        _problem(
-            "unsupported_architecture",
-            f"The model is {str(architectures)[:200]}.",
-            f"Of this model type only {family.architecture} is supported.",
-        )
-    ]
+    if architectures is not None and architectures != [family.architecture]:
+        return [
+            _problem(
+                "unsupported_architecture",
+                f"The model is {str(architectures)[:200]}.",
+                f"Of this model type only {family.architecture} is supported.",
+            )
+        ]
+    problems = []
+    for key, value in family.fixed.items():
+        needed = config.get(value) if isinstance(value, str) else value
+        if config.get(key) not in (None, needed):
+            problems.append(
+                _problem(
+                    "unsupported_architecture",
+                    f"config.json: {key} is {str(config[key])[:40]}.",
+                    f"Models of this type are supported with {key} = {needed} only.",
+                )
+            )
+    return problems
 
 
-def _size(config: dict[str, Any], key: str, default: int | None, problems: list[Problem]) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
+def _size(stated: Mapping[str, Any], key: str, default: int | None, problems: list[Problem]) -> int:
+    value = stated.get(key, default)
     if type(value) is int and 0 < value < 2**31:
         return value
     problems.append(

@@ -27,17 +27,20 @@ HEAD = "lm_head"
 class StreamedModel:
     """A causal language model in evaluation mode, one decoder layer of which is real at a time.
 
-    compute_dtype: dtype of all parameters while they are real, whatever dtype the checkpoint stores.
+    layers_prefix: name of the list of decoder layers, with a dot at its end. compute_dtype: dtype of all
+    parameters while they are real, whatever dtype the checkpoint stores.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layers_prefix: str, *, device: str, compute_dtype: torch.dtype
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
         self.module = _build_empty(checkpoint.folder, compute_dtype)
-        self.layers = list(self.module.base_model.get_submodule("layers").children())
+        self.layers = list(self.module.get_submodule(layers_prefix.removesuffix(".")).children())
         self.head = self.module.get_submodule(HEAD)
-        self._layers_prefix = f"{self.module.base_model_prefix}.layers."
+        self._layers_prefix = layers_prefix
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -60,10 +63,8 @@ class StreamedModel:
 
         handles = [watch(name) for name in self.linears()]
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-        mask = torch.zeros(
-            1, 1, 4, 4, dtype=self.compute_dtype, device="meta"
-        )  # a mask made here is used as it is
-        self.module(input_ids=ids, attention_mask=mask, use_cache=False)
+        mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
+        self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
         groups: dict[int, list[str]] = {}
@@ -160,8 +161,8 @@ def _missing(name: str) -> PlanError:
 def _build_empty(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    config._attn_implementation = "sdpa"
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"  # Gemma 2 soft-caps its scores
     with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
         model: PreTrainedModel = cls(config)
     model.train(False)

@@ -81,7 +81,10 @@ def compress(
         journal = Journal.open(Path(output_dir))
         arithmetic = _begin(plan, dataset, device, journal, emit)
         model = StreamedModel(
-            plan.checkpoint, device=arithmetic.device, compute_dtype=DTYPES[arithmetic.compute_dtype]
+            plan.checkpoint,
+            plan.layers_prefix,
+            device=arithmetic.device,
+            compute_dtype=DTYPES[arithmetic.compute_dtype],
         )
         check_against_model(plan, model)
         blocks = None

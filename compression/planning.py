@@ -17,15 +17,7 @@ from compression import checks
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import TensorSpec, file_size
 from compression.errors import PlanError, Problem, SourceError
-from compression.families import (
-    EMBEDDING,
-    FAMILIES,
-    LAYERS_PREFIX,
-    LINEAR_GROUPS,
-    LM_HEAD,
-    Decoder,
-    read_decoder,
-)
+from compression.families import LM_HEAD, Decoder, read_decoder
 from compression.memory import (
     ACTIVATION_BUDGET_BYTES,
     COMPUTE_ITEMSIZE,
@@ -91,7 +83,8 @@ class LayerPlan:
 class Plan:
     """Everything that headers and recipe decide.
 
-    recipe: with every step's observer written out. outside: shard file and keys of what is in no layer, and
+    recipe: with every step's observer written out. layers_prefix: what stands before a layer's number in
+    names. outside: shard file and keys of what is in no layer, and
     of `unknown` tensors, which the model does not have and which are copied. kept: linears that stay as they
     are; ignore: their names. output_bytes: exact size of all shards. calibrates: whether a step learns from
     data. memory: estimated peak. disk_bytes: what a run needs in its output folder.
@@ -104,6 +97,7 @@ class Plan:
     evaluation: Evaluation
     model_type: str
     architecture: str
+    layers_prefix: str
     layers: tuple[LayerPlan, ...]
     outside: tuple[tuple[str, tuple[str, ...]], ...]
     unknown: tuple[str, ...]
@@ -186,7 +180,7 @@ def plan(
         raise PlanError(*problems)
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
-    modules = _module_plans(checkpoint, treatment)
+    modules = _module_plans(checkpoint, decoder, treatment)
     layers, outside = _shards(checkpoint, decoder, modules, unknown)
     stored = [_stored_layer(checkpoint, layer) for layer in layers]
     stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
@@ -194,15 +188,15 @@ def plan(
     compressed = [module for module in modules if module.scheme]
     kept = tuple(module for module in modules if not module.scheme)
     parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
-    model_type = checkpoint.config["model_type"]
     return Plan(
         source=Path(source),
         checkpoint=checkpoint,
         recipe=recipe,
         calibration=calibration,
         evaluation=evaluation,
-        model_type=model_type,
-        architecture=FAMILIES[model_type].architecture,
+        model_type=checkpoint.config["model_type"],
+        architecture=decoder.family.architecture,
+        layers_prefix=decoder.layers_prefix,
         layers=layers,
         outside=outside,
         unknown=unknown,
@@ -252,20 +246,18 @@ def _expected(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, tuple[int, 
         expected[f"{LM_HEAD}.weight"] = (decoder.vocab_size, decoder.hidden_size)
     layer = decoder.layer_tensors()
     for index in range(_layer_count(checkpoint, decoder)):
-        expected |= {f"{LAYERS_PREFIX}{index}.{name}": shape for name, shape in layer.items()}
+        expected |= {f"{decoder.layers_prefix}{index}.{name}": shape for name, shape in layer.items()}
     return expected
 
 
 def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
     """Every linear, in forward order, lm_head last whether or not it is tied."""
-    layer = decoder.layer_tensors()
     linears = []
     for index in range(_layer_count(checkpoint, decoder)):
-        prefix = f"{LAYERS_PREFIX}{index}."
-        for group in LINEAR_GROUPS:
-            for name in group:
-                rows, columns = layer[f"{name}.weight"]
-                linears.append(Linear(prefix + name, (rows, columns), index, prefix + group[0]))
+        prefix = f"{decoder.layers_prefix}{index}."
+        for group in decoder.linear_groups():
+            first = prefix + group[0][0]
+            linears += [Linear(prefix + name, shape, index, first) for name, shape in group]
     linears.append(Linear(LM_HEAD, (decoder.vocab_size, decoder.hidden_size), None, LM_HEAD))
     return linears
 
@@ -274,11 +266,11 @@ def _leaf_modules(expected: dict[str, tuple[int, ...]]) -> list[str]:
     return list(dict.fromkeys([*(key.rpartition(".")[0] for key in expected), LM_HEAD]))
 
 
-def _module_plans(checkpoint: Checkpoint, treatment: Treatment) -> list[ModulePlan]:
+def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment) -> list[ModulePlan]:
     plans = []
     for linear, treated in treatment.modules:
         key = f"{linear.name}.weight"
-        info = checkpoint.tensors.get(key, checkpoint.tensors[EMBEDDING])  # a tied lm_head is the embedding
+        info = checkpoint.tensors.get(key) or checkpoint.tensors[decoder.embedding]  # lm_head may be tied
         plans.append(
             ModulePlan(
                 name=linear.name,
@@ -311,7 +303,7 @@ def _shards(
             by_layer.setdefault(module.layer, []).append(module)
     layers = []
     for index in range(decoder.num_layers):
-        prefix = f"{LAYERS_PREFIX}{index}."
+        prefix = f"{decoder.layers_prefix}{index}."
         compressed = tuple(by_layer.get(index, ()))
         keys = {module.key for module in compressed}
         copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)

@@ -131,10 +131,11 @@ def _pattern_problems(
 
 
 def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:
-    """vLLM holds linears of one input as one matrix, so one step must treat them all, or none."""
-    groups: dict[str, list[tuple[str, int | None]]] = {}
+    """vLLM holds linears of one module and one input as one matrix, so one step must treat them all, or none."""
+    groups: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
     for linear, (step, _) in chosen:
-        groups.setdefault(linear.group, []).append((linear.name, step))
+        module = linear.name.rpartition(".")[0]
+        groups.setdefault((linear.group, module), []).append((linear.name, step))
     split = [members for members in groups.values() if len({step for _, step in members}) > 1]
     if not split:
         return []

@@ -46,6 +46,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 with a head_dim": ("qwen2", {"head_dim": 32}),
     "qwen3": ("qwen3", {}),
     "qwen3 biased": ("qwen3", {"attention_bias": True, "head_dim": 16}),
+    "gemma": ("gemma", {}),
+    "gemma untied": ("gemma", {"tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {}),
+    "gemma2 biased": ("gemma2", {"attention_bias": True, "head_dim": 16}),
+    "gemma3": ("gemma3_text", {}),
+    "phi3": ("phi3", {"pad_token_id": None}),
+    "phi3 tied": ("phi3", {"tie_word_embeddings": True, "pad_token_id": None}),
+    "granite": ("granite", {}),
+    "granite biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "glm": ("glm", {"pad_token_id": None}),
+    "glm without biases": ("glm", {"attention_bias": False, "pad_token_id": None}),
+    "glm4": ("glm4", {"pad_token_id": None}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 biased": ("olmo2", {"attention_bias": True}),
+    "cohere": ("cohere", {}),
+    "cohere with norms of q and k": ("cohere", {"use_qk_norm": True}),
+    "cohere2": ("cohere2", {}),
+    "opt": ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 96}),
+    "opt without biases": ("opt", {"ffn_dim": 160, "enable_bias": False, "max_position_embeddings": 77}),
 }
 
 
@@ -71,22 +90,22 @@ def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
     assert isinstance(decoder, Decoder)
     planned = dict(decoder.outside_tensors())
     for layer in range(SIZES["num_hidden_layers"]):
-        planned |= {f"model.layers.{layer}.{name}": shape for name, shape in decoder.layer_tensors().items()}
+        prefix = f"{decoder.layers_prefix}{layer}."
+        planned |= {prefix + name: shape for name, shape in decoder.layer_tensors().items()}
     assert planned == built
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: str) -> None:
     """A config.json may hold little; defaults then come from the configuration class."""
-    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96}
+    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160}
     del sizes["num_key_value_heads"]
     config = AutoConfig.for_model(model_type, **sizes)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     decoder = read_decoder({"model_type": model_type, **sizes})
     assert isinstance(decoder, Decoder)
-    assert decoder.head_dim == head_dim
-    assert decoder.attention_width == head_dim * config.num_attention_heads
-    assert decoder.kv_width == head_dim * config.num_key_value_heads
+    assert decoder.sizes["head"] == head_dim
+    assert decoder.sizes["kv_heads"] == getattr(config, "num_key_value_heads", config.num_attention_heads)
     assert decoder.tied == config.tie_word_embeddings
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compression import (
     Calibration,
@@ -32,6 +32,7 @@ from compression.model import StreamedModel
 from compression.report import Report
 from compression.selfcheck import check_against_model, check_files
 from tests.support.models import tiny_model
+from tests.support.readers import perplexity
 
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
 FEW = Evaluation(num_samples=8)
@@ -67,22 +68,6 @@ def run(source: Path, output: Path, texts: Path | None, scheme: str = "W4A16", *
 
 def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
-
-
-def perplexity(folder: Path, blocks: tuple[torch.Tensor, ...]) -> float:
-    """Of a checkpoint in Transformers and compressed-tensors, activations quantized as they serve them."""
-    config = AutoConfig.from_pretrained(folder)
-    quantization = getattr(config, "quantization_config", {})
-    if any(not group["weights"]["symmetric"] for group in quantization.get("config_groups", {}).values()):
-        # compressed-tensors 0.20 expects unpacked zero points of a compressed model, against its own format
-        quantization["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-    losses = []
-    with torch.no_grad():
-        for block in blocks:
-            logits = model(input_ids=block[None]).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]))
-    return float(torch.stack(losses).mean().exp())
 
 
 @pytest.mark.parametrize(("scheme", "method"), CHOICES)
@@ -274,7 +259,9 @@ def test_an_output_folder_that_holds_something_is_refused(
 
 def test_a_plan_that_does_not_fit_the_model_is_refused_before_compute(tiny_llama: Path) -> None:
     planned = plan(tiny_llama, Recipe.from_short("W4A16", has_dataset=False))
-    model = StreamedModel(planned.checkpoint, device="cpu", compute_dtype=torch.float32)
+    model = StreamedModel(
+        planned.checkpoint, planned.layers_prefix, device="cpu", compute_dtype=torch.float32
+    )
     check_against_model(planned, model)
     layer = planned.layers[0]
     for modules in (

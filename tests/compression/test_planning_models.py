@@ -28,7 +28,7 @@ class TestModel:
     def test_other_architectures_are_refused_by_name(self, tmp_path: Path, model_type: Any) -> None:
         problem = problem_of(fake_llama(tmp_path / "model", model_type=model_type))
         assert problem.code == "unsupported_architecture"
-        assert "llama, mistral, qwen2, qwen3" in problem.hint
+        assert "llama, mistral, qwen2, qwen3, gemma" in problem.hint
 
     def test_other_heads_are_refused(self, tmp_path: Path) -> None:
         folder = fake_llama(tmp_path / "model", architectures=["LlamaForSequenceClassification"])

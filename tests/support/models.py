@@ -15,22 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
+PECULIARITIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
 }
+"""By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -81,11 +76,13 @@ def tiny_model(
         "initializer_range": 1 / math.sqrt(hidden),
         "bos_token_id": 256,
         "eos_token_id": 257,
+        "pad_token_id": None,
+        **PECULIARITIES.get(model_type, {}),
         **config,
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[model_type](**settings), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
         _randomize_one_dimensional(model)
     model.save_pretrained(folder)
     if shards > 1:
