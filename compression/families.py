@@ -27,32 +27,44 @@ class LinearSpec:
     bias: str = ""
 
 
-Groups = tuple[tuple[LinearSpec, ...], ...]
-"""A layer's linears in forward order; those in one tuple read the same tensor."""
+@dataclass(frozen=True)
+class GroupSpec:
+    """Linears that read the same tensor; norm: the module whose output that is, "" where it is none."""
+
+    linears: tuple[LinearSpec, ...]
+    norm: str = ""
 
 
-def _attention(*, qkv_bias: str = "", o_bias: str = "") -> Groups:
+Groups = tuple[GroupSpec, ...]
+"""A layer's groups in forward order."""
+
+
+def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
     names = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
     qkv = tuple(LinearSpec(f"self_attn.{name}", size, "hidden", qkv_bias) for name, size in names)
-    return (qkv, (LinearSpec("self_attn.o_proj", "hidden", "q", o_bias),))
+    return (GroupSpec(qkv, norm), _alone("self_attn.o_proj", "hidden", "q", o_bias))
 
 
-def _gated_mlp(bias: str = "") -> Groups:
-    return (
-        tuple(LinearSpec(f"mlp.{name}", "inner", "hidden", bias) for name in ("gate_proj", "up_proj")),
-        (LinearSpec("mlp.down_proj", "hidden", "inner", bias),),
-    )
+def _gated_mlp(norm: str = "post_attention_layernorm", *, bias: str = "") -> Groups:
+    names = ("gate_proj", "up_proj")
+    gate_up = tuple(LinearSpec(f"mlp.{name}", "inner", "hidden", bias) for name in names)
+    return (GroupSpec(gate_up, norm), _alone("mlp.down_proj", "hidden", "inner", bias))
 
 
-_FUSED_MLP: Groups = (
-    (LinearSpec("mlp.gate_up_proj", "gate_up", "hidden"),),
-    (LinearSpec("mlp.down_proj", "hidden", "inner"),),
-)
+def _alone(name: str, out: str, inp: str, bias: str = "", norm: str = "") -> GroupSpec:
+    return GroupSpec((LinearSpec(name, out, inp, bias),), norm)
 
 
 def _parallel(attention: Groups, mlp: Groups) -> Groups:
     """Attention and MLP read one norm, side by side: their first groups are one."""
-    return ((*attention[0], *mlp[0]), *attention[1:], *mlp[1:])
+    first = GroupSpec(attention[0].linears + mlp[0].linears, attention[0].norm)
+    return (first, *attention[1:], *mlp[1:])
+
+
+_FUSED_MLP: Groups = (
+    _alone("mlp.gate_up_proj", "gate_up", "hidden", norm="post_attention_layernorm"),
+    _alone("mlp.down_proj", "hidden", "inner"),
+)
 
 
 def _norms(*names: str, shape: tuple[str, ...] = ("hidden",)) -> dict[str, tuple[str, ...]]:
@@ -73,26 +85,31 @@ _ALL_BIASED = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 class Family:
     """The structure of one model type.
 
-    linears, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
-    key is true. outside: tensors in no layer, lm_head apart. defaults: config values that Transformers assumes
+    groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
+    key is true. norm_offset: what norms add to their weight before they multiply with it. outside: tensors in no layer, lm_head apart. defaults: config values that Transformers assumes
     where the key is absent; None in num_key_value_heads means as many as heads, in head_dim hidden_size /
     heads. fixed: config keys that must have this value (a str names another key) for this table to hold.
     """
 
     architecture: str
-    linears: Groups
+    groups: Groups
     others: Mapping[str, tuple[str, ...]]
     optional: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: int = 0
     layers_prefix: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
     outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _norms("model.norm"))
     intermediate_key: str = "intermediate_size"
 
+    def linears(self) -> list[LinearSpec]:
+        """A layer's linears in forward order."""
+        return [linear for group in self.groups for linear in group.linears]
+
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp("mlp_bias"), _PRE_NORMS),
+    "llama": Family("LlamaForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS),
     "mistral": Family(
         "MistralForCausalLM", _attention() + _gated_mlp(), _PRE_NORMS, defaults={"num_key_value_heads": 8}
     ),
@@ -113,29 +130,32 @@ FAMILIES: dict[str, Family] = {
         _attention(**_ALL_BIASED) + _gated_mlp(),
         _PRE_NORMS,
         defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+        norm_offset=1,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _attention(**_ALL_BIASED) + _gated_mlp("pre_feedforward_layernorm"),
         _FOUR_NORMS,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        norm_offset=1,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _attention(**_ALL_BIASED) + _gated_mlp("pre_feedforward_layernorm"),
         _FOUR_NORMS | _QK_NORMS,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        norm_offset=1,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
         (
-            (LinearSpec("self_attn.qkv_proj", "qkv", "hidden"),),
-            (LinearSpec("self_attn.o_proj", "hidden", "q"),),
+            _alone("self_attn.qkv_proj", "qkv", "hidden", norm="input_layernorm"),
+            _alone("self_attn.o_proj", "hidden", "q"),
             *_FUSED_MLP,
         ),
         _PRE_NORMS,
     ),
-    "granite": Family("GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp("mlp_bias"), _PRE_NORMS),
+    "granite": Family("GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS),
     "glm": Family(
         "GlmForCausalLM",
         _attention(qkv_bias="attention_bias") + _FUSED_MLP,
@@ -150,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _attention("", **_ALL_BIASED) + _gated_mlp(""),
         _norms("post_attention_layernorm", "post_feedforward_layernorm")
         | _norms("self_attn.q_norm", shape=("q",))
         | _norms("self_attn.k_norm", shape=("kv",)),
@@ -174,12 +194,13 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         "OPTForCausalLM",
         (
-            tuple(
-                LinearSpec(f"self_attn.{name}_proj", "hidden", "hidden", "enable_bias") for name in "qkv"
+            GroupSpec(
+                tuple(LinearSpec(f"self_attn.{n}_proj", "hidden", "hidden", "enable_bias") for n in "qkv"),
+                "self_attn_layer_norm",
             ),
-            (LinearSpec("self_attn.out_proj", "hidden", "hidden", "enable_bias"),),
-            (LinearSpec("fc1", "inner", "hidden", "enable_bias"),),
-            (LinearSpec("fc2", "hidden", "inner", "enable_bias"),),
+            _alone("self_attn.out_proj", "hidden", "hidden", "enable_bias"),
+            _alone("fc1", "inner", "hidden", "enable_bias", "final_layer_norm"),
+            _alone("fc2", "hidden", "inner", "enable_bias"),
         ),
         _layer_norm("self_attn_layer_norm") | _layer_norm("final_layer_norm"),
         defaults={"enable_bias": True, "tie_word_embeddings": True, "max_position_embeddings": 2048},
@@ -235,21 +256,17 @@ class Decoder:
     def intermediate_size(self) -> int:
         return self.sizes["inner"]
 
-    def linear_groups(self) -> list[list[tuple[str, tuple[int, int]]]]:
-        """(name within the layer, (out, in)) of each linear, those of one input together, in forward order."""
-        return [
-            [(spec.name, (self.sizes[spec.out], self.sizes[spec.inp])) for spec in group]
-            for group in self.family.linears
-        ]
+    def shape(self, linear: LinearSpec) -> tuple[int, int]:
+        """(out, in)."""
+        return self.sizes[linear.out], self.sizes[linear.inp]
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name within the layer -> shape: the linears in forward order, then the rest."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for group in self.family.linears:
-            for spec in group:
-                shapes[f"{spec.name}.weight"] = (self.sizes[spec.out], self.sizes[spec.inp])
-                if spec.bias == "always" or self.switches.get(spec.bias):
-                    shapes[f"{spec.name}.bias"] = (self.sizes[spec.out],)
+        for linear in self.family.linears():
+            shapes[f"{linear.name}.weight"] = self.shape(linear)
+            if linear.bias == "always" or self.switches.get(linear.bias):
+                shapes[f"{linear.name}.bias"] = (self.sizes[linear.out],)
         others = dict(self.family.others)
         for key, tensors in self.family.optional.items():
             others |= tensors if self.switches[key] else {}
@@ -270,7 +287,7 @@ class Decoder:
         their result; before the down projection also its input. A fused projection's result outlives its
         parts, as they are views of it.
         """
-        outs = {spec.out for group in self.family.linears for spec in group}
+        outs = {linear.out for linear in self.family.linears()}
         attention = 2 * (self.sizes["q"] + self.sizes["kv"]) + (self.sizes["qkv"] if "qkv" in outs else 0)
         mlp = self.sizes["inner"] + (self.sizes["gate_up"] if "gate_up" in outs else 0)
         return 2 * self.sizes["hidden"] + max(attention, mlp)
@@ -324,7 +341,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
         "vocab": vocab,
         "positions + 2": positions + 2,
     }
-    keys = {spec.bias for group in family.linears for spec in group} | family.optional.keys()
+    keys = {linear.bias for linear in family.linears()} | family.optional.keys()
     switches = {key: stated.get(key) is True for key in keys}
     return Decoder(family, sizes, layers, stated.get("tie_word_embeddings") is True, switches)
 

@@ -255,9 +255,9 @@ def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
     linears = []
     for index in range(_layer_count(checkpoint, decoder)):
         prefix = f"{decoder.layers_prefix}{index}."
-        for group in decoder.linear_groups():
-            first = prefix + group[0][0]
-            linears += [Linear(prefix + name, shape, index, first) for name, shape in group]
+        for group in decoder.family.groups:
+            first = prefix + group.linears[0].name
+            linears += [Linear(prefix + spec.name, decoder.shape(spec), index, first) for spec in group.linears]
     linears.append(Linear(LM_HEAD, (decoder.vocab_size, decoder.hidden_size), None, LM_HEAD))
     return linears
 
