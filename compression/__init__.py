@@ -21,10 +21,18 @@ if TYPE_CHECKING:
         SelfCheckError,
         SourceError,
     )
-    from compression.modifiers import GPTQModifier, QuantizationModifier, oneshot
+    from compression.modifiers import GPTQModifier, QuantizationModifier, SmoothQuantModifier, oneshot
     from compression.pipeline import compress
     from compression.planning import Plan, plan
-    from compression.recipe import Calibration, DatasetSpec, Evaluation, GPTQStep, Recipe, RTNStep
+    from compression.recipe import (
+        Calibration,
+        DatasetSpec,
+        Evaluation,
+        GPTQStep,
+        Recipe,
+        RTNStep,
+        SmoothQuantStep,
+    )
     from compression.report import Report
     from compression.schemes import SCHEMES, Scheme, get_scheme
 
@@ -49,6 +57,8 @@ __all__ = [
     "ResourceError",
     "Scheme",
     "SelfCheckError",
+    "SmoothQuantModifier",
+    "SmoothQuantStep",
     "SourceError",
     "__version__",
     "compress",
@@ -62,10 +72,12 @@ _HOME = {
         "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
         "SourceError",
     ),
-    "compression.modifiers": ("GPTQModifier", "QuantizationModifier", "oneshot"),
+    "compression.modifiers": ("GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "oneshot"),
     "compression.pipeline": ("compress",),
     "compression.planning": ("Plan", "plan"),
-    "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "RTNStep", "Recipe"),
+    "compression.recipe": (
+        "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "RTNStep", "Recipe", "SmoothQuantStep",
+    ),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),
 }  # fmt: skip

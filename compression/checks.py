@@ -32,27 +32,31 @@ _QUANTIZED_SUFFIXES = (
 def with_observers(recipe: Recipe, has_data: bool) -> Recipe:
     """The recipe with every step's default observer written out: imatrix with data, mse without."""
     default = "imatrix" if has_data else "mse"
-    steps = tuple(step.model_copy(update={"observer": step.observer or default}) for step in recipe.steps)
-    return recipe.model_copy(update={"steps": steps})
+    steps = list(recipe.steps)
+    for number, step in recipe.quantizing.items():
+        steps[number] = step.model_copy(update={"observer": step.observer or default})
+    return recipe.model_copy(update={"steps": tuple(steps)})
 
 
 def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     """Steps that learn from data, where there is none."""
     if has_data:
         return []
-    problems = []
-    for number, step in enumerate(recipe.steps):
-        what = "gptq" if step.type == "gptq" else f"The observer {step.observer}"
-        if step.type == "gptq" or step.observer in ("imatrix", "gram"):
-            problems.append(
-                Problem(
-                    "dataset_required",
-                    f"{what} learns from calibration data, and the job has no dataset.",
-                    "Give a dataset, or use rtn with the observer mse or minmax.",
-                    "/dataset" if step.type == "gptq" else f"/recipe/steps/{number}/observer",
-                )
-            )
-    return problems
+    learning = [("smoothquant", "/dataset")] if recipe.smoothing else []
+    for number, step in recipe.quantizing.items():
+        if step.type == "gptq":
+            learning.append(("gptq", "/dataset"))
+        elif step.observer in ("imatrix", "gram"):
+            learning.append((f"The observer {step.observer}", f"/recipe/steps/{number}/observer"))
+    return [
+        Problem(
+            "dataset_required",
+            f"{what} learns from calibration data, and the job has no dataset.",
+            "Give a dataset, or use rtn with the observer mse or minmax.",
+            pointer,
+        )
+        for what, pointer in learning
+    ]
 
 
 def source_problems(checkpoint: Checkpoint, warnings: list[Problem]) -> list[Problem]:
@@ -131,6 +135,20 @@ def tensor_problems(
             )
         )
     return problems
+
+
+def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
+    """A step that smooths, on a model whose linears read no norm."""
+    if recipe.smoothing is None or any(group.norm for group in decoder.family.groups):
+        return []
+    return [
+        Problem(
+            "nothing_to_smooth",
+            f"{decoder.family.architecture} has no norm in front of its linears to fold scales into.",
+            "Leave smoothquant out of the recipe.",
+            "/recipe/steps/0",
+        )
+    ]
 
 
 def unknown_warnings(unknown: Sequence[str]) -> list[Problem]:

@@ -86,9 +86,10 @@ class Family:
     """The structure of one model type.
 
     groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
-    key is true. norm_offset: what norms add to their weight before they multiply with it. outside: tensors in no layer, lm_head apart. defaults: config values that Transformers assumes
-    where the key is absent; None in num_key_value_heads means as many as heads, in head_dim hidden_size /
-    heads. fixed: config keys that must have this value (a str names another key) for this table to hold.
+    key is true. norm_offset: what norms add to their weight before they multiply with it. outside: tensors in
+    no layer, lm_head apart. defaults: config values that Transformers assumes where the key is absent; without
+    num_key_value_heads there are as many as heads, without head_dim it is hidden_size / heads. fixed: config
+    keys that must have this value (a str names another key) for this table to hold.
     """
 
     architecture: str
@@ -155,7 +156,9 @@ FAMILIES: dict[str, Family] = {
         ),
         _PRE_NORMS,
     ),
-    "granite": Family("GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS),
+    "granite": Family(
+        "GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS
+    ),
     "glm": Family(
         "GlmForCausalLM",
         _attention(qkv_bias="attention_bias") + _FUSED_MLP,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import greenlet
 import torch
@@ -33,9 +34,13 @@ from compression.schemes import QuantizationArgs
 
 @dataclass
 class _SharedInput:
-    """The tensor that a group reads in one batch, until its last member has read it."""
+    """The tensor that a group reads in one batch, until its last member has read it.
+
+    norm_input: what the norm was given that made it, where scales are to be folded into that norm.
+    """
 
     tensor: Tensor
+    norm_input: Tensor | None
     quantized: Tensor | None
     readers_left: int
 
@@ -51,6 +56,7 @@ class _Batch(greenlet.greenlet):
         self.layer = -1
         self.group: str | None = None
         self.shared: dict[str, _SharedInput] = {}
+        self.norm_inputs: dict[str, Tensor] = {}
         self.logits: Tensor | None = None
 
     def run(self) -> None:
@@ -99,6 +105,22 @@ class Stream:
         """Pass through one layer with the weights it has, up to the entry of the next (or of lm_head)."""
         self._resume([batch for batch in self._batches if batch.layer == layer])
 
+    def renew_inputs(self, group: str, norm: nn.Module, scales: Tensor, tolerance: float) -> bool:
+        """After a fold: what the parked batches hand to a group becomes what its changed norm makes.
+
+        scales: [in] float32, what the norm now divides by. False, with nothing changed, if the norm's new
+        result times the scales is not its old one, up to `tolerance` times the largest magnitude.
+        """
+        parked = [batch.shared[group] for batch in self._batches if batch.group == group]
+        for number, shared in enumerate(parked):
+            renewed = norm(shared.norm_input)
+            if number == 0:
+                error = (renewed.float() * scales - shared.tensor.float()).abs().amax()
+                if not error <= tolerance * shared.tensor.float().abs().amax():
+                    return False
+            shared.tensor.copy_(renewed)
+        return True
+
     def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the head, one batch at a time: (logits [batch, seq, vocab], tokens [batch, seq])."""
         while self._batches:
@@ -124,7 +146,7 @@ class Forwards:
     """Makes streams over one model, and owns the hooks by which they park.
 
     groups: each linear's group id. activations: how a linear's input is quantized when it is served, for the
-    linears where it is.
+    linears where it is. norms: the norm that makes a group's input, for groups where it will change.
     """
 
     def __init__(
@@ -132,6 +154,7 @@ class Forwards:
         model: StreamedModel,
         groups: Mapping[str, str],
         activations: Mapping[str, QuantizationArgs],
+        norms: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self._groups = groups
@@ -143,6 +166,9 @@ class Forwards:
         for name in groups:
             linear = model.module.get_submodule(name)
             self._hooks.append(linear.register_forward_pre_hook(self._at_linear(name)))
+        for group, name in norms.items():
+            norm = model.module.get_submodule(name)
+            self._hooks.append(norm.register_forward_pre_hook(self._at_norm(group)))
 
     def stream(self, batches: Sequence[Tensor], *, quantize_activations: bool) -> Stream:
         """A new stream, every batch parked at the entry of layer 0. Tokens int64 [batch, seq]."""
@@ -167,6 +193,14 @@ class Forwards:
 
         return park
 
+    def _at_norm(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            batch = greenlet.getcurrent()
+            if isinstance(batch, _Batch) and batch.stream.parks_at_groups:
+                batch.norm_inputs[group] = inputs[0]
+
+        return keep
+
     def _at_linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor] | None]:
         group = self._groups[name]
         args = self._activations.get(name)
@@ -177,7 +211,9 @@ class Forwards:
                 return None
             shared = batch.shared.get(group)
             if shared is None:
-                shared = batch.shared[group] = _SharedInput(inputs[0], None, self._readers[group])
+                shared = batch.shared[group] = _SharedInput(
+                    inputs[0], batch.norm_inputs.pop(group, None), None, self._readers[group]
+                )
                 if batch.stream.parks_at_groups:
                     batch.group = group
                     batch.park()

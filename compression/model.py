@@ -7,7 +7,7 @@ file, and the pinned version is in pyproject.toml.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,23 @@ class StreamedModel:
         """Every linear by its name in the model, in the order of definition."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
 
-    def shared_input_groups(self) -> list[list[str]]:
-        """Names of the linears of each group that reads one tensor, in the order in which they run.
+    def trace(self, producers: Iterable[str] = ()) -> tuple[list[list[str]], dict[str, set[str]]]:
+        """Which linears read one tensor, in the order in which they run; which read each producer's result.
 
         Found by running the empty model's own forward on tensors without storage.
         """
         calls: list[tuple[str, Tensor]] = []  # holds every input, so that no identity is used twice
+        results: dict[str, Tensor] = {}
 
-        def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-            return self.linears()[name].register_forward_pre_hook(
-                lambda _module, args: calls.append((name, args[0]))
-            )
+        def at_linear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, args: calls.append((name, args[0]))
 
-        handles = [watch(name) for name in self.linears()]
+        def at_producer(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda _module, _args, result: results.update({name: result})
+
+        handles = [m.register_forward_pre_hook(at_linear(name)) for name, m in self.linears().items()]
+        for name in producers:
+            handles.append(self.module.get_submodule(name).register_forward_hook(at_producer(name)))
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
         self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
@@ -70,7 +74,8 @@ class StreamedModel:
         groups: dict[int, list[str]] = {}
         for name, tensor in calls:
             groups.setdefault(id(tensor), []).append(name)
-        return list(groups.values())
+        readers = {name: set(groups.get(id(result), ())) for name, result in results.items()}
+        return list(groups.values()), readers
 
     def load_embeddings(self) -> None:
         """Make real all that runs before the first layer, and what is small: norms and rotary buffers."""
@@ -112,8 +117,12 @@ class StreamedModel:
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the weights of named linears; values are converted to the compute dtype."""
-        for name, weight in weights.items():
-            self._assign(f"{name}.weight", weight.to(self.device, self.compute_dtype))
+        self.set_parameters({f"{name}.weight": weight for name, weight in weights.items()})
+
+    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Replace parameters, by their full names; values are converted to the compute dtype."""
+        for name, value in parameters.items():
+            self._assign(name, value.to(self.device, self.compute_dtype))
 
     def _in_layer(self, index: int) -> list[str]:
         prefix = f"{self._layers_prefix}{index}."

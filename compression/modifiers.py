@@ -8,11 +8,20 @@ from typing import Any
 
 from compression.events import OnEvent
 from compression.pipeline import compress
-from compression.recipe import Calibration, DatasetSpec, Evaluation, GPTQStep, Recipe, RTNStep
+from compression.recipe import (
+    Calibration,
+    DatasetSpec,
+    Evaluation,
+    GPTQStep,
+    Recipe,
+    RTNStep,
+    SmoothQuantStep,
+)
 from compression.report import Report
 
 GPTQModifier = GPTQStep
 QuantizationModifier = RTNStep
+SmoothQuantModifier = SmoothQuantStep
 
 
 def oneshot(
@@ -30,7 +39,7 @@ def oneshot(
 ) -> Report:
     """Compress `model` with `recipe` and write the checkpoint to `output_dir`: `compress` under known names.
 
-    recipe: a Recipe, or a list of steps (GPTQStep, RTNStep, or mappings with a `type`).
+    recipe: a Recipe, or a list of steps (SmoothQuantStep, GPTQStep, RTNStep, or mappings with a `type`).
 
     Raises:
         pydantic.ValidationError: a recipe or dataset that is not well formed.

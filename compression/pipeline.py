@@ -2,7 +2,7 @@
 
 plan ─▶ empty model ─▶ for each decoder layer:
                           load it ─▶ original batches pass ─▶ for each group of linears that share an input:
-                                                                Gram of what they really see ─▶ solve
+                                                         smooth it ─▶ Gram of what they really see ─▶ solve
                           compressed batches pass ─▶ write its shard ─▶ journal ─▶ drop it
      ─▶ compare the two streams ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
 """
@@ -25,6 +25,7 @@ from compression.checkpoint.writer import Shard, write_shard
 from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
 from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
+from compression.folding import fold
 from compression.gram import accumulate_gram, require_finite_gram
 from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
@@ -106,6 +107,7 @@ def compress(
                     shard = journal.shards[layer.index]
                     tensors = read_infos(read_header(journal.folder / shard.file).values())
                     model.set_weights(_decode(layer.modules, tensors))
+                    model.set_parameters({key: tensors[key] for key in layer.folded})
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
                 stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
@@ -194,6 +196,13 @@ def _solve_layer(
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
     for group in streams.groups(layer):
+        weights, smoothed = model.weights(module.name for module in group.modules), False
+        if planned := layer.folds.get(group.modules[0].group):
+            assert plan.recipe.smoothing is not None
+            with clock.phase("solve"):
+                folded = fold(planned, group, model, streams, plan.recipe.smoothing.smoothing_strength)
+                stored.update(folded.norm)
+                weights, smoothed = folded.weights, folded.done
         with clock.phase("gram"):
             gram = (
                 accumulate_gram(group.inputs, precision=arithmetic.gram_precision) if group.inputs else None
@@ -201,8 +210,7 @@ def _solve_layer(
             if gram:
                 require_finite_gram(group.modules[0].name, gram)
         with clock.phase("solve"):
-            weights = model.weights(module.name for module in group.modules)
-            for solved in solve(group.modules, weights, gram, plan.recipe):
+            for solved in solve(group.modules, weights, gram, plan.recipe, smoothed=smoothed):
                 tensors = encode(solved.module.name, solved.weight, solved.scheme.format)
                 model.set_weights(_decode([solved.module], tensors))
                 stored.update(tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,41 @@ class ModulePlan:
 
 
 @dataclass(frozen=True)
+class FoldPlan:
+    """A norm that scales are folded into, and the group of linears that alone reads its output.
+
+    keys: the norm's tensors. offset: what it adds to its weight before it multiplies with it.
+    """
+
+    group: str
+    norm: str
+    keys: tuple[str, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file."""
+    """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file.
+
+    folds: the norms that change, by the group that reads them.
+    """
 
     index: int
     prefix: str
     modules: tuple[ModulePlan, ...]
     copied: tuple[str, ...]
     shard: str
+    folds: Mapping[str, FoldPlan]
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Keys of the norms that change."""
+        return tuple(key for fold in self.folds.values() for key in fold.keys)
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Keys that keep their dtype and shape."""
+        return self.copied + self.folded
 
 
 @dataclass(frozen=True)
@@ -170,6 +197,7 @@ def plan(
         problems += checks.tensor_problems(checkpoint, decoder, expected)
     treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
     problems += treatment.problems
+    problems += checks.smoothing_problems(recipe, decoder)
     calibrates = has_data and recipe.needs_data
     if has_data:
         bytes_per_token = decoder.parked_width * COMPUTE_ITEMSIZE
@@ -181,7 +209,7 @@ def plan(
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
     modules = _module_plans(checkpoint, decoder, treatment)
-    layers, outside = _shards(checkpoint, decoder, modules, unknown)
+    layers, outside = _shards(checkpoint, decoder, modules, unknown, recipe.smoothing is not None)
     stored = [_stored_layer(checkpoint, layer) for layer in layers]
     stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
     output_bytes = sum(map(file_size, stored))
@@ -257,7 +285,9 @@ def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
         prefix = f"{decoder.layers_prefix}{index}."
         for group in decoder.family.groups:
             first = prefix + group.linears[0].name
-            linears += [Linear(prefix + spec.name, decoder.shape(spec), index, first) for spec in group.linears]
+            linears += [
+                Linear(prefix + spec.name, decoder.shape(spec), index, first) for spec in group.linears
+            ]
     linears.append(Linear(LM_HEAD, (decoder.vocab_size, decoder.hidden_size), None, LM_HEAD))
     return linears
 
@@ -288,7 +318,11 @@ def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment
 
 
 def _shards(
-    checkpoint: Checkpoint, decoder: Decoder, modules: Sequence[ModulePlan], unknown: Sequence[str]
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    modules: Sequence[ModulePlan],
+    unknown: Sequence[str],
+    smooths: bool,
 ) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
     """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest."""
     outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
@@ -305,10 +339,27 @@ def _shards(
     for index in range(decoder.num_layers):
         prefix = f"{decoder.layers_prefix}{index}."
         compressed = tuple(by_layer.get(index, ()))
-        keys = {module.key for module in compressed}
+        folds = _folds(decoder, prefix, compressed) if smooths else {}
+        keys = {module.key for module in compressed} | {key for fold in folds.values() for key in fold.keys}
         copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)
-        layers.append(LayerPlan(index, prefix, compressed, copied, names[index]))
+        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds))
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
+
+
+def _folds(decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]) -> dict[str, FoldPlan]:
+    """The norms of a layer all of whose readers are compressed, by group."""
+    names = {module.name for module in compressed}
+    folds = {}
+    for group in decoder.family.groups:
+        if group.norm and all(prefix + linear.name in names for linear in group.linears):
+            first, norm = prefix + group.linears[0].name, prefix + group.norm
+            keys = tuple(
+                f"{norm}.{suffix}"
+                for suffix in ("weight", "bias")
+                if f"{group.norm}.{suffix}" in decoder.layer_tensors()
+            )
+            folds[first] = FoldPlan(first, norm, keys, decoder.family.norm_offset)
+    return folds
 
 
 def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -325,7 +376,7 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
 
 
 def _stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
-    specs = {key: checkpoint.tensors[key].spec for key in layer.copied}
+    specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
     for module in layer.modules:
         if module.scheme:
             tensors = stored_tensors(module.scheme, module.shape, module.dtype)

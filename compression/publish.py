@@ -59,12 +59,13 @@ def _rename(folder: Path, output_dir: Path) -> None:
 
 def _card(plan: Plan, report: Report) -> str:
     """The model card: what this is, how good it is, how to run it."""
-    step = plan.recipe.steps[0]
+    methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
+    schemes = " and ".join(dict.fromkeys(step.scheme for step in plan.recipe.quantizing.values()))
     totals = report.totals
     lines = [
         f"# {plan.source.name}, compressed",
         "",
-        f"{plan.architecture} compressed with {step.type.upper()} to {step.scheme} by Bitmill "
+        f"{plan.architecture} compressed with {methods} to {schemes} by Bitmill "
         f"{compression.__version__}, in the compressed-tensors format that Transformers and vLLM load.",
         "",
         "| | original | compressed |",

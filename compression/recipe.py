@@ -65,16 +65,35 @@ class GPTQStep(_QuantizationStep):
     actorder: Literal["static"] | None = "static"
 
 
-Step = Annotated[RTNStep | GPTQStep, Field(discriminator="type")]
+class SmoothQuantStep(_Frozen):
+    """Moves outliers of activations into the weights that read them, before these are quantized (Xiao et al.,
+    2022, arXiv:2211.10438, equation 4).
 
-STEP_ALIASES = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
+    smoothing_strength: 0 leaves the range to the activations, 1 gives all of it to the weights.
+    """
+
+    type: Literal["smoothquant"] = "smoothquant"
+    smoothing_strength: float = Field(default=0.5, ge=0, le=1)
+
+
+QuantizingStep = RTNStep | GPTQStep
+Step = Annotated[RTNStep | GPTQStep | SmoothQuantStep, Field(discriminator="type")]
+
+STEP_ALIASES = {
+    "GPTQModifier": "gptq",
+    "QuantizationModifier": "rtn",
+    "SmoothQuantModifier": "smoothquant",
+}
 """LLM Compressor's class names, accepted wherever a step's type is read."""
 
 
 class Recipe(_Frozen):
-    """An ordered list of steps."""
+    """An ordered list of steps: at most one that smooths, then those that quantize.
 
-    steps: tuple[Step, ...] = Field(min_length=1, max_length=1)
+    A linear is treated by the first quantizing step that targets it.
+    """
+
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=16)
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +109,14 @@ class Recipe(_Frozen):
             ]
             return {**value, "steps": steps}
         return value
+
+    @model_validator(mode="after")
+    def _order(self) -> Recipe:
+        if not self.quantizing:
+            raise ValueError("a recipe needs a step that quantizes, such as gptq or rtn")
+        if any(step.type == "smoothquant" for step in self.steps[1:]):
+            raise ValueError("smoothquant is the first step, once")
+        return self
 
     @classmethod
     def from_short(
@@ -108,9 +135,23 @@ class Recipe(_Frozen):
         return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
 
     @property
+    def smoothing(self) -> SmoothQuantStep | None:
+        """The step that smooths, if there is one."""
+        first = self.steps[0]
+        return first if isinstance(first, SmoothQuantStep) else None
+
+    @property
+    def quantizing(self) -> dict[int, QuantizingStep]:
+        """Position in the recipe -> step, of those that quantize."""
+        numbered = enumerate(self.steps)
+        return {number: step for number, step in numbered if not isinstance(step, SmoothQuantStep)}
+
+    @property
     def needs_data(self) -> bool:
         """Whether any step cannot be solved without calibration data."""
-        return any(step.type == "gptq" or step.observer in ("imatrix", "gram") for step in self.steps)
+        return self.smoothing is not None or any(
+            step.type == "gptq" or step.observer in ("imatrix", "gram") for step in self.quantizing.values()
+        )
 
     def canonical_json(self) -> str:
         """Sorted keys, every default written out, no spaces: the same text for the same recipe."""

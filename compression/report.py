@@ -15,6 +15,7 @@ class ModuleReport:
 
     relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without data.
     weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was inverted.
+    smoothed: whether scales of the norm before it were folded into it.
     dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
     compares the written file with it.
     """
@@ -29,6 +30,7 @@ class ModuleReport:
     dampening_frac: float | None
     dead_columns: int
     dequantized_sha256: str
+    smoothed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

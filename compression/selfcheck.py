@@ -33,12 +33,19 @@ def check_against_model(plan: Plan, model: StreamedModel) -> None:
         real = (linears[name].out_features, linears[name].in_features)
         if real != module.shape:
             raise _mismatch(f"{name} is planned as {module.shape}, and is {real}")
-    for group in model.shared_input_groups():
+    groups, readers = model.trace([fold.norm for layer in plan.layers for fold in layer.folds.values()])
+    for group in groups:
         if len({planned[name].group for name in group}) != 1:
             raise _mismatch(f"{', '.join(group)} read one tensor, and are planned apart")
         shared = {name for name, module in planned.items() if module.group == planned[group[0]].group}
         if shared != set(group):
             raise _mismatch(f"{', '.join(sorted(shared))} are planned to read one tensor, and do not")
+    for layer in plan.layers:
+        for fold in layer.folds.values():
+            if readers[fold.norm] != {m.name for m in layer.modules if m.group == fold.group}:
+                raise _mismatch(
+                    f"{fold.norm} is read by {', '.join(sorted(readers[fold.norm])) or 'nothing'}"
+                )
 
 
 def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
@@ -54,7 +61,7 @@ def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
     meant = {row.name: row.dequantized_sha256 for row in rows}
     for layer in plan.layers:
         header = read_header(folder / layer.shard)
-        _check_names(header, layer.modules, layer.copied, plan)
+        _check_names(header, layer.modules, layer.unquantized, plan)
         for module in layer.modules:
             if module.scheme is None:
                 continue
@@ -67,9 +74,9 @@ def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
 
 
 def _check_names(
-    header: dict[str, TensorInfo], modules: Sequence[ModulePlan], copied: Sequence[str], plan: Plan
+    header: dict[str, TensorInfo], modules: Sequence[ModulePlan], others: Sequence[str], plan: Plan
 ) -> None:
-    expected = {key: plan.checkpoint.tensors[key].spec for key in copied}
+    expected = {key: plan.checkpoint.tensors[key].spec for key in others}
     for module in modules:
         if module.scheme is not None:
             specs = stored_tensors(module.scheme, module.shape, module.dtype)

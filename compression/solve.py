@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from compression.quantizer import (
     require_finite_weight,
     search_params,
 )
-from compression.recipe import Recipe, Step
+from compression.recipe import QuantizingStep, Recipe
 from compression.report import ModuleReport
 from compression.schemes import Scheme
 
@@ -37,28 +37,35 @@ class Solved:
 
 
 def solve(
-    modules: Sequence[ModulePlan], weights: Sequence[Tensor], gram: Gram | None, recipe: Recipe
+    modules: Sequence[ModulePlan],
+    weights: Sequence[Tensor],
+    gram: Gram | None,
+    recipe: Recipe,
+    *,
+    smoothed: bool = False,
 ) -> Iterator[Solved]:
     """Solve linears that read the same tensor; those with the same treatment as one stacked matrix.
 
-    weights: [out_i, in] in any float dtype. gram: statistics of their input, None without data.
+    weights: [out_i, in] in any float dtype. gram: statistics of their input, None without data. smoothed: for
+    the report.
 
     Raises:
         NumericalError: `non_finite_weights`, `singular_gram`.
     """
-    alike: dict[tuple[Step, Scheme, str], list[tuple[ModulePlan, Tensor]]] = {}
+    alike: dict[tuple[QuantizingStep, Scheme, str], list[tuple[ModulePlan, Tensor]]] = {}
     for module, weight in zip(modules, weights, strict=True):
         if module.scheme is not None and module.step is not None:
-            treatment = (recipe.steps[module.step], module.scheme, module.dtype)
+            treatment = (recipe.quantizing[module.step], module.scheme, module.dtype)
             alike.setdefault(treatment, []).append((module, weight))
     for (step, scheme, dtype), members in alike.items():
-        yield from _solve_stacked(members, gram, step, scheme, TORCH_DTYPES[dtype])
+        for solved in _solve_stacked(members, gram, step, scheme, TORCH_DTYPES[dtype]):
+            yield replace(solved, report=replace(solved.report, smoothed=smoothed))
 
 
 def _solve_stacked(
     members: Sequence[tuple[ModulePlan, Tensor]],
     gram: Gram | None,
-    step: Step,
+    step: QuantizingStep,
     scheme: Scheme,
     stored_dtype: torch.dtype,
 ) -> Iterator[Solved]:
@@ -116,7 +123,7 @@ def sha256_of(tensor: Tensor) -> str:
 
 
 def _observe(
-    weight: Tensor, gram: Gram | None, step: Step, scheme: Scheme, scale_dtype: torch.dtype
+    weight: Tensor, gram: Gram | None, step: QuantizingStep, scheme: Scheme, scale_dtype: torch.dtype
 ) -> QuantizationParams:
     if step.observer == "minmax":
         return minmax_params(weight.to(scale_dtype), scheme.weights, scale_dtype)

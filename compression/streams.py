@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from compression.calibration import TokenBlocks
@@ -19,9 +20,11 @@ from compression.device import Arithmetic
 from compression.evaluate import Comparison
 from compression.forward import Forwards, Stream, make_batches
 from compression.model import StreamedModel
-from compression.planning import LayerPlan, ModulePlan, Plan
+from compression.planning import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 
+_FOLD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Rounding of a norm's result, in parts of its largest magnitude: a fold that changes more is not one."""
 _LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 
@@ -59,7 +62,8 @@ class Streams:
         activations = {
             m.name: m.scheme.input_activations for m in modules if m.scheme and m.scheme.input_activations
         }
-        forwards = Forwards(model, {m.name: m.group for m in modules}, activations)
+        norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
+        forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
             self._calibration = forwards.stream(batches, quantize_activations=False)
@@ -95,6 +99,13 @@ class Streams:
             if here is None:
                 return
             yield Group(members[here.group], here.inputs)
+
+    def renew_inputs(self, fold: FoldPlan, scales: Tensor) -> bool:
+        """Make the inputs of a parked group anew, as its changed norm makes them: Stream.renew_inputs."""
+        assert self._calibration is not None  # the plan refuses smoothing without a dataset
+        norm = self._model.module.get_submodule(fold.norm)
+        tolerance = _FOLD_TOLERANCE[self._model.compute_dtype]
+        return self._calibration.renew_inputs(fold.group, norm, scales, tolerance)
 
     def pass_compressed(self, layer: int) -> None:
         """Send what sees compressed weights on to the next layer; to be called once they are in."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from compression.errors import Problem
 from compression.families import LM_HEAD
-from compression.recipe import Recipe, Step
+from compression.recipe import QuantizingStep, Recipe
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
 from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
@@ -43,7 +43,7 @@ class Treatment:
 def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe) -> Treatment:
     """Apply the recipe's patterns. module_names: every module with tensors, linear or not."""
     result = Treatment()
-    for number, step in enumerate(recipe.steps):
+    for number, step in recipe.quantizing.items():
         result.problems += _pattern_problems(number, step, linears, module_names)
     if any(problem.code == "pattern_invalid" for problem in result.problems):
         return result
@@ -68,12 +68,12 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
             )
         )
     result.problems += _fused_problems(chosen)
-    schemes = []
-    for number, step in enumerate(recipe.steps):
+    schemes = {}
+    for number, step in recipe.quantizing.items():
         columns = [
             linear.shape[1] for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD
         ]
-        schemes.append(_resolve(number, step, columns, result))
+        schemes[number] = _resolve(number, step, columns, result)
     for linear, (index, reason) in chosen:
         scheme = None if index is None else schemes[index]
         result.modules.append((linear, Treated(scheme, index, reason)))
@@ -82,11 +82,13 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
 
 def _choose(linears: Sequence[Linear], recipe: Recipe) -> list[tuple[Linear, tuple[int | None, str]]]:
     """For each linear the first step that wants it, or why none does."""
-    wants = [(matcher(step.targets), matcher(step.ignore)) for step in recipe.steps]
+    wants = [
+        (number, matcher(step.targets), matcher(step.ignore)) for number, step in recipe.quantizing.items()
+    ]
     chosen = []
     for linear in linears:
         choice: tuple[int | None, str] = (None, "no step targets it")
-        for number, (targets, ignore) in enumerate(wants):
+        for number, targets, ignore in wants:
             if targets(linear.name, True):
                 if not ignore(linear.name, True):
                     choice = (number, "")
@@ -97,7 +99,7 @@ def _choose(linears: Sequence[Linear], recipe: Recipe) -> list[tuple[Linear, tup
 
 
 def _pattern_problems(
-    number: int, step: Step, linears: Sequence[Linear], module_names: Sequence[str]
+    number: int, step: QuantizingStep, linears: Sequence[Linear], module_names: Sequence[str]
 ) -> list[Problem]:
     """Patterns that cannot be used or match nothing. Targets mean linears, ignore any module."""
     problems = []
@@ -131,7 +133,7 @@ def _pattern_problems(
 
 
 def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:
-    """vLLM holds linears of one module and one input as one matrix, so one step must treat them all, or none."""
+    """vLLM makes one matrix of a module's linears that read one input: one step treats them all, or none."""
     groups: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
     for linear, (step, _) in chosen:
         module = linear.name.rpartition(".")[0]
@@ -153,7 +155,7 @@ def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> 
     ]
 
 
-def _resolve(number: int, step: Step, columns: Sequence[int], result: Treatment) -> Scheme:
+def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: Treatment) -> Scheme:
     """The step's scheme with its group size decided; problems and warnings go to the result."""
     scheme = get_scheme(step.scheme)
     pointer = f"/recipe/steps/{number}/group_size"

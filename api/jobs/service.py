@@ -173,7 +173,6 @@ def retry(session: Session, project_id: str, job_id: str) -> Job:
 
 def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
     body, plan = planned.body, planned.plan
-    steps = plan.recipe.steps
     return Job(
         id=repository.new_job_id(now),
         project_id=project_id,
@@ -183,8 +182,8 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         model=body.model,
         source=str(plan.source),
         dataset_label=_dataset_label(body.dataset),
-        scheme="+".join(step.scheme for step in steps),
-        method="+".join(step.type for step in steps),
+        scheme="+".join(step.scheme for step in plan.recipe.quantizing.values()),
+        method="+".join(step.type for step in plan.recipe.steps),
         recipe=plan.recipe.model_dump(mode="json"),
         dataset=planned.dataset and planned.dataset.model_dump(mode="json"),
         calibration=body.calibration.model_dump(mode="json"),

@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from compression.quantizer import QuantizedWeight
-from compression.recipe import GPTQStep, Step
+from compression.recipe import GPTQStep, QuantizingStep
 from compression.schemes import QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     One config group per distinct scheme, in the order of the layers. A single one targets the class Linear,
     and `ignore` names the linears left alone; with several, each group names its modules.
     """
-    modules: dict[tuple[Scheme, int | None], list[str]] = {}
+    modules: dict[tuple[Scheme, int], list[str]] = {}
     for layer in plan.layers:
         for module in layer.modules:
-            if module.scheme is not None:
+            if module.scheme is not None and module.step is not None:
                 modules.setdefault((module.scheme, module.step), []).append(module.name)
     groups = {
         f"group_{index}": {
             "targets": ["Linear"] if len(modules) == 1 else names,
-            "weights": _args_dict(scheme.weights, plan.recipe.steps[step or 0]),
+            "weights": _args_dict(scheme.weights, plan.recipe.quantizing[step]),
             "input_activations": _args_dict(scheme.input_activations, None),
             "output_activations": None,
             "format": scheme.format,
@@ -94,7 +94,7 @@ _OBSERVER_NAMES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imat
 """Our observers under the library's names. It has none for gram; readers do not use the field."""
 
 
-def _args_dict(args: QuantizationArgs | None, step: Step | None) -> dict[str, Any] | None:
+def _args_dict(args: QuantizationArgs | None, step: QuantizingStep | None) -> dict[str, Any] | None:
     """One kind of tensor in the config; `step` solved it, None for activations."""
     if args is None:
         return None

@@ -22,7 +22,6 @@ from compression.recipe import Recipe
 from tests.support.models import tiny_model
 
 
-
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -81,7 +80,7 @@ def test_one_layer_at_a_time_gives_the_bits_of_the_whole_model(
 def test_shared_inputs_of_the_empty_model_are_those_of_the_plan(model_type: str, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, model_type)
     model = empty(folder)
-    found = {frozenset(group) for group in model.shared_input_groups()}
+    found = {frozenset(group) for group in model.trace()[0]}
     modules = [m for layer in planned(folder).layers for m in layer.modules]
     expected = {
         frozenset(m.name for m in modules if m.group == group) for group in {m.group for m in modules}
