@@ -87,8 +87,8 @@ class Family:
 
     groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
     key is true. norm_offset: what norms add to their weight before they multiply with it. outside: tensors in
-    no layer, lm_head apart. defaults: config values that Transformers assumes where the key is absent; without
-    num_key_value_heads there are as many as heads, without head_dim it is hidden_size / heads. fixed: config
+    no layer, lm_head apart. defaults: what Transformers assumes where config.json has no such key (without
+    num_key_value_heads there are as many as heads, without head_dim it is hidden_size / heads). fixed: config
     keys that must have this value (a str names another key) for this table to hold.
     """
 
