@@ -115,7 +115,7 @@ class ProblemDetails(BaseModel):
     status: int = Field(examples=[422])
     code: str = Field(examples=["unknown_scheme"])
     detail: str = Field(examples=["There is no scheme named 'W5A16'."])
-    hint: str = Field(default="", examples=["Use one of W4A16, W4A16_ASYM, W8A8, FP8_DYNAMIC."])
+    hint: str = Field(default="", examples=["Use one of W4A16, W8A8, FP8_DYNAMIC."])
     request_id: str = ""
     errors: list[FieldProblem] = []
 

@@ -10,6 +10,7 @@ import typer
 from cli.exits import Exit
 from cli.output import JsonOption, err, fail, out, print_json
 from cli.request import BadOptions, JobOptions, body
+from compression.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from api.client import Client
@@ -22,9 +23,7 @@ _Run = {"rich_help_panel": "The job"}
 
 def submit(
     model: Annotated[str, typer.Argument(help="Folder of the model, below one of the server's local roots.")],
-    scheme: Annotated[
-        str | None, typer.Option(help="W4A16, W4A16_ASYM, W8A8 or FP8_DYNAMIC.", **_What)
-    ] = None,
+    scheme: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}.", **_What)] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
     ] = None,

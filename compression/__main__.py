@@ -16,6 +16,7 @@ from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, 
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
+from compression.schemes import SCHEMES
 
 console = Console(stderr=True)
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("python -m compression", description=__doc__)
     result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
-    result.add_argument("--scheme", required=True, help="W4A16, W4A16_ASYM, W8A8 or FP8_DYNAMIC")
+    result.add_argument("--scheme", required=True, help=", ".join(SCHEMES))
     result.add_argument("--method", choices=["gptq", "rtn"], help="default: gptq for int weights with data")
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))

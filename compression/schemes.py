@@ -59,21 +59,22 @@ class Scheme:
 
 _FP8_CHANNEL = QuantizationArgs(8, "float", "channel")
 _FP8_TOKEN = QuantizationArgs(8, "float", "token", dynamic=True)
+_INT8_TOKEN = QuantizationArgs(8, "int", "token", dynamic=True)
+_INT3, _INT4, _INT8 = (QuantizationArgs(bits, "int", "group", group_size=128) for bits in (3, 4, 8))
 
 _PRESETS = (
-    Scheme("W4A16", QuantizationArgs(4, "int", "group", group_size=128), None, "pack-quantized"),
+    Scheme("W3A16", _INT3, None, "pack-quantized"),
+    Scheme("W4A16", _INT4, None, "pack-quantized"),
+    Scheme("W8A16", _INT8, None, "pack-quantized"),
     Scheme(
         "W4A16_ASYM",
         QuantizationArgs(4, "int", "group", symmetric=False, group_size=128),
         None,
         "pack-quantized",
     ),
-    Scheme(
-        "W8A8",
-        QuantizationArgs(8, "int", "channel"),
-        QuantizationArgs(8, "int", "token", dynamic=True),
-        "int-quantized",
-    ),
+    Scheme("W4A8", _INT4, _INT8_TOKEN, "pack-quantized"),
+    Scheme("W4AFP8", _INT4, _FP8_TOKEN, "pack-quantized"),
+    Scheme("W8A8", QuantizationArgs(8, "int", "channel"), _INT8_TOKEN, "int-quantized"),
     Scheme("FP8_DYNAMIC", _FP8_CHANNEL, _FP8_TOKEN, "float-quantized"),
 )
 

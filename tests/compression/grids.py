@@ -16,6 +16,8 @@ WEIGHTS: dict[str, Scheme] = {
     "W4A16_ASYM-g32": get_scheme("W4A16_ASYM").with_group_size(32),
     "W4A16_ASYM-g128": get_scheme("W4A16_ASYM"),
     "W4A16_ASYM-channel": get_scheme("W4A16_ASYM").with_group_size(None),
+    "W3A16-g32": get_scheme("W3A16").with_group_size(32),
+    "W8A16-g128": get_scheme("W8A16"),
     "W8A8": get_scheme("W8A8"),
     "FP8_DYNAMIC": get_scheme("FP8_DYNAMIC"),
 }

@@ -15,7 +15,7 @@ from compression.methods.rtn import rtn
 from compression.planning import plan, stored_tensors
 from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, minmax_params
 from compression.recipe import DatasetSpec, Recipe
-from compression.schemes import Scheme
+from compression.schemes import SCHEMES, Scheme
 from tests.compression.fake_checkpoints import fake_llama
 from tests.compression.grids import WEIGHTS, all_codes
 
@@ -103,7 +103,7 @@ def recipe(**step: object) -> Recipe:
     return Recipe.model_validate({"steps": [{"ignore": ["lm_head", "re:.*down_proj"], **step}]})
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_readers_parse_the_config(scheme: str, tmp_path: Path) -> None:
     made = plan(fake_llama(tmp_path / "model"), recipe(type="rtn", scheme=scheme, observer="minmax"))
     written = quantization_config(made)

@@ -46,6 +46,10 @@ CHOICES = [
     ("W8A8", "rtn"),
     ("FP8_DYNAMIC", "rtn"),
     ("FP8_DYNAMIC", "gptq"),
+    ("W3A16", "gptq"),
+    ("W8A16", "gptq"),
+    ("W4A8", "gptq"),
+    ("W4AFP8", "gptq"),
 ]
 
 

@@ -29,7 +29,17 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("PEER_PYTHON", ROOT / ".venv-peer" / "bin" / "python"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHOICES = [("W4A16", None), ("W4A16", 64), ("W4A16_ASYM", None), ("W8A8", None), ("FP8_DYNAMIC", None)]
+CHOICES = [
+    ("W3A16", None),
+    ("W4A16", None),
+    ("W4A16", 64),
+    ("W4A16_ASYM", None),
+    ("W8A16", None),
+    ("W4A8", None),
+    ("W4AFP8", None),
+    ("W8A8", None),
+    ("FP8_DYNAMIC", None),
+]
 IDS = [f"{scheme}-{group_size or 'preset'}" for scheme, group_size in CHOICES]
 
 
