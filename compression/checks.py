@@ -43,6 +43,7 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     if has_data:
         return []
     learning = [("smoothquant", "/dataset")] if recipe.smoothing else []
+    learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
     for number, step in recipe.quantizing.items():
         if step.type == "gptq":
             learning.append(("gptq", "/dataset"))
@@ -52,7 +53,7 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
         Problem(
             "dataset_required",
             f"{what} learns from calibration data, and the job has no dataset.",
-            "Give a dataset, or use rtn with the observer mse or minmax.",
+            "Give a dataset, or use rtn with the observer mse or minmax, or magnitude to prune.",
             pointer,
         )
         for what, pointer in learning
@@ -147,6 +148,18 @@ def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
             f"{decoder.family.architecture} has no norm in front of its linears to fold scales into.",
             "Leave smoothquant out of the recipe.",
             "/recipe/steps/0",
+        )
+    ]
+
+
+def dense_warnings(recipe: Recipe) -> list[Problem]:
+    """Pruned weights take no less room."""
+    if not recipe.pruning:
+        return []
+    return [
+        Problem(
+            "pruned_stored_dense",
+            "Pruned weights are stored with their zeros: no reader takes a sparse format any more.",
         )
     ]
 

@@ -16,12 +16,16 @@ from compression.recipe import (
     Recipe,
     RTNStep,
     SmoothQuantStep,
+    SparseGPTStep,
+    WandaStep,
 )
 from compression.report import Report
 
 GPTQModifier = GPTQStep
 QuantizationModifier = RTNStep
 SmoothQuantModifier = SmoothQuantStep
+SparseGPTModifier = SparseGPTStep
+WandaPruningModifier = WandaStep
 
 
 def oneshot(
@@ -39,7 +43,7 @@ def oneshot(
 ) -> Report:
     """Compress `model` with `recipe` and write the checkpoint to `output_dir`: `compress` under known names.
 
-    recipe: a Recipe, or a list of steps (SmoothQuantStep, GPTQStep, RTNStep, or mappings with a `type`).
+    recipe: a Recipe, or a list of steps (GPTQStep(scheme=...), ..., or mappings with a `type`).
 
     Raises:
         pydantic.ValidationError: a recipe or dataset that is not well formed.

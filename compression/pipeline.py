@@ -211,7 +211,7 @@ def _solve_layer(
                 require_finite_gram(group.modules[0].name, gram)
         with clock.phase("solve"):
             for solved in solve(group.modules, weights, gram, plan.recipe, smoothed=smoothed):
-                tensors = encode(solved.module.name, solved.weight, solved.scheme.format)
+                tensors = encode(solved.module.name, solved.weight, solved.module.scheme)
                 model.set_weights(_decode([solved.module], tensors))
                 stored.update(tensors)
                 rows.append(solved.report)
@@ -220,7 +220,7 @@ def _solve_layer(
 
 def _decode(modules: Iterable[ModulePlan], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that a reader gets from tensors on disk: the model goes on with these in any case."""
-    return {m.name: decode(m.name, tensors, m.scheme, TORCH_DTYPES[m.dtype]) for m in modules if m.scheme}
+    return {m.name: decode(m.name, tensors, m.scheme, TORCH_DTYPES[m.dtype]) for m in modules}
 
 
 def _layer_solved(finished: FinishedLayer, layers_total: int, seconds: float) -> LayerSolved:

@@ -39,9 +39,9 @@ METADATA_BYTES = 1 << 20
 class ModulePlan:
     """What becomes of one linear.
 
-    key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = kept as it
-    is, for `reason`. step: index in the recipe. layer: None outside the layers. group: name of the first
-    linear that reads the same input.
+    key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = stored in
+    its own dtype, for `reason`. step, pruning: their positions in the recipe. layer: None outside the layers.
+    group: name of the first linear that reads the same input.
     """
 
     name: str
@@ -50,9 +50,15 @@ class ModulePlan:
     dtype: str
     scheme: Scheme | None
     step: int | None
+    pruning: int | None
     layer: int | None
     group: str
     reason: str = ""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any step changes it."""
+        return self.scheme is not None or self.pruning is not None
 
     def to_dict(self) -> dict[str, Any]:
         scheme = self.scheme
@@ -63,6 +69,7 @@ class ModulePlan:
             "scheme": scheme.name if scheme else None,
             "group_size": scheme.weights.group_size if scheme else None,
             "step": self.step,
+            "pruning": self.pruning,
             "group": self.group,
             "reason": self.reason,
         }
@@ -111,10 +118,10 @@ class Plan:
     """Everything that headers and recipe decide.
 
     recipe: with every step's observer written out. layers_prefix: what stands before a layer's number in
-    names. outside: shard file and keys of what is in no layer, and
-    of `unknown` tensors, which the model does not have and which are copied. kept: linears that stay as they
-    are; ignore: their names. output_bytes: exact size of all shards. calibrates: whether a step learns from
-    data. memory: estimated peak. disk_bytes: what a run needs in its output folder.
+    names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
+    not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
+    quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
+    estimated peak. disk_bytes: what a run needs in its output folder.
     """
 
     source: Path
@@ -213,8 +220,8 @@ def plan(
     stored = [_stored_layer(checkpoint, layer) for layer in layers]
     stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
     output_bytes = sum(map(file_size, stored))
-    compressed = [module for module in modules if module.scheme]
-    kept = tuple(module for module in modules if not module.scheme)
+    compressed = [module for module in modules if module.compressed]
+    kept = tuple(module for module in modules if not module.compressed)
     parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
     return Plan(
         source=Path(source),
@@ -229,8 +236,13 @@ def plan(
         outside=outside,
         unknown=unknown,
         kept=kept,
-        ignore=tuple(module.name for module in kept),
-        warnings=(*warnings, *treatment.warnings, *checks.unknown_warnings(unknown)),
+        ignore=tuple(module.name for module in modules if module.scheme is None),
+        warnings=(
+            *warnings,
+            *treatment.warnings,
+            *checks.dense_warnings(recipe),
+            *checks.unknown_warnings(unknown),
+        ),
         memory=estimate(_workload(checkpoint, decoder, layers, compressed, parked, calibrates)),
         disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES,
         source_bytes=checkpoint.weight_bytes,
@@ -241,11 +253,13 @@ def plan(
     )
 
 
-def stored_tensors(scheme: Scheme, shape: tuple[int, int], dtype: str) -> dict[str, TensorSpec]:
+def stored_tensors(scheme: Scheme | None, shape: tuple[int, int], dtype: str) -> dict[str, TensorSpec]:
     """What a compressed linear [out, in] is on disk: suffix after "<name>." -> dtype and shape.
 
-    dtype: that of the source's weight, in which scales are stored.
+    dtype: that of the source's weight, in which scales are stored, and the weight itself without a scheme.
     """
+    if scheme is None:
+        return {"weight": TensorSpec(dtype, shape)}
     rows, columns = shape
     weights = scheme.weights
     groups = columns // weights.group_size if weights.group_size else 1
@@ -309,6 +323,7 @@ def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment
                 dtype=info.dtype,
                 scheme=treated.scheme,
                 step=treated.step,
+                pruning=treated.pruning,
                 layer=linear.layer,
                 group=linear.group,
                 reason=treated.reason,
@@ -333,7 +348,7 @@ def _shards(
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     by_layer: dict[int | None, list[ModulePlan]] = {}
     for module in modules:
-        if module.scheme:
+        if module.compressed:
             by_layer.setdefault(module.layer, []).append(module)
     layers = []
     for index in range(decoder.num_layers):
@@ -378,9 +393,8 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
 def _stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
     specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
     for module in layer.modules:
-        if module.scheme:
-            tensors = stored_tensors(module.scheme, module.shape, module.dtype)
-            specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
+        tensors = stored_tensors(module.scheme, module.shape, module.dtype)
+        specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
     return specs
 
 

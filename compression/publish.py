@@ -30,7 +30,8 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     if (checkpoint.folder / "README.md").exists():
         copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
-    config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
+    quantization = quantization_config(plan)
+    config = {**checkpoint.config, **({"quantization_config": quantization} if quantization else {})}
     write_file(folder / "config.json", _json(config))
     recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
     write_file(folder / "recipe.yaml", recipe.encode())
@@ -60,12 +61,11 @@ def _rename(folder: Path, output_dir: Path) -> None:
 def _card(plan: Plan, report: Report) -> str:
     """The model card: what this is, how good it is, how to run it."""
     methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
-    schemes = " and ".join(dict.fromkeys(step.scheme for step in plan.recipe.quantizing.values()))
     totals = report.totals
     lines = [
         f"# {plan.source.name}, compressed",
         "",
-        f"{plan.architecture} compressed with {methods} to {schemes} by Bitmill "
+        f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
         f"{compression.__version__}, in the compressed-tensors format that Transformers and vLLM load.",
         "",
         "| | original | compressed |",

@@ -7,6 +7,7 @@ identity is computed from. Two spellings of the same recipe have the same canoni
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -21,29 +22,36 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _QuantizationStep(_Frozen):
-    """What every quantizing step has.
+class _TargetedStep(_Frozen):
+    """What every step has that changes linears.
 
-    scheme: a preset of `compression.schemes`. group_size: overrides the scheme's; "auto" takes the largest of
-    128, 64, 32 that divides every target's input, else one scale per channel. targets, ignore: module names,
-    `re:` patterns, or the class name `Linear`; ignore wins.
+    targets, ignore: module names, `re:` patterns, or the class name `Linear`; ignore wins.
     """
 
-    scheme: str
-    group_size: GroupSize | None = None
-    observer: Observer | None = None
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
-
-    @field_validator("scheme")
-    @classmethod
-    def _canonical_scheme(cls, name: str) -> str:
-        return get_scheme(name).name
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+
+class _QuantizationStep(_TargetedStep):
+    """What every quantizing step has.
+
+    scheme: a preset of `compression.schemes`. group_size: overrides the scheme's; "auto" takes the largest of
+    128, 64, 32 that divides every target's input, else one scale per channel.
+    """
+
+    scheme: str
+    group_size: GroupSize | None = None
+    observer: Observer | None = None
+
+    @field_validator("scheme")
+    @classmethod
+    def _canonical_scheme(cls, name: str) -> str:
+        return get_scheme(name).name
 
 
 class RTNStep(_QuantizationStep):
@@ -65,6 +73,65 @@ class GPTQStep(_QuantizationStep):
     actorder: Literal["static"] | None = "static"
 
 
+class _PruningStep(_TargetedStep):
+    """What every pruning step has.
+
+    sparsity: share of a linear's weights that becomes 0. mask_structure: "unstructured", or "n:m", where n of
+    every m consecutive weights of a row stay and sparsity is 1 - n/m.
+    """
+
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    mask_structure: str = "unstructured"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structure_decides(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        text = value.get("mask_structure")
+        if text in (None, "unstructured", "0:0"):  # LLM Compressor writes 0:0
+            return {**value, "mask_structure": "unstructured"}
+        n, m = _structure(text)
+        if value.get("sparsity", 1 - n / m) != 1 - n / m:
+            raise ValueError(f"mask_structure {text} is a sparsity of {1 - n / m:g}")
+        return {**value, "sparsity": 1 - n / m}
+
+    @property
+    def structure(self) -> tuple[int, int] | None:
+        """(n, m), None when unstructured."""
+        return None if self.mask_structure == "unstructured" else _structure(self.mask_structure)
+
+
+def _structure(text: object) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]):([1-9]|1[0-6])", text) if isinstance(text, str) else None
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError('mask_structure is "unstructured", or "n:m" with n < m <= 16, such as "2:4"')
+    return int(match[1]), int(match[2])
+
+
+class MagnitudeStep(_PruningStep):
+    """Prunes the smallest weights; needs no data."""
+
+    type: Literal["magnitude"] = "magnitude"
+
+
+class WandaStep(_PruningStep):
+    """Prunes by weight times input norm, row by row (Sun et al., 2023, arXiv:2306.11695)."""
+
+    type: Literal["wanda"] = "wanda"
+
+
+class SparseGPTStep(_PruningStep):
+    """Prunes with error feedback (Frantar and Alistarh, 2023, arXiv:2301.00774).
+
+    block_size: columns whose mask is chosen together. dampening_frac: as in GPTQStep.
+    """
+
+    type: Literal["sparsegpt"] = "sparsegpt"
+    block_size: int = Field(default=128, ge=1, le=1 << 20)
+    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+
+
 class SmoothQuantStep(_Frozen):
     """Moves outliers of activations into the weights that read them, before these are quantized (Xiao et al.,
     2022, arXiv:2211.10438, equation 4).
@@ -77,20 +144,30 @@ class SmoothQuantStep(_Frozen):
 
 
 QuantizingStep = RTNStep | GPTQStep
-Step = Annotated[RTNStep | GPTQStep | SmoothQuantStep, Field(discriminator="type")]
+PruningStep = MagnitudeStep | WandaStep | SparseGPTStep
+Step = Annotated[QuantizingStep | PruningStep | SmoothQuantStep, Field(discriminator="type")]
+
+SPARSE_PRESETS: dict[str, dict[str, Any]] = {
+    "SPARSE_50": {"sparsity": 0.5, "mask_structure": "unstructured"},
+    "SPARSE_2OF4": {"mask_structure": "2:4"},
+}
+"""What the short form's `scheme` may name beside the presets of `compression.schemes`."""
 
 STEP_ALIASES = {
     "GPTQModifier": "gptq",
     "QuantizationModifier": "rtn",
     "SmoothQuantModifier": "smoothquant",
+    "SparseGPTModifier": "sparsegpt",
+    "WandaPruningModifier": "wanda",
 }
 """LLM Compressor's class names, accepted wherever a step's type is read."""
 
 
 class Recipe(_Frozen):
-    """An ordered list of steps: at most one that smooths, then those that quantize.
+    """An ordered list of steps: at most one that smooths, then those that prune, then those that quantize.
 
-    A linear is treated by the first quantizing step that targets it.
+    A linear is pruned by the first pruning step that targets it, and what is left of it is quantized by the
+    first quantizing step that does.
     """
 
     steps: tuple[Step, ...] = Field(min_length=1, max_length=16)
@@ -112,10 +189,12 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _order(self) -> Recipe:
-        if not self.quantizing:
-            raise ValueError("a recipe needs a step that quantizes, such as gptq or rtn")
+        if not self.quantizing and not self.pruning:
+            raise ValueError("a recipe needs a step that quantizes or prunes, such as gptq or sparsegpt")
         if any(step.type == "smoothquant" for step in self.steps[1:]):
             raise ValueError("smoothquant is the first step, once")
+        if self.quantizing and self.pruning and max(self.pruning) > min(self.quantizing):
+            raise ValueError("steps that prune come before those that quantize")
         return self
 
     @classmethod
@@ -127,11 +206,18 @@ class Recipe(_Frozen):
         has_dataset: bool,
         **options: Any,
     ) -> Recipe:
-        """The recipe of the short form. Default method: gptq for int weights with a dataset, else rtn."""
+        """The recipe of the short form.
+
+        Default method: gptq for int weights with a dataset, else rtn; sparsegpt or magnitude for a preset of
+        SPARSE_PRESETS.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if sparse := SPARSE_PRESETS.get(scheme.strip().upper()):
+            method = method or ("sparsegpt" if has_dataset else "magnitude")
+            return cls.model_validate({"steps": [{"type": method, **sparse, **given}]})
         if method is None:
             integer = get_scheme(scheme).weights.type == "int"
             method = "gptq" if integer and has_dataset else "rtn"
-        given = {name: value for name, value in options.items() if value is not None}
         return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
 
     @property
@@ -143,14 +229,33 @@ class Recipe(_Frozen):
     @property
     def quantizing(self) -> dict[int, QuantizingStep]:
         """Position in the recipe -> step, of those that quantize."""
-        numbered = enumerate(self.steps)
-        return {number: step for number, step in numbered if not isinstance(step, SmoothQuantStep)}
+        return {number: step for number, step in enumerate(self.steps) if isinstance(step, QuantizingStep)}
+
+    @property
+    def pruning(self) -> dict[int, PruningStep]:
+        """Position in the recipe -> step, of those that prune."""
+        return {number: step for number, step in enumerate(self.steps) if isinstance(step, PruningStep)}
+
+    @property
+    def representation(self) -> str:
+        """What weights become, in a word: the schemes' names, or how sparse they are."""
+        schemes = [step.scheme for step in self.quantizing.values()]
+        structures = [
+            f"{step.sparsity:.0%} sparse" if step.structure is None else f"{step.mask_structure} sparse"
+            for step in self.pruning.values()
+        ]
+        return "+".join(dict.fromkeys(structures + schemes))
 
     @property
     def needs_data(self) -> bool:
         """Whether any step cannot be solved without calibration data."""
-        return self.smoothing is not None or any(
-            step.type == "gptq" or step.observer in ("imatrix", "gram") for step in self.quantizing.values()
+        return (
+            self.smoothing is not None
+            or any(step.type != "magnitude" for step in self.pruning.values())
+            or any(
+                step.type == "gptq" or step.observer in ("imatrix", "gram")
+                for step in self.quantizing.values()
+            )
         )
 
     def canonical_json(self) -> str:

@@ -13,16 +13,17 @@ SCHEMA_VERSION = 1
 class ModuleReport:
     """One compressed linear.
 
-    relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without data.
-    weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was inverted.
-    smoothed: whether scales of the norm before it were folded into it.
+    scheme: None where it was only pruned. sparsity: share of zeros in what a reader gets, None where nothing
+    was pruned. relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without
+    data. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was
+    inverted. smoothed: whether scales of the norm before it were folded into it.
     dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
     compares the written file with it.
     """
 
     name: str
     method: str
-    scheme: str
+    scheme: str | None
     group_size: int | None
     shape: tuple[int, int]
     weight_error: float
@@ -30,6 +31,7 @@ class ModuleReport:
     dampening_frac: float | None
     dead_columns: int
     dequantized_sha256: str
+    sparsity: float | None = None
     smoothed: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -57,14 +57,13 @@ def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
     Raises:
         SelfCheckError: `self_check_failed`, naming the module.
     """
-    QuantizationConfig.model_validate(quantization_config(plan))
+    if quantization := quantization_config(plan):
+        QuantizationConfig.model_validate(quantization)
     meant = {row.name: row.dequantized_sha256 for row in rows}
     for layer in plan.layers:
         header = read_header(folder / layer.shard)
         _check_names(header, layer.modules, layer.unquantized, plan)
         for module in layer.modules:
-            if module.scheme is None:
-                continue
             infos = [header[name] for name in _stored_names(module)]
             weight = decode(module.name, read_infos(infos), module.scheme, TORCH_DTYPES[module.dtype])
             if sha256_of(weight) != meant[module.name]:
@@ -78,9 +77,8 @@ def _check_names(
 ) -> None:
     expected = {key: plan.checkpoint.tensors[key].spec for key in others}
     for module in modules:
-        if module.scheme is not None:
-            specs = stored_tensors(module.scheme, module.shape, module.dtype)
-            expected |= {f"{module.name}.{suffix}": spec for suffix, spec in specs.items()}
+        specs = stored_tensors(module.scheme, module.shape, module.dtype)
+        expected |= {f"{module.name}.{suffix}": spec for suffix, spec in specs.items()}
     for name in sorted(expected.keys() | header.keys()):
         written = header[name].spec if name in header else None
         if written != expected.get(name):
@@ -88,7 +86,6 @@ def _check_names(
 
 
 def _stored_names(module: ModulePlan) -> list[str]:
-    assert module.scheme is not None
     specs = stored_tensors(module.scheme, module.shape, module.dtype)
     return [f"{module.name}.{suffix}" for suffix in specs]
 

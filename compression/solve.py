@@ -1,4 +1,4 @@
-"""One group of linears that share an input: observe, round, measure."""
+"""One group of linears that share an input: prune, observe, round, measure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.gram import Gram
 from compression.methods.gptq import gptq
+from compression.methods.masks import magnitude_keep, wanda_keep
 from compression.methods.rtn import rtn
+from compression.methods.sparsegpt import sparsegpt
 from compression.planning import ModulePlan
 from compression.quantizer import (
     QuantizationParams,
@@ -21,18 +23,17 @@ from compression.quantizer import (
     require_finite_weight,
     search_params,
 )
-from compression.recipe import QuantizingStep, Recipe
+from compression.recipe import MagnitudeStep, PruningStep, QuantizingStep, Recipe, WandaStep
 from compression.report import ModuleReport
 from compression.schemes import Scheme
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A linear's new weight, with its row in the report."""
+    """A linear's new weight, a tensor in its stored dtype where no scheme applies, with its report's row."""
 
     module: ModulePlan
-    scheme: Scheme
-    weight: QuantizedWeight
+    weight: QuantizedWeight | Tensor
     report: ModuleReport
 
 
@@ -52,21 +53,21 @@ def solve(
     Raises:
         NumericalError: `non_finite_weights`, `singular_gram`.
     """
-    alike: dict[tuple[QuantizingStep, Scheme, str], list[tuple[ModulePlan, Tensor]]] = {}
+    alike: dict[tuple[int | None, int | None, str], list[tuple[ModulePlan, Tensor]]] = {}
     for module, weight in zip(modules, weights, strict=True):
-        if module.scheme is not None and module.step is not None:
-            treatment = (recipe.quantizing[module.step], module.scheme, module.dtype)
-            alike.setdefault(treatment, []).append((module, weight))
-    for (step, scheme, dtype), members in alike.items():
-        for solved in _solve_stacked(members, gram, step, scheme, TORCH_DTYPES[dtype]):
+        alike.setdefault((module.pruning, module.step, module.dtype), []).append((module, weight))
+    for (pruning, step, dtype), members in alike.items():
+        pruning_step = None if pruning is None else recipe.pruning[pruning]
+        quantizing_step = None if step is None else recipe.quantizing[step]
+        for solved in _solve_stacked(members, gram, pruning_step, quantizing_step, TORCH_DTYPES[dtype]):
             yield replace(solved, report=replace(solved.report, smoothed=smoothed))
 
 
 def _solve_stacked(
     members: Sequence[tuple[ModulePlan, Tensor]],
     gram: Gram | None,
-    step: QuantizingStep,
-    scheme: Scheme,
+    pruning: PruningStep | None,
+    step: QuantizingStep | None,
     stored_dtype: torch.dtype,
 ) -> Iterator[Solved]:
     """Rows are independent and the Gram is shared, so the linears are stacked along out.
@@ -77,43 +78,77 @@ def _solve_stacked(
         require_finite_weight(module.name, weight)
     weights = [weight.float() for _, weight in members]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    params = _observe(stacked, gram, step, scheme, stored_dtype)
-    dampening_frac, dead_columns = None, 0
-    if step.type == "gptq":
-        assert gram is not None  # the plan refuses gptq without a dataset
-        result = gptq(
-            stacked,
-            gram.matrix,
-            scheme.weights,
-            params,
-            block_size=step.block_size,
-            dampening_frac=step.dampening_frac,
-            actorder=step.actorder,
-        )
-        solution = result.weight
-        dampening_frac, dead_columns = result.dampening_frac, result.dead_columns
+    scheme = members[0][0].scheme
+    keep, dampening_frac, dead_columns = None, None, 0
+    if pruning is not None:
+        splits = [len(weight) for weight in weights]
+        stacked, keep, dampening_frac = _prune(stacked, gram, pruning, splits)
+    solution: QuantizedWeight | Tensor
+    if step is None or scheme is None:
+        solution = stacked.to(stored_dtype)
     else:
-        solution = rtn(stacked, scheme.weights, params)
+        params = _observe(stacked, gram, step, scheme, stored_dtype)
+        if step.type == "gptq":
+            assert gram is not None  # the plan refuses gptq without a dataset
+            result = gptq(
+                stacked,
+                gram.matrix,
+                scheme.weights,
+                params,
+                block_size=step.block_size,
+                dampening_frac=step.dampening_frac,
+                actorder=step.actorder,
+                keep=keep,
+            )
+            solution = result.weight
+            dampening_frac, dead_columns = result.dampening_frac, result.dead_columns
+        else:
+            solution = rtn(stacked, scheme.weights, params)
 
     start = 0
     for (module, _), weight in zip(members, weights, strict=True):
-        part = solution.rows(start, start + weight.shape[0])
-        start += weight.shape[0]
-        meant = part.dequantize(stored_dtype)
+        stop = start + len(weight)
+        part = solution[start:stop] if isinstance(solution, Tensor) else solution.rows(start, stop)
+        meant = part if isinstance(part, Tensor) else part.dequantize(stored_dtype)
+        start = stop
         difference = weight - meant.float()
         report = ModuleReport(
             name=module.name,
-            method=step.type,
-            scheme=scheme.name,
-            group_size=scheme.weights.group_size,
+            method="+".join(done.type for done in (pruning, step) if done is not None),
+            scheme=None if scheme is None else scheme.name,
+            group_size=None if scheme is None else scheme.weights.group_size,
             shape=(weight.shape[0], weight.shape[1]),
             weight_error=_ratio(difference.square().sum(), weight.square().sum()),
             relative_error=None if gram is None else _output_error(weight, difference, gram.matrix),
             dampening_frac=dampening_frac,
             dead_columns=dead_columns,
+            sparsity=None if pruning is None else float((meant == 0).float().mean()),
             dequantized_sha256=sha256_of(meant),
         )
-        yield Solved(module, scheme, part, report)
+        yield Solved(module, part, report)
+
+
+def _prune(
+    weight: Tensor, gram: Gram | None, step: PruningStep, splits: Sequence[int]
+) -> tuple[Tensor, Tensor, float | None]:
+    """The pruned weight, where it was kept, and the dampening of a method that inverts."""
+    if isinstance(step, MagnitudeStep):
+        keep = magnitude_keep(weight, step.sparsity, step.structure, splits)
+        return weight * keep, keep, None
+    assert gram is not None  # the plan refuses the other methods without a dataset
+    if isinstance(step, WandaStep):
+        keep = wanda_keep(weight, gram.importance(), step.sparsity, step.structure)
+        return weight * keep, keep, None
+    result = sparsegpt(
+        weight,
+        gram.matrix,
+        sparsity=step.sparsity,
+        structure=step.structure,
+        splits=splits,
+        block_size=step.block_size,
+        dampening_frac=step.dampening_frac,
+    )
+    return result.weight, result.keep, result.dampening_frac
 
 
 def sha256_of(tensor: Tensor) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compression.errors import Problem
 from compression.families import LM_HEAD
-from compression.recipe import QuantizingStep, Recipe
+from compression.recipe import PruningStep, QuantizingStep, Recipe
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
 from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
@@ -24,10 +24,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Treated:
-    """The scheme and step of one linear; both None when it is kept, for `reason`."""
+    """What becomes of one linear. Without step and pruning, both positions in the recipe, it is kept, for
+    `reason`."""
 
     scheme: Scheme | None
     step: int | None
+    pruning: int | None
     reason: str = ""
 
 
@@ -43,12 +45,14 @@ class Treatment:
 def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe) -> Treatment:
     """Apply the recipe's patterns. module_names: every module with tensors, linear or not."""
     result = Treatment()
-    for number, step in recipe.quantizing.items():
+    steps: dict[int, QuantizingStep | PruningStep] = {**recipe.pruning, **recipe.quantizing}
+    for number, step in steps.items():
         result.problems += _pattern_problems(number, step, linears, module_names)
     if any(problem.code == "pattern_invalid" for problem in result.problems):
         return result
-    chosen = _choose(linears, recipe)
-    if any(step is not None and linear.name == LM_HEAD for linear, (step, _) in chosen):
+    chosen, pruned = _choose(linears, recipe.quantizing), _choose(linears, recipe.pruning)
+    any_step = [(linear, step) for linear, (step, _) in (*chosen, *pruned) if step is not None]
+    if any(linear.name == LM_HEAD for linear, _ in any_step):
         result.problems.append(
             Problem(
                 "lm_head_not_supported",
@@ -57,8 +61,7 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
                 "/recipe/steps/0/ignore",
             )
         )
-    idle = all(step is None or linear.name == LM_HEAD for linear, (step, _) in chosen)
-    if idle and not result.problems:
+    if all(linear.name == LM_HEAD for linear, _ in any_step) and not result.problems:
         result.problems.append(
             Problem(
                 "nothing_to_compress",
@@ -74,17 +77,21 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
             linear.shape[1] for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD
         ]
         schemes[number] = _resolve(number, step, columns, result)
-    for linear, (index, reason) in chosen:
+    for number, pruning in recipe.pruning.items():
+        result.problems += _structure_problems(
+            number, pruning, {linear.shape[1] for linear, index in any_step if index == number}
+        )
+    for (linear, (index, reason)), (_, (pruning_index, _)) in zip(chosen, pruned, strict=True):
         scheme = None if index is None else schemes[index]
-        result.modules.append((linear, Treated(scheme, index, reason)))
+        result.modules.append((linear, Treated(scheme, index, pruning_index, reason)))
     return result
 
 
-def _choose(linears: Sequence[Linear], recipe: Recipe) -> list[tuple[Linear, tuple[int | None, str]]]:
-    """For each linear the first step that wants it, or why none does."""
-    wants = [
-        (number, matcher(step.targets), matcher(step.ignore)) for number, step in recipe.quantizing.items()
-    ]
+def _choose(
+    linears: Sequence[Linear], steps: Mapping[int, QuantizingStep | PruningStep]
+) -> list[tuple[Linear, tuple[int | None, str]]]:
+    """For each linear the first of `steps` that wants it, or why none does."""
+    wants = [(number, matcher(step.targets), matcher(step.ignore)) for number, step in steps.items()]
     chosen = []
     for linear in linears:
         choice: tuple[int | None, str] = (None, "no step targets it")
@@ -99,7 +106,7 @@ def _choose(linears: Sequence[Linear], recipe: Recipe) -> list[tuple[Linear, tup
 
 
 def _pattern_problems(
-    number: int, step: QuantizingStep, linears: Sequence[Linear], module_names: Sequence[str]
+    number: int, step: QuantizingStep | PruningStep, linears: Sequence[Linear], module_names: Sequence[str]
 ) -> list[Problem]:
     """Patterns that cannot be used or match nothing. Targets mean linears, ignore any module."""
     problems = []
@@ -130,6 +137,20 @@ def _pattern_problems(
                 )
             problems.append(problem)
     return problems
+
+
+def _structure_problems(number: int, step: PruningStep, widths: set[int]) -> list[Problem]:
+    """Inputs that do not consist of whole groups of a mask structure."""
+    if step.structure is None or not (misfits := sorted(w for w in widths if w % step.structure[1])):
+        return []
+    return [
+        Problem(
+            "mask_structure_does_not_divide",
+            f"mask_structure {step.mask_structure} does not divide every input ({_listed(misfits)}).",
+            'Use "unstructured", or leave these linears out with ignore.',
+            f"/recipe/steps/{number}/mask_structure",
+        )
+    ]
 
 
 def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:

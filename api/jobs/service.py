@@ -182,7 +182,7 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         model=body.model,
         source=str(plan.source),
         dataset_label=_dataset_label(body.dataset),
-        scheme="+".join(step.scheme for step in plan.recipe.quantizing.values()),
+        scheme=plan.recipe.representation,
         method="+".join(step.type for step in plan.recipe.steps),
         recipe=plan.recipe.model_dump(mode="json"),
         dataset=planned.dataset and planned.dataset.model_dump(mode="json"),

@@ -25,23 +25,30 @@ if TYPE_CHECKING:
     from compression.planning import Plan
 
 
-def encode(name: str, weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
+def encode(name: str, weight: QuantizedWeight | Tensor, scheme: Scheme | None) -> dict[str, Tensor]:
     """The tensors that hold `weight` on disk, under their full names "<name>.weight_packed", ...
+
+    A weight without a scheme is a tensor, stored as it is.
 
     The library quantizes while it packs: it is handed the codes themselves, at scale 1, and cannot move one.
     """
+    if scheme is None or isinstance(weight, Tensor):
+        assert isinstance(weight, Tensor)
+        return {f"{name}.weight": weight.contiguous()}
     args, params = weight.args, weight.params
     unit = QuantizedWeight(weight.codes, params._replace(scale=torch.ones_like(params.scale)), args)
     state = {"weight": unit.dequantize(torch.float32), "weight_scale": unit.params.scale.float()}
     if params.zero_point is not None:
         state["weight_zero_point"] = params.zero_point
-    packed = _compressor(format).compress(state, _library_scheme(args, None, format))
+    packed = _compressor(scheme.format).compress(state, _library_scheme(args, None, scheme.format))
     packed["weight_scale"] = params.scale
     return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
 
 
-def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> Tensor:
+def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme | None, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that a reader gets which loads the checkpoint in `dtype`, by the library."""
+    if scheme is None:
+        return tensors[f"{name}.weight"].to(dtype)
     prefix = f"{name}."
     state = {
         key.removeprefix(prefix): tensor
@@ -54,17 +61,20 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torc
     return weight
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(plan: Plan) -> dict[str, Any] | None:
     """config.json["quantization_config"], key by key what LLM Compressor 0.14 writes for the same choice.
 
     One config group per distinct scheme, in the order of the layers. A single one targets the class Linear,
-    and `ignore` names the linears left alone; with several, each group names its modules.
+    and `ignore` names the linears left alone; with several, each group names its modules. None where nothing
+    is quantized.
     """
     modules: dict[tuple[Scheme, int], list[str]] = {}
     for layer in plan.layers:
         for module in layer.modules:
             if module.scheme is not None and module.step is not None:
                 modules.setdefault((module.scheme, module.step), []).append(module.name)
+    if not modules:
+        return None
     groups = {
         f"group_{index}": {
             "targets": ["Linear"] if len(modules) == 1 else names,

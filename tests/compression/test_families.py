@@ -128,7 +128,7 @@ def test_the_planned_size_is_the_written_size_to_the_byte(
             args = module.scheme.weights
             weight = tensors[module.key].float()
             params = minmax_params(weight, args, TORCH_DTYPES[module.dtype])
-            stored |= encode(module.name, rtn(weight, args, params), module.scheme.format)
+            stored |= encode(module.name, rtn(weight, args, params), module.scheme)
         size += write_shard(tmp_path / layer.shard, stored).size
     for file, keys in made.outside:
         size += write_shard(tmp_path / file, {key: made.checkpoint.tensors[key] for key in keys}).size

@@ -40,7 +40,7 @@ def test_the_library_decompresses_what_the_engine_meant(name: str, rows: int, dt
     scheme = WEIGHTS[name]
     columns = 2 * scheme.weights.group_size if scheme.weights.group_size else 101
     weight = quantized(scheme, rows, columns, dtype)
-    tensors = encode("model.layers.0.mlp.up_proj", weight, scheme.format)
+    tensors = encode("model.layers.0.mlp.up_proj", weight, scheme)
     for loaded in DTYPE_NAMES:
         back = decode("model.layers.0.mlp.up_proj", tensors, scheme, loaded)
         assert back.dtype == loaded
@@ -53,7 +53,7 @@ def test_the_library_decompresses_what_the_engine_meant(name: str, rows: int, dt
 def test_the_plan_knows_what_is_written(name: str, rows: int, dtype: torch.dtype) -> None:
     scheme = WEIGHTS[name]
     columns = 3 * scheme.weights.group_size if scheme.weights.group_size else 100
-    tensors = encode("a", quantized(scheme, rows, columns, dtype), scheme.format)
+    tensors = encode("a", quantized(scheme, rows, columns, dtype), scheme)
     planned = stored_tensors(scheme, (rows, columns), DTYPE_NAMES[dtype])
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == {
         f"a.{suffix}": (TORCH_DTYPES[spec.dtype], spec.shape) for suffix, spec in planned.items()
@@ -71,7 +71,7 @@ def unpacked(words: Tensor, columns: int) -> np.ndarray:
 def test_packed_words_hold_the_codes_in_order() -> None:
     scheme = WEIGHTS["W4A16_ASYM-g32"]
     weight = quantized(scheme, 11, 96, torch.bfloat16)
-    tensors = encode("a", weight, scheme.format)
+    tensors = encode("a", weight, scheme)
     assert (unpacked(tensors["a.weight_packed"], 96) == weight.codes.numpy()).all()
     zero_points = weight.params.zero_point
     assert zero_points is not None
@@ -84,7 +84,7 @@ def test_packed_words_hold_the_codes_in_order() -> None:
 def test_bytes_hold_the_codes(name: str) -> None:
     scheme = WEIGHTS[name]
     weight = quantized(scheme, 11, 96, torch.bfloat16)
-    tensors = encode("a", weight, scheme.format)
+    tensors = encode("a", weight, scheme)
     assert tensors["a.weight"].dtype == weight.codes.dtype
     assert torch.equal(tensors["a.weight"].float(), weight.codes.float())
 
@@ -94,7 +94,7 @@ def test_no_scale_is_too_small_to_keep_the_codes(name: str) -> None:
     scheme = WEIGHTS[name]
     codes = all_codes(scheme.weights).to(code_dtype(scheme.weights)).unsqueeze(0)
     params = QuantizationParams(torch.tensor([[1e-44]]), None)  # subnormal: code * scale loses the code
-    tensors = encode("a", QuantizedWeight(codes, params, scheme.weights), scheme.format)
+    tensors = encode("a", QuantizedWeight(codes, params, scheme.weights), scheme)
     one = {**tensors, "a.weight_scale": torch.ones(1, 1)}
     assert torch.equal(decode("a", one, scheme, torch.float32), codes.float())
 

@@ -1,0 +1,97 @@
+"""SparseGPT: pruning with error feedback (Frantar and Alistarh, 2023, arXiv:2301.00774, algorithm 1).
+
+A weight costs L_jj^2 times its square, its feedback included, whatever is made of the columns before it
+(`compression.methods.feedback`); L_jj^2 is the paper's 1 / [H^-1]_jj. The cheapest are pruned, and what they
+cost is made up for by those that are still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compression.methods.feedback import SUB_BLOCK, dampened_cholesky, walk
+from compression.methods.masks import MaskStructure, keep_in_groups, keep_largest
+
+
+@dataclass(frozen=True)
+class SparseGPTResult:
+    """The pruned weight [out, in] float32, where it was kept (bool), and the dampening that worked."""
+
+    weight: Tensor
+    keep: Tensor
+    dampening_frac: float
+
+
+def sparsegpt(
+    weight: Tensor,
+    gram_matrix: Tensor,
+    *,
+    sparsity: float,
+    structure: MaskStructure | None,
+    splits: Sequence[int],
+    block_size: int = 128,
+    dampening_frac: float = 0.01,
+) -> SparseGPTResult:
+    """Prune `weight` [out, in] so that |X W^T - X W'^T|_F stays small; gram_matrix [in, in] is X^T X.
+
+    structure (n, m): n of every m consecutive weights of a row are kept; None: the share `sparsity` of each
+    block of columns goes, of each linear by itself. splits: rows of the linears that are stacked along out.
+
+    Raises:
+        NumericalError: `singular_gram`.
+    """
+    columns = weight.t().float().contiguous()
+    columns[gram_matrix.diagonal() == 0] = 0.0
+    factor, worked = dampened_cholesky(gram_matrix.float().clone(), dampening_frac)
+    pruning = _Pruning(columns, factor.diagonal().square(), sparsity, structure, splits)
+    original = columns.clone()
+    walk(
+        columns,
+        factor,
+        pruning,
+        block_size=block_size,
+        sub_block=SUB_BLOCK if structure is None else structure[1],
+        enter_block=pruning.choose_in_block if structure is None else None,
+        enter_sub_block=None if structure is None else pruning.choose_in_groups,
+    )
+    pruned = (original - columns).mul_(pruning.keep)
+    return SparseGPTResult(pruned.t().contiguous(), pruning.keep.t().contiguous() != 0, worked)
+
+
+class _Pruning:
+    """Prunes the columns of a walk. keep: float [in, out], 1 where a weight stays."""
+
+    def __init__(
+        self,
+        columns: Tensor,
+        costs: Tensor,
+        sparsity: float,
+        structure: MaskStructure | None,
+        splits: Sequence[int],
+    ) -> None:
+        self.keep = torch.empty_like(columns)
+        self._costs = costs
+        self._sparsity, self._structure, self._splits = sparsity, structure, splits
+
+    def choose_in_block(self, targets: Tensor, start: int) -> None:
+        scores = self._scores(targets, start)
+        first = 0
+        for rows in self._splits:
+            part = slice(first, first + rows)
+            self.keep[start : start + len(targets), part] = keep_largest(scores[:, part], self._sparsity)
+            first += rows
+
+    def choose_in_groups(self, targets: Tensor, start: int) -> None:
+        assert self._structure is not None
+        kept = keep_in_groups(self._scores(targets, start).t(), self._structure)
+        self.keep[start : start + len(targets)] = kept.t()
+
+    def __call__(self, target: Tensor, error: Tensor, column: int) -> None:
+        error.addcmul_(target, self.keep[column], value=-1)
+
+    def _scores(self, targets: Tensor, start: int) -> Tensor:
+        return targets.square() * self._costs[start : start + len(targets), None]
