@@ -10,7 +10,7 @@ import typer
 from cli.exits import Exit
 from cli.output import JsonOption, err, fail, out, print_json
 from cli.request import BadOptions, JobOptions, body
-from compression.schemes import SCHEMES
+from compression.schemes import SCHEMES, SPARSE_SCHEMES
 
 if TYPE_CHECKING:
     from api.client import Client
@@ -23,7 +23,7 @@ _Run = {"rich_help_panel": "The job"}
 
 def submit(
     model: Annotated[str, typer.Argument(help="Folder of the model, below one of the server's local roots.")],
-    scheme: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}.", **_What)] = None,
+    scheme: Annotated[str | None, typer.Option(help=f"{', '.join([*SCHEMES, *SPARSE_SCHEMES])}.", **_What)] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
     ] = None,
@@ -31,7 +31,12 @@ def submit(
         str | None, typer.Option(help="Calibration text: a .jsonl or .txt file.", **_What)
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="gptq or rtn. By default gptq for int weights with a dataset.", **_How)
+        str | None,
+        typer.Option(
+            help="gptq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. By default the first that fits "
+            "what there is: gptq is for int weights with a dataset.",
+            **_How,
+        ),
     ] = None,
     observer: Annotated[
         str | None, typer.Option(help="How scales are found: minmax, mse, imatrix or gram.", **_How)

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compression.errors import CompressionError
 from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
 from compression.memory import ACTIVATION_BUDGET_BYTES
-from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.recipe import PRUNING, QUANTIZING, Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
-from compression.schemes import SCHEMES
+from compression.schemes import SCHEMES, SPARSE_SCHEMES
 
 console = Console(stderr=True)
 
@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("python -m compression", description=__doc__)
     result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
-    result.add_argument("--scheme", required=True, help=", ".join(SCHEMES))
-    result.add_argument("--method", choices=["gptq", "rtn"], help="default: gptq for int weights with data")
+    result.add_argument("--scheme", required=True, help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
+    result.add_argument("--method", choices=[*QUANTIZING, *PRUNING], help="default: gptq for int weights with data")
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from compression.schemes import get_scheme
+from compression.errors import PlanError, Problem
+from compression.schemes import get_scheme, sparse_fields
 
 Observer = Literal["minmax", "mse", "imatrix", "gram"]
 GroupSize = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -101,6 +102,13 @@ class _PruningStep(_TargetedStep):
         """(n, m), None when unstructured."""
         return None if self.mask_structure == "unstructured" else _structure(self.mask_structure)
 
+    @property
+    def representation(self) -> str:
+        """A name like those of SPARSE_SCHEMES."""
+        if self.structure is None:
+            return f"SPARSE_{100 * self.sparsity:g}"
+        return "SPARSE_{}OF{}".format(*self.structure)
+
 
 def _structure(text: object) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]):([1-9]|1[0-6])", text) if isinstance(text, str) else None
@@ -147,11 +155,8 @@ QuantizingStep = RTNStep | GPTQStep
 PruningStep = MagnitudeStep | WandaStep | SparseGPTStep
 Step = Annotated[QuantizingStep | PruningStep | SmoothQuantStep, Field(discriminator="type")]
 
-SPARSE_PRESETS: dict[str, dict[str, Any]] = {
-    "SPARSE_50": {"sparsity": 0.5, "mask_structure": "unstructured"},
-    "SPARSE_2OF4": {"mask_structure": "2:4"},
-}
-"""What the short form's `scheme` may name beside the presets of `compression.schemes`."""
+QUANTIZING, PRUNING = ("gptq", "rtn"), ("sparsegpt", "wanda", "magnitude")
+"""The methods of the short form: what makes a scheme, and what makes a sparse one."""
 
 STEP_ALIASES = {
     "GPTQModifier": "gptq",
@@ -208,11 +213,21 @@ class Recipe(_Frozen):
     ) -> Recipe:
         """The recipe of the short form.
 
-        Default method: gptq for int weights with a dataset, else rtn; sparsegpt or magnitude for a preset of
-        SPARSE_PRESETS.
+        Default method: gptq for int weights with a dataset, else rtn; for a sparse scheme sparsegpt with a
+        dataset, else magnitude.
+
+        Raises:
+            PlanError: `unknown_scheme`, `method_does_not_fit`.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        if sparse := SPARSE_PRESETS.get(scheme.strip().upper()):
+        sparse = sparse_fields(scheme)
+        fitting, others = (QUANTIZING, PRUNING) if sparse is None else (PRUNING, QUANTIZING)
+        if method in others:
+            message = f"{method} does not make {scheme}."
+            raise PlanError(
+                Problem("method_does_not_fit", message, f"Use one of {', '.join(fitting)}.", "/method")
+            )
+        if sparse is not None:
             method = method or ("sparsegpt" if has_dataset else "magnitude")
             return cls.model_validate({"steps": [{"type": method, **sparse, **given}]})
         if method is None:
@@ -238,13 +253,10 @@ class Recipe(_Frozen):
 
     @property
     def representation(self) -> str:
-        """What weights become, in a word: the schemes' names, or how sparse they are."""
-        schemes = [step.scheme for step in self.quantizing.values()]
-        structures = [
-            f"{step.sparsity:.0%} sparse" if step.structure is None else f"{step.mask_structure} sparse"
-            for step in self.pruning.values()
-        ]
-        return "+".join(dict.fromkeys(structures + schemes))
+        """What weights become, by the names of schemes: "W4A16", "SPARSE_2OF4+W8A8"."""
+        names = [step.representation for step in self.pruning.values()]
+        names += [step.scheme for step in self.quantizing.values()]
+        return "+".join(dict.fromkeys(names))
 
     @property
     def needs_data(self) -> bool:

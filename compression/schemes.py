@@ -7,7 +7,7 @@ they are stored. Names are LLM Compressor's presets; ALIASES adds the names peop
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from compression.errors import PlanError, Problem
 
@@ -86,6 +86,12 @@ ALIASES: dict[str, str] = {
     "W8A8-FP8": "FP8_DYNAMIC",
 }
 
+SPARSE_SCHEMES: dict[str, dict[str, Any]] = {
+    "SPARSE_50": {"sparsity": 0.5, "mask_structure": "unstructured"},
+    "SPARSE_2OF4": {"mask_structure": "2:4"},
+}
+"""What pruning steps make, by the names under which people ask for it: fields of the step."""
+
 _HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212_"), "-")
 
 
@@ -97,6 +103,11 @@ def _key(name: str) -> str:
 _BY_KEY = {_key(name): scheme for name, scheme in SCHEMES.items()} | {
     _key(alias): SCHEMES[name] for alias, name in ALIASES.items()
 }
+
+
+def sparse_fields(name: str) -> dict[str, Any] | None:
+    """Fields of the pruning step that a name of SPARSE_SCHEMES stands for; None for any other name."""
+    return next((fields for key, fields in SPARSE_SCHEMES.items() if _key(key) == _key(name)), None)
 
 
 def get_scheme(name: str) -> Scheme:
@@ -111,7 +122,7 @@ def get_scheme(name: str) -> Scheme:
             Problem(
                 "unknown_scheme",
                 f"There is no scheme named {name!r}.",
-                f"Use one of {', '.join([*SCHEMES, *ALIASES])}.",
+                f"Use one of {', '.join([*SCHEMES, *SPARSE_SCHEMES, *ALIASES])}.",
                 "/scheme",
             )
         )

@@ -90,6 +90,10 @@ class TestAccepted:
         job = server.http.post("/v1/jobs", json=body).json()
         assert (job["method"], job["scheme"]) == ("gptq", "W4A16")
 
+    def test_a_sparse_scheme(self, server: Server) -> None:
+        job = server.submit(scheme="sparse-2of4", method=None)
+        assert (job["method"], job["scheme"]) == ("sparsegpt", "SPARSE_2OF4")
+
     def test_inline_texts_are_counted_not_shown(self, server: Server) -> None:
         job = server.submit(dataset={"texts": ["some words " * 500] * 3})
         assert job["dataset"] == "3 inline texts"
@@ -160,6 +164,7 @@ class TestRefused:
     def test_schemes_and_methods(self, server: Server) -> None:
         assert pointers(refused(server, scheme="W5A16")) == {"/scheme": "unknown_scheme"}
         assert pointers(refused(server, method="awkward")) == {"/method": "unknown_method"}
+        assert pointers(refused(server, method="wanda")) == {"/method": "method_does_not_fit"}
         assert refused(server, scheme=None)["code"] == "scheme_missing"
         both = refused(server, recipe=[{"type": "rtn", "scheme": "W8A8"}])
         assert both["code"] == "recipe_and_scheme"
