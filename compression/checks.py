@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from compression.checkpoint.headers import Checkpoint
 from compression.errors import Problem
 from compression.families import Decoder
-from compression.memory import ParkedTokens
 from compression.native_models import NATIVE_MODEL_TYPES
-from compression.recipe import Calibration, Evaluation, Recipe
+from compression.recipe import Recipe
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
 
@@ -176,34 +174,17 @@ def unknown_warnings(unknown: Sequence[str]) -> list[Problem]:
     ]
 
 
-def activation_problems(
-    bytes_per_token: int,
-    calibration: Calibration,
-    evaluation: Evaluation,
-    calibrates: bool,
-    budget_bytes: int,
-) -> list[Problem]:
-    """Suspended forwards that together hold more than the budget."""
-
-    def held(samples: int) -> int:
-        wanted = calibration.model_copy(update={"num_calibration_samples": samples})
-        return bytes_per_token * ParkedTokens.of(wanted, evaluation, calibrates=calibrates).total
-
-    samples, length = calibration.num_calibration_samples, calibration.max_seq_length
-    if held(samples) <= budget_bytes:
+def spill_warnings(held_bytes: int, budget_bytes: int, spill_bytes: int) -> list[Problem]:
+    """Hidden states that go to disk, because suspended forwards together hold more than the budget."""
+    if not spill_bytes:
         return []
-    fitting = bisect_right(range(1, samples + 1), budget_bytes, key=held)
-    fits = f"at most {fitting} x {length} fit" if fitting else f"not even 1 x {length} fits"
     return [
         Problem(
-            "activation_budget",
-            f"The suspended forwards of {samples} x {length} calibration tokens and of the evaluation would "
-            f"hold {held(samples) / 1e9:.2f} GB; the activation budget is {budget_bytes / 1e9:.2f} GB, in "
-            f"which num_calibration_samples x max_seq_length of {fits}.",
-            f"Set num_calibration_samples to {fitting} or less."
-            if fitting
-            else "Lower max_seq_length, or evaluation.num_samples.",
-            "/calibration/num_calibration_samples" if fitting else "/calibration/max_seq_length",
+            "activations_on_disk",
+            f"The suspended forwards would hold {held_bytes / 1e9:.2f} GB; the activation budget is "
+            f"{budget_bytes / 1e9:.2f} GB. Hidden states go to a scratch file of {spill_bytes / 1e9:.2f} GB, and "
+            "each layer runs up to each of its groups once more.",
+            "Fewer or shorter calibration samples, or a larger budget, make the job faster.",
         )
     ]
 

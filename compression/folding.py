@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
@@ -11,6 +12,10 @@ from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
 from compression.planning import FoldPlan
 from compression.streams import Group, Streams
+
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Rounding of a norm's result, in parts of its largest magnitude: a fold that changes more is not one."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,26 @@ def fold(
     stored = {key: TORCH_DTYPES[model.checkpoint.tensors[key].dtype] for key in planned.keys}
     before = {key: model.module.get_parameter(key).to(dtype) for key, dtype in stored.items()}
     weights = model.weights(module.name for module in group.modules)
+    assert group.inputs is not None  # the plan refuses smoothing without a dataset
     scales = smoothing_scales(group.inputs, weights, smoothing_strength)
     weight, bias = (before.get(f"{planned.norm}.{suffix}") for suffix in ("weight", "bias"))
     assert weight is not None  # the plan folds into norms that have one
     folded = fold_norm(weight, bias, scales, offset=planned.offset)
+    read_before = _sample(group)
     after = {f"{planned.norm}.weight": folded.weight}
     if folded.bias is not None:
         after[f"{planned.norm}.bias"] = folded.bias
     model.set_parameters(after)
-    if not streams.renew_inputs(planned, folded.scales):
+    streams.renew_inputs(planned)
+    error = (_sample(group) * folded.scales - read_before).abs().amax()
+    if not error <= _TOLERANCE[model.compute_dtype] * read_before.abs().amax():
         model.set_parameters(before)
+        streams.renew_inputs(planned)
         return Fold(weights, before, done=False)
     return Fold([weight.float() * folded.scales for weight in weights], after, done=True)
+
+
+def _sample(group: Group) -> Tensor:
+    """What the first batch hands to the group, float32, a copy."""
+    assert group.inputs is not None
+    return next(iter(group.inputs)).to(torch.float32, copy=True)

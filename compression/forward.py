@@ -18,9 +18,10 @@ only one thread switches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import greenlet
 import torch
@@ -30,6 +31,7 @@ from compression.errors import PlanError, Problem
 from compression.model import StreamedModel
 from compression.quantizer import fake_quantize
 from compression.schemes import QuantizationArgs
+from compression.spill import Spill, release
 
 
 @dataclass
@@ -45,22 +47,19 @@ class _SharedInput:
     readers_left: int
 
 
-class _Batch(greenlet.greenlet):
-    """One batch's forward pass. `layer` and `group` say where it is parked."""
+class _Pass(greenlet.greenlet):
+    """A run through a part of the model that can park. `group` says before which group it is parked."""
 
-    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream) -> None:
+    def __init__(self, stream: Stream) -> None:
         super().__init__()
-        self.module = module
-        self.tokens = tokens
         self.stream = stream
-        self.layer = -1
         self.group: str | None = None
         self.shared: dict[str, _SharedInput] = {}
         self.norm_inputs: dict[str, Tensor] = {}
-        self.logits: Tensor | None = None
 
-    def run(self) -> None:
-        self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
+    def parks_at(self, group: str) -> bool:
+        """Whether to park where the first linear of a group wants its input."""
+        raise NotImplementedError
 
     def park(self) -> None:
         """Go back to the main loop until it switches here again."""
@@ -68,30 +67,98 @@ class _Batch(greenlet.greenlet):
         self.parent.switch()
 
 
+class _Batch(_Pass):
+    """One batch's forward pass. `layer` says at whose entry it is parked, `entry` what it gives that layer."""
+
+    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, number: int) -> None:
+        super().__init__(stream)
+        self.module = module
+        self.number = number
+        self.tokens = tokens
+        self.layer = -1
+        self.entry: _Entry | None = None
+        self.logits: Tensor | None = None
+
+    def run(self) -> None:
+        self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
+
+    def parks_at(self, group: str) -> bool:
+        return self.stream.parks_at_groups
+
+
+class _Entry(NamedTuple):
+    """A call of a decoder layer that has not begun yet. Its first argument is the hidden state."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden_state(self) -> Tensor:
+        state: Tensor = self.args[0]
+        return state
+
+
+class _Rehearsal(_Pass):
+    """A run of one layer up to one group, whose input it shows, and no further."""
+
+    def __init__(self, batch: _Batch, group: str) -> None:
+        super().__init__(batch.stream)
+        assert batch.entry is not None
+        self._entry = batch.entry
+        self._target = group
+
+    def run(self) -> None:
+        self._entry.layer(*self._entry.args, **self._entry.kwargs)
+
+    def parks_at(self, group: str) -> bool:
+        return group == self._target
+
+
 @dataclass(frozen=True)
 class GroupInputs:
-    """What every parked batch is about to feed to one group: [batch, seq, in] in the compute dtype."""
+    """What every batch is about to feed to one group, [batch, seq, in] in the compute dtype; to be gone through
+    as often as one likes."""
 
     group: str
-    inputs: list[Tensor]
+    inputs: Iterable[Tensor]
 
 
 class Stream:
-    """Batches that pass through the model side by side, in one role (calibration, original, compressed)."""
+    """Batches that pass through the model side by side, in one role (calibration, original, compressed).
 
-    def __init__(self, forwards: Forwards, batches: Sequence[Tensor], *, quantize_activations: bool) -> None:
+    With a `spill`, the hidden states of batches that are parked between layers lie in its file, and a layer's
+    groups are shown by rehearsals; without, in memory, and batches stop at groups on their way.
+    """
+
+    def __init__(
+        self,
+        forwards: Forwards,
+        batches: Sequence[Tensor],
+        *,
+        quantize_activations: bool,
+        spill: Spill | None = None,
+    ) -> None:
         self._forwards = forwards
-        self._batches = [_Batch(forwards.model.module, tokens, self) for tokens in batches]
+        self._spill = spill
+        module = forwards.model.module
+        self._batches = [_Batch(module, tokens, self, number) for number, tokens in enumerate(batches)]
         self.parks_at_groups = False
         self.quantizes_activations = quantize_activations
         for batch in self._batches:
             batch.switch()  # runs the embedding, parks at the entry of layer 0
+            self._put_away(batch)
 
     def groups(self, layer: int) -> Iterator[GroupInputs]:
-        """Stop before each group of a layer, in the order in which the layer runs them, then pass it.
+        """Stop before each group of a layer, in the order in which the layer runs them.
 
-        Weights that the caller replaces while it holds a group are the ones the group runs with.
+        Weights that the caller replaces while it holds a group are the ones the group runs with. Afterwards
+        `run_through` passes the layer, unless the batches have already.
         """
+        if self._spill is not None:
+            for group in self._forwards.groups_of(layer):
+                yield GroupInputs(group, _Rehearsed(self, layer, group))
+            return
         self.parks_at_groups = True
         self._resume([batch for batch in self._batches if batch.layer == layer])
         while waiting := [batch for batch in self._batches if batch.group is not None]:
@@ -101,30 +168,38 @@ class Stream:
             self._resume(here)
         self.parks_at_groups = False
 
+    def rehearse(self, layer: int, group: str) -> Iterator[Tensor]:
+        """Run every batch from the entry of a layer to one of its groups, one batch at a time."""
+        for batch in self._batches:
+            if batch.layer != layer:
+                continue
+            self._bring_back(batch)
+            rehearsal = _Rehearsal(batch, group)
+            try:
+                rehearsal.switch()
+                if rehearsal.group is not None:
+                    yield rehearsal.shared[group].tensor
+            finally:
+                if not rehearsal.dead:
+                    rehearsal.throw(greenlet.GreenletExit)
+                self._put_away(batch, changed=False)
+
     def run_through(self, layer: int) -> None:
         """Pass through one layer with the weights it has, up to the entry of the next (or of lm_head)."""
         self._resume([batch for batch in self._batches if batch.layer == layer])
 
-    def renew_inputs(self, group: str, norm: nn.Module, scales: Tensor, tolerance: float) -> bool:
-        """After a fold: what the parked batches hand to a group becomes what its changed norm makes.
-
-        scales: [in] float32, what the norm now divides by. False, with nothing changed, if the norm's new
-        result times the scales is not its old one, up to `tolerance` times the largest magnitude.
-        """
-        parked = [batch.shared[group] for batch in self._batches if batch.group == group]
-        for number, shared in enumerate(parked):
-            renewed = norm(shared.norm_input)
-            if number == 0:
-                error = (renewed.float() * scales - shared.tensor.float()).abs().amax()
-                if not error <= tolerance * shared.tensor.float().abs().amax():
-                    return False
-            shared.tensor.copy_(renewed)
-        return True
+    def renew_inputs(self, group: str, norm: nn.Module) -> None:
+        """After a norm has changed: what parked batches hand to its group becomes what it makes now."""
+        for batch in self._batches:
+            if batch.group == group:
+                shared = batch.shared[group]
+                shared.tensor.copy_(norm(shared.norm_input))
 
     def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the head, one batch at a time: (logits [batch, seq, vocab], tokens [batch, seq])."""
         while self._batches:
             batch = self._batches.pop(0)
+            self._bring_back(batch)
             batch.switch()
             assert batch.logits is not None
             yield batch.logits, batch.tokens
@@ -138,8 +213,36 @@ class Stream:
     def _resume(self, batches: list[_Batch]) -> None:
         for batch in batches:
             batch.group = None
+            self._bring_back(batch)
+            before = batch.entry
             batch.switch()
             assert not torch.is_grad_enabled()
+            if self._spill and before and not _same_storage(before, batch.entry):
+                release(before.hidden_state)
+            self._put_away(batch)
+
+    def _put_away(self, batch: _Batch, *, changed: bool = True) -> None:
+        if self._spill and batch.entry:
+            self._spill.put_away(batch.entry.hidden_state, batch.number, changed=changed)
+
+    def _bring_back(self, batch: _Batch) -> None:
+        if self._spill and batch.entry:
+            self._spill.bring_back(batch.entry.hidden_state, batch.number)
+
+
+def _same_storage(one: _Entry, other: _Entry | None) -> bool:
+    left, right = (entry and entry.hidden_state.untyped_storage().data_ptr() for entry in (one, other))
+    return left == right
+
+
+class _Rehearsed(Iterable[Tensor]):
+    """The inputs of a group, made anew each time they are gone through."""
+
+    def __init__(self, stream: Stream, layer: int, group: str) -> None:
+        self._made_by = lambda: stream.rehearse(layer, group)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._made_by()
 
 
 class Forwards:
@@ -160,9 +263,14 @@ class Forwards:
         self._groups = groups
         self._activations = activations
         self._order = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
+        self._by_layer: dict[int, list[str]] = {}
+        for group in self._order:
+            self._by_layer.setdefault(model.layer_of(group), []).append(group)
         self._readers = {group: list(groups.values()).count(group) for group in self._order}
         stops = [*model.layers, model.head]
-        self._hooks = [stop.register_forward_pre_hook(self._at_layer(i)) for i, stop in enumerate(stops)]
+        self._hooks = [
+            stop.register_forward_pre_hook(self._at_layer(i), with_kwargs=True) for i, stop in enumerate(stops)
+        ]
         for name in groups:
             linear = model.module.get_submodule(name)
             self._hooks.append(linear.register_forward_pre_hook(self._at_linear(name)))
@@ -170,10 +278,16 @@ class Forwards:
             norm = model.module.get_submodule(name)
             self._hooks.append(norm.register_forward_pre_hook(self._at_norm(group)))
 
-    def stream(self, batches: Sequence[Tensor], *, quantize_activations: bool) -> Stream:
+    def stream(
+        self, batches: Sequence[Tensor], *, quantize_activations: bool, spill: Spill | None = None
+    ) -> Stream:
         """A new stream, every batch parked at the entry of layer 0. Tokens int64 [batch, seq]."""
         tokens = [batch.to(self.model.device) for batch in batches]
-        return Stream(self, tokens, quantize_activations=quantize_activations)
+        return Stream(self, tokens, quantize_activations=quantize_activations, spill=spill)
+
+    def groups_of(self, layer: int) -> list[str]:
+        """The groups of a layer, in its order of execution."""
+        return self._by_layer.get(layer, [])
 
     def order(self, group: str) -> int:
         """Position of a group in the model's order of execution."""
@@ -184,12 +298,15 @@ class Forwards:
         for hook in self._hooks:
             hook.remove()
 
-    def _at_layer(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def park(_module: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+    def _at_layer(
+        self, index: int
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch = greenlet.getcurrent()
             if isinstance(batch, _Batch):
-                batch.layer = index
+                batch.layer, batch.entry = index, _Entry(module, args, kwargs)
                 batch.park()
+                batch.entry = None
 
         return park
 
@@ -207,14 +324,14 @@ class Forwards:
 
         def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
             batch = greenlet.getcurrent()
-            if not isinstance(batch, _Batch):
+            if not isinstance(batch, _Pass):
                 return None
             shared = batch.shared.get(group)
             if shared is None:
                 shared = batch.shared[group] = _SharedInput(
                     inputs[0], batch.norm_inputs.pop(group, None), None, self._readers[group]
                 )
-                if batch.stream.parks_at_groups:
+                if batch.parks_at(group):
                     batch.group = group
                     batch.park()
             if shared.tensor is not inputs[0]:

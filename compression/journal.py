@@ -141,5 +141,10 @@ class Journal:
         shutil.rmtree(self._path.parent)
 
     @property
+    def scratch(self) -> Path:
+        """A folder for what nobody needs once the run has ended."""
+        return self._path.parent
+
+    @property
     def _path(self) -> Path:
         return self.folder / JOURNAL_FILE

@@ -100,7 +100,8 @@ class Workload:
     itemsize: bytes of a number in the compute dtype. layer_bytes: the largest layer in its source dtype;
     layer_output_bytes: the same, compressed. group_elements: numbers in the largest stacked group of linears
     (rows x columns); group_columns: the most input columns of a group. parked_width: numbers a token that a
-    suspended forward holds. parked: None without a dataset. solves_gram: whether a Gram matrix is factorized.
+    suspended forward holds. parked: None without a dataset. spills: whether what is parked lies on disk.
+    solves_gram: whether a Gram matrix is factorized.
     """
 
     itemsize: int
@@ -113,6 +114,7 @@ class Workload:
     intermediate_size: int
     vocab_size: int
     parked: ParkedTokens | None
+    spills: bool
     solves_gram: bool
 
 
@@ -165,6 +167,15 @@ def _activations(work: Workload, parked: ParkedTokens) -> list[MemoryItem]:
     """What the suspended forwards hold, and the batch that runs."""
     number = work.itemsize * work.parked_width
     items = []
+    if work.spills:
+        return [
+            MemoryItem(
+                "running batch",
+                min(parked.total, BATCH_TOKENS) * (number + 3 * work.intermediate_size * work.itemsize),
+                f"at most {BATCH_TOKENS} tokens; the others' hidden states are on disk",
+            ),
+            *([_logits(work, parked)] if parked.evaluation else []),
+        ]
     if parked.calibration:
         batch = min(parked.calibration, BATCH_TOKENS)
         items += [
@@ -182,18 +193,21 @@ def _activations(work: Workload, parked: ParkedTokens) -> list[MemoryItem]:
             ),
         ]
     if parked.evaluation:
-        logits = 2 * parked.block * work.vocab_size * work.itemsize
         items += [
             MemoryItem(
                 "parked evaluation",
                 2 * parked.evaluation * number,
                 f"2 streams x {parked.evaluation} tokens x {work.parked_width} numbers",
             ),
-            MemoryItem(
-                "logits",
-                logits + EVALUATION_CHUNK_BYTES,
-                f"2 streams x {parked.block} tokens x vocabulary, and 4 float32 chunks",
-                ("compare",),
-            ),
+            _logits(work, parked),
         ]
     return items
+
+
+def _logits(work: Workload, parked: ParkedTokens) -> MemoryItem:
+    return MemoryItem(
+        "logits",
+        2 * parked.block * work.vocab_size * work.itemsize + EVALUATION_CHUNK_BYTES,
+        f"2 streams x {parked.block} tokens x vocabulary, and 4 float32 chunks",
+        ("compare",),
+    )

@@ -45,6 +45,10 @@ class StreamedModel:
     def __len__(self) -> int:
         return len(self.layers)
 
+    def layer_of(self, module: str) -> int:
+        """Number of the decoder layer that a module lies in."""
+        return int(module.removeprefix(self._layers_prefix).split(".", 1)[0])
+
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear by its name in the model, in the order of definition."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}

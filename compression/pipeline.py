@@ -58,8 +58,8 @@ def compress(
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
-    arguments. `activation_budget_bytes` bounds what batches hold between layers: a plan that needs more is
-    refused. `on_event` hears of every phase and layer. `self_check` reads every written module back before
+    arguments. `activation_budget_bytes` bounds what batches hold in memory between layers: above it they
+    lie in a scratch file beside the output. `on_event` hears of every phase and layer. `self_check` reads every written module back before
     the result is published.
 
     Raises:
@@ -95,7 +95,7 @@ def compress(
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []
     shards: list[Shard] = []
-    with closing(Streams(plan, model, blocks, arithmetic, clock)) as streams:
+    with closing(Streams(plan, model, blocks, arithmetic, journal.scratch, clock)) as streams:
         for layer in plan.layers:
             before = clock.total
             with clock.phase("read"):
@@ -197,18 +197,17 @@ def _solve_layer(
     rows: list[ModuleReport] = []
     for group in streams.groups(layer):
         weights, smoothed = model.weights(module.name for module in group.modules), False
-        if planned := layer.folds.get(group.modules[0].group):
+        if planned := layer.folds.get(group.name):
             assert plan.recipe.smoothing is not None
             with clock.phase("solve"):
                 folded = fold(planned, group, model, streams, plan.recipe.smoothing.smoothing_strength)
                 stored.update(folded.norm)
                 weights, smoothed = folded.weights, folded.done
         with clock.phase("gram"):
-            gram = (
-                accumulate_gram(group.inputs, precision=arithmetic.gram_precision) if group.inputs else None
-            )
-            if gram:
-                require_finite_gram(group.modules[0].name, gram)
+            gram = None
+            if group.inputs is not None:
+                gram = accumulate_gram(group.inputs, precision=arithmetic.gram_precision)
+                require_finite_gram(group.name, gram)
         with clock.phase("solve"):
             for solved in solve(group.modules, weights, gram, plan.recipe, smoothed=smoothed):
                 tensors = encode(solved.module.name, solved.weight, solved.module.scheme)

@@ -24,6 +24,7 @@ from compression.memory import (
     MemoryEstimate,
     ParkedTokens,
     Workload,
+    activation_bytes,
     estimate,
 )
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
@@ -121,7 +122,8 @@ class Plan:
     names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
     not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
     quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
-    estimated peak. disk_bytes: what a run needs in its output folder.
+    estimated peak. disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden
+    states, 0 where they stay in memory.
     """
 
     source: Path
@@ -140,6 +142,7 @@ class Plan:
     warnings: tuple[Problem, ...]
     memory: MemoryEstimate
     disk_bytes: int
+    spill_bytes: int
     source_bytes: int
     output_bytes: int
     parameters: int
@@ -165,6 +168,7 @@ class Plan:
             ],
             "memory": self.memory.to_dict(),
             "disk_bytes": self.disk_bytes,
+            "spill_bytes": self.spill_bytes,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
             "parameters": self.parameters,
@@ -206,11 +210,6 @@ def plan(
     problems += treatment.problems
     problems += checks.smoothing_problems(recipe, decoder)
     calibrates = has_data and recipe.needs_data
-    if has_data:
-        bytes_per_token = decoder.parked_width * COMPUTE_ITEMSIZE
-        problems += checks.activation_problems(
-            bytes_per_token, calibration, evaluation, calibrates, activation_budget_bytes
-        )
     if problems:
         raise PlanError(*problems)
 
@@ -223,6 +222,10 @@ def plan(
     compressed = [module for module in modules if module.compressed]
     kept = tuple(module for module in modules if not module.compressed)
     parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
+    held = activation_bytes(decoder.parked_width, COMPUTE_ITEMSIZE, parked) if parked else 0
+    spill_bytes = 0
+    if parked and held > activation_budget_bytes:
+        spill_bytes = activation_bytes(decoder.hidden_size, COMPUTE_ITEMSIZE, parked)
     return Plan(
         source=Path(source),
         checkpoint=checkpoint,
@@ -241,10 +244,12 @@ def plan(
             *warnings,
             *treatment.warnings,
             *checks.dense_warnings(recipe),
+            *checks.spill_warnings(held, activation_budget_bytes, spill_bytes),
             *checks.unknown_warnings(unknown),
         ),
-        memory=estimate(_workload(checkpoint, decoder, layers, compressed, parked, calibrates)),
-        disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES,
+        memory=estimate(_workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0)),
+        disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES + spill_bytes,
+        spill_bytes=spill_bytes,
         source_bytes=checkpoint.weight_bytes,
         output_bytes=output_bytes,
         parameters=sum(info.spec.elements for info in checkpoint.tensors.values()),
@@ -405,6 +410,7 @@ def _workload(
     compressed: Sequence[ModulePlan],
     parked: ParkedTokens | None,
     calibrates: bool,
+    spills: bool,
 ) -> Workload:
     """The sizes that decide the peak memory."""
     tensors = checkpoint.tensors
@@ -425,6 +431,7 @@ def _workload(
         intermediate_size=decoder.intermediate_size,
         vocab_size=decoder.vocab_size,
         parked=parked,
+        spills=spills,
         solves_gram=calibrates,
     )
 

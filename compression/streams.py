@@ -7,11 +7,12 @@ compressed    the same text through the compressed weights, activation quantizat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from compression.calibration import TokenBlocks
@@ -22,19 +23,40 @@ from compression.forward import Forwards, Stream, make_batches
 from compression.model import StreamedModel
 from compression.planning import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
+from compression.spill import Spill
 
-_FOLD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-"""Rounding of a norm's result, in parts of its largest magnitude: a fold that changes more is not one."""
 _LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor, and that tensor in every batch: [batch, seq, in]; none without data."""
+    """Linears that read one tensor, and that tensor in every batch: [batch, seq, in]; None without data."""
 
     modules: tuple[ModulePlan, ...]
-    inputs: list[Tensor]
+    inputs: Iterable[Tensor] | None
+
+    @property
+    def name(self) -> str:
+        """The first of its linears, by which the plan knows it."""
+        return self.modules[0].group
+
+
+class _Timed(Iterable[Tensor]):
+    """Inputs, the making of which is part of the forward pass, whoever goes through them."""
+
+    def __init__(self, inputs: Iterable[Tensor], clock: Clock) -> None:
+        self._inputs = inputs
+        self._clock = clock
+
+    def __iter__(self) -> Iterator[Tensor]:
+        inputs = iter(self._inputs)
+        while True:
+            with self._clock.phase("forward"):
+                here = next(inputs, None)
+            if here is None:
+                return
+            yield here
 
 
 class Streams:
@@ -46,6 +68,7 @@ class Streams:
         model: StreamedModel,
         blocks: TokenBlocks | None,
         arithmetic: Arithmetic,
+        scratch: Path,
         clock: Clock,
     ) -> None:
         self._clock = clock
@@ -54,8 +77,11 @@ class Streams:
         self._calibration: Stream | None = None
         self._original: Stream | None = None
         self._compressed: Stream | None = None
+        self._spill: Spill | None = None
         if blocks is None:
             return
+        if plan.spill_bytes:
+            self._spill = Spill(scratch)
         with clock.phase("read"):
             model.load_embeddings()
         modules = [module for layer in plan.layers for module in layer.modules]
@@ -64,15 +90,16 @@ class Streams:
         }
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
         forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms)
+        stream = partial(forwards.stream, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
-            self._calibration = forwards.stream(batches, quantize_activations=False)
+            self._calibration = stream(batches, quantize_activations=False)
         if blocks.evaluation:
             self._split = blocks.split
             vocabulary = model.module.config.get_text_config().vocab_size
             batches = make_batches(blocks.evaluation, _LOGITS_IN_A_BATCH // vocabulary)
-            self._original = forwards.stream(batches, quantize_activations=False)
-            self._compressed = forwards.stream(batches, quantize_activations=True)
+            self._original = stream(batches, quantize_activations=False)
+            self._compressed = stream(batches, quantize_activations=True)
         model.drop_embeddings()
 
     def pass_original(self, layer: int) -> None:
@@ -90,7 +117,7 @@ class Streams:
         members = {group: tuple(modules) for group, modules in groupby(layer.modules, lambda m: m.group)}
         stream = self._calibration or self._compressed
         if stream is None:
-            yield from (Group(modules, []) for modules in members.values())
+            yield from (Group(modules, None) for modules in members.values())
             return
         parked = stream.groups(layer.index)
         while True:
@@ -98,14 +125,12 @@ class Streams:
                 here = next(parked, None)
             if here is None:
                 return
-            yield Group(members[here.group], here.inputs)
+            yield Group(members[here.group], _Timed(here.inputs, self._clock))
 
-    def renew_inputs(self, fold: FoldPlan, scales: Tensor) -> bool:
-        """Make the inputs of a parked group anew, as its changed norm makes them: Stream.renew_inputs."""
+    def renew_inputs(self, fold: FoldPlan) -> None:
+        """Make the inputs of a group anew, as its norm, which has changed, makes them."""
         assert self._calibration is not None  # the plan refuses smoothing without a dataset
-        norm = self._model.module.get_submodule(fold.norm)
-        tolerance = _FOLD_TOLERANCE[self._model.compute_dtype]
-        return self._calibration.renew_inputs(fold.group, norm, scales, tolerance)
+        self._calibration.renew_inputs(fold.group, self._model.module.get_submodule(fold.norm))
 
     def pass_compressed(self, layer: int) -> None:
         """Send what sees compressed weights on to the next layer; to be called once they are in."""
@@ -137,3 +162,5 @@ class Streams:
         for stream in (self._calibration, self._original, self._compressed):
             if stream:
                 stream.close()
+        if self._spill:
+            self._spill.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ class FoldedNorm(NamedTuple):
 
 
 def smoothing_scales(
-    inputs: Sequence[Tensor], weights: Sequence[Tensor], smoothing_strength: float
+    inputs: Iterable[Tensor], weights: Iterable[Tensor], smoothing_strength: float
 ) -> Tensor:
     """s_j = max|X_j|^a / max|W_j|^(1 - a), equation 4; a = smoothing_strength.
 
@@ -53,6 +53,6 @@ def fold_norm(weight: Tensor, bias: Tensor | None, scales: Tensor, *, offset: fl
     return FoldedNorm(folded, None if bias is None else (bias.float() / effective).to(bias.dtype), effective)
 
 
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
+def _largest(tensors: Iterable[Tensor]) -> Tensor:
     """Per column, the largest magnitude in all rows of all tensors, float32."""
     return torch.stack([t.reshape(-1, t.shape[-1]).abs().amax(0).float() for t in tensors]).amax(0)
