@@ -23,7 +23,9 @@ _Run = {"rich_help_panel": "The job"}
 
 def submit(
     model: Annotated[str, typer.Argument(help="Folder of the model, below one of the server's local roots.")],
-    scheme: Annotated[str | None, typer.Option(help=f"{', '.join([*SCHEMES, *SPARSE_SCHEMES])}.", **_What)] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help=f"{', '.join([*SCHEMES, *SPARSE_SCHEMES])}.", **_What)
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
     ] = None,
@@ -33,8 +35,8 @@ def submit(
     method: Annotated[
         str | None,
         typer.Option(
-            help="gptq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. By default the first that fits "
-            "what there is: gptq is for int weights with a dataset.",
+            help="gptq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. "
+            "By default gptq for int weights with a dataset, else rtn.",
             **_How,
         ),
     ] = None,

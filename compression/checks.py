@@ -182,8 +182,8 @@ def spill_warnings(held_bytes: int, budget_bytes: int, spill_bytes: int) -> list
         Problem(
             "activations_on_disk",
             f"The suspended forwards would hold {held_bytes / 1e9:.2f} GB; the activation budget is "
-            f"{budget_bytes / 1e9:.2f} GB. Hidden states go to a scratch file of {spill_bytes / 1e9:.2f} GB, and "
-            "each layer runs up to each of its groups once more.",
+            f"{budget_bytes / 1e9:.2f} GB. Hidden states go to a scratch file of {spill_bytes / 1e9:.2f} GB, "
+            "and each layer runs up to each of its groups once more.",
             "Fewer or shorter calibration samples, or a larger budget, make the job faster.",
         )
     ]

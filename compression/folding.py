@@ -13,7 +13,6 @@ from compression.model import StreamedModel
 from compression.planning import FoldPlan
 from compression.streams import Group, Streams
 
-
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Rounding of a norm's result, in parts of its largest magnitude: a fold that changes more is not one."""
 

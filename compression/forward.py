@@ -68,12 +68,12 @@ class _Pass(greenlet.greenlet):
 
 
 class _Batch(_Pass):
-    """One batch's forward pass. `layer` says at whose entry it is parked, `entry` what it gives that layer."""
+    """One batch's forward pass. `layer`: at whose entry it is parked; `entry`: what it gives that layer."""
 
-    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, number: int) -> None:
+    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, slot: int) -> None:
         super().__init__(stream)
         self.module = module
-        self.number = number
+        self.slot = slot
         self.tokens = tokens
         self.layer = -1
         self.entry: _Entry | None = None
@@ -82,7 +82,7 @@ class _Batch(_Pass):
     def run(self) -> None:
         self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
 
-    def parks_at(self, group: str) -> bool:
+    def parks_at(self, group: str) -> bool:  # noqa: ARG002 (at any)
         return self.stream.parks_at_groups
 
 
@@ -117,8 +117,10 @@ class _Rehearsal(_Pass):
 
 @dataclass(frozen=True)
 class GroupInputs:
-    """What every batch is about to feed to one group, [batch, seq, in] in the compute dtype; to be gone through
-    as often as one likes."""
+    """What every batch is about to feed to one group, [batch, seq, in] in the compute dtype.
+
+    To be gone through as often as one likes.
+    """
 
     group: str
     inputs: Iterable[Tensor]
@@ -142,7 +144,7 @@ class Stream:
         self._forwards = forwards
         self._spill = spill
         module = forwards.model.module
-        self._batches = [_Batch(module, tokens, self, number) for number, tokens in enumerate(batches)]
+        self._batches = [_Batch(module, tokens, self, spill.new_slot() if spill else 0) for tokens in batches]
         self.parks_at_groups = False
         self.quantizes_activations = quantize_activations
         for batch in self._batches:
@@ -223,11 +225,11 @@ class Stream:
 
     def _put_away(self, batch: _Batch, *, changed: bool = True) -> None:
         if self._spill and batch.entry:
-            self._spill.put_away(batch.entry.hidden_state, batch.number, changed=changed)
+            self._spill.put_away(batch.entry.hidden_state, batch.slot, changed=changed)
 
     def _bring_back(self, batch: _Batch) -> None:
         if self._spill and batch.entry:
-            self._spill.bring_back(batch.entry.hidden_state, batch.number)
+            self._spill.bring_back(batch.entry.hidden_state, batch.slot)
 
 
 def _same_storage(one: _Entry, other: _Entry | None) -> bool:
@@ -239,10 +241,10 @@ class _Rehearsed(Iterable[Tensor]):
     """The inputs of a group, made anew each time they are gone through."""
 
     def __init__(self, stream: Stream, layer: int, group: str) -> None:
-        self._made_by = lambda: stream.rehearse(layer, group)
+        self._stream, self._layer, self._group = stream, layer, group
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self._made_by()
+        return self._stream.rehearse(self._layer, self._group)
 
 
 class Forwards:
@@ -263,13 +265,14 @@ class Forwards:
         self._groups = groups
         self._activations = activations
         self._order = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
-        self._by_layer: dict[int, list[str]] = {}
-        for group in self._order:
-            self._by_layer.setdefault(model.layer_of(group), []).append(group)
+        self._by_layer: dict[int, dict[str, None]] = {}
+        for name, group in groups.items():
+            self._by_layer.setdefault(model.layer_of(name), {})[group] = None
         self._readers = {group: list(groups.values()).count(group) for group in self._order}
         stops = [*model.layers, model.head]
         self._hooks = [
-            stop.register_forward_pre_hook(self._at_layer(i), with_kwargs=True) for i, stop in enumerate(stops)
+            stop.register_forward_pre_hook(self._at_layer(i), with_kwargs=True)
+            for i, stop in enumerate(stops)
         ]
         for name in groups:
             linear = model.module.get_submodule(name)
@@ -287,7 +290,7 @@ class Forwards:
 
     def groups_of(self, layer: int) -> list[str]:
         """The groups of a layer, in its order of execution."""
-        return self._by_layer.get(layer, [])
+        return list(self._by_layer.get(layer, ()))
 
     def order(self, group: str) -> int:
         """Position of a group in the model's order of execution."""
@@ -298,9 +301,7 @@ class Forwards:
         for hook in self._hooks:
             hook.remove()
 
-    def _at_layer(
-        self, index: int
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _at_layer(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch = greenlet.getcurrent()
             if isinstance(batch, _Batch):

@@ -58,9 +58,9 @@ def compress(
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
-    arguments. `activation_budget_bytes` bounds what batches hold in memory between layers: above it they
-    lie in a scratch file beside the output. `on_event` hears of every phase and layer. `self_check` reads every written module back before
-    the result is published.
+    arguments. `activation_budget_bytes` bounds what batches hold in memory between layers: above it they lie
+    in a scratch file beside the output. `on_event` hears of every phase and layer. `self_check` reads every
+    written module back before the result is published.
 
     Raises:
         CompressionError: with a stable code; what is published is whole or not there.

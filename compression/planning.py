@@ -247,7 +247,9 @@ def plan(
             *checks.spill_warnings(held, activation_budget_bytes, spill_bytes),
             *checks.unknown_warnings(unknown),
         ),
-        memory=estimate(_workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0)),
+        memory=estimate(
+            _workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0)
+        ),
         disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES + spill_bytes,
         spill_bytes=spill_bytes,
         source_bytes=checkpoint.weight_bytes,

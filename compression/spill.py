@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -14,14 +15,20 @@ from compression.checkpoint.writer import naming_full_disk
 
 class Spill:
     """A scratch file without a name, of numbered slots: the system removes it with the process, however that
-    ends. A slot has the size of the first tensor that is put into it."""
+    ends."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "activations"
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._offsets: dict[int, int] = {}
+        self._slots: dict[int, tuple[int, int]] = {}  # offset and size, in bytes
         self._size = 0
+        self._numbers = 0
+
+    def new_slot(self) -> int:
+        """A number under which one tensor at a time can be put away."""
+        self._numbers += 1
+        return self._numbers
 
     def put_away(self, tensor: Tensor, slot: int, *, changed: bool = True) -> None:
         """Write a tensor and give its memory back; the object stays, without storage.
@@ -33,10 +40,13 @@ class Spill:
         """
         if not _owns_storage(tensor):
             return
-        if slot not in self._offsets:
-            self._offsets[slot], self._size = self._size, self._size + tensor.nbytes
+        offset, size = self._slots.get(slot, (0, 0))
+        if size < tensor.nbytes:
+            offset, self._size = self._size, self._size + tensor.nbytes
+            self._slots[slot] = offset, tensor.nbytes
         if changed:
-            data, offset = memoryview(_bytes(tensor.cpu()).numpy()), self._offsets[slot]
+            on_host = tensor.cpu()
+            data = _bytes(on_host)
             with naming_full_disk(self._path):
                 while data:
                     written = os.pwrite(self._file.fileno(), data, offset)
@@ -49,7 +59,7 @@ class Spill:
             return
         tensor.untyped_storage().resize_(tensor.nbytes)
         on_host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
-        data, offset = memoryview(_bytes(on_host).numpy()), self._offsets[slot]
+        data, (offset, _) = _bytes(on_host), self._slots[slot]
         while data:
             read = os.preadv(self._file.fileno(), [data], offset)
             if read == 0:
@@ -73,5 +83,6 @@ def _owns_storage(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, for as long as it lives. (NumPy would make its storage impossible to resize.)"""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

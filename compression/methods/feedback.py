@@ -41,7 +41,8 @@ class ChangeColumn(Protocol):
 
 
 Enter = Callable[[Tensor, int], None]
-"""Looks at the targets [columns, out] of a block or sub-block before its columns; and its first column."""
+"""Looks at a block or sub-block [columns, out] before its columns are changed, as it would be if none of them
+were: all errors so far made up for. And the number of its first column."""
 
 
 def walk(
@@ -66,13 +67,14 @@ def walk(
         block = targets[: stop - start]
         torch.addmm(columns[start:stop], shares[stop:, start:stop].t(), columns[stop:], out=block)
         if enter_block:
-            enter_block(block, start)
+            enter_block(_made_up(columns[start:stop], block, shares[start:stop, start:stop]), start)
         for sub_stop in range(stop, start, -sub_block):
             sub_start = max(start, sub_stop - sub_block)
             sub_targets = block[sub_start - start : sub_stop - start]
             sub_targets.addmm_(shares[sub_stop:stop, sub_start:sub_stop].t(), columns[sub_stop:stop])
             if enter_sub_block:
-                enter_sub_block(sub_targets, sub_start)
+                inner = shares[sub_start:sub_stop, sub_start:sub_stop]
+                enter_sub_block(_made_up(columns[sub_start:sub_stop], sub_targets, inner), sub_start)
             errors = columns[sub_start:sub_stop]
             received = errors.t()
             # the shares of columns that are not changed yet are zeros: every product has the same shape
@@ -85,6 +87,16 @@ def walk(
                 strict=True,
             ):
                 change(target.addmv_(received, share), error, column)
+
+
+def _made_up(columns: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """What `columns` become when each of them reaches its target, the feedback of the others included.
+
+    targets: with the feedback of later columns only; shares: among these columns, unit lower triangular.
+    """
+    errors = torch.linalg.solve_triangular(shares.t(), columns - targets, upper=True, unitriangular=True)
+    made_up: Tensor = columns - errors
+    return made_up
 
 
 def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, float]:

@@ -77,21 +77,21 @@ class _Pruning:
         self._costs = costs
         self._sparsity, self._structure, self._splits = sparsity, structure, splits
 
-    def choose_in_block(self, targets: Tensor, start: int) -> None:
-        scores = self._scores(targets, start)
+    def choose_in_block(self, block: Tensor, start: int) -> None:
+        scores = self._scores(block, start)
         first = 0
         for rows in self._splits:
             part = slice(first, first + rows)
-            self.keep[start : start + len(targets), part] = keep_largest(scores[:, part], self._sparsity)
+            self.keep[start : start + len(block), part] = keep_largest(scores[:, part], self._sparsity)
             first += rows
 
-    def choose_in_groups(self, targets: Tensor, start: int) -> None:
+    def choose_in_groups(self, block: Tensor, start: int) -> None:
         assert self._structure is not None
-        kept = keep_in_groups(self._scores(targets, start).t(), self._structure)
-        self.keep[start : start + len(targets)] = kept.t()
+        kept = keep_in_groups(self._scores(block, start).t(), self._structure)
+        self.keep[start : start + len(block)] = kept.t()
 
     def __call__(self, target: Tensor, error: Tensor, column: int) -> None:
         error.addcmul_(target, self.keep[column], value=-1)
 
-    def _scores(self, targets: Tensor, start: int) -> Tensor:
-        return targets.square() * self._costs[start : start + len(targets), None]
+    def _scores(self, block: Tensor, start: int) -> Tensor:
+        return block.square() * self._costs[start : start + len(block), None]

@@ -253,7 +253,7 @@ class TestData:
         assert problem_of(model, recipe(observer=observer)).code == "dataset_required"
 
     def test_parked_activations_that_exceed_the_budget_go_to_disk(self, tmp_path: Path) -> None:
-        """Per token of SmolLM2: residual and normed state 2 x 576, then an MLP input of 1536, in float32; on disk
+        """Per token of SmolLM2: residual and normed state 2 x 576, an MLP input of 1536, in float32; on disk
         the hidden state alone."""
         folder = fake_llama(tmp_path / "model", SMOLLM2)
         per_sample = (2 * 576 + 1536) * 4 * 2048

@@ -111,7 +111,6 @@ class TestSparseGPT:
             loss(weight, weight * magnitude_keep(weight, 0.5, None, [64]), gram),
         ]
         assert losses == sorted(losses)
-        assert losses[0] < 0.5 * losses[1]
 
     def test_linears_that_are_stacked_are_pruned_as_much_as_alone(self) -> None:
         weight, gram = problem(30, 32)

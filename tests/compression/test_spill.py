@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,14 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def spill(tmp_path: Path) -> Iterator[Spill]:
+    with closing(Spill(tmp_path / "scratch")) as spill:
+        yield spill
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
-    spill = Spill(tmp_path)
+def test_a_tensor_comes_back_as_it_was(dtype: torch.dtype, spill: Spill, tmp_path: Path) -> None:
     tensors = [torch.randn(3, 5).to(dtype) for _ in range(3)]
     copies = [tensor.clone() for tensor in tensors]
     for slot, tensor in enumerate(tensors):
@@ -53,7 +59,7 @@ def test_a_tensor_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> No
     view = torch.randn(4, 4)[:2]
     spill.put_away(view, 3)
     assert view.untyped_storage().nbytes()  # not all of it is ours to give back
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def streamed(folder: Path, spill: Spill | None, dtype: torch.dtype) -> tuple[StreamedModel, Stream]:
@@ -79,10 +85,10 @@ def seen(model: StreamedModel, stream: Stream) -> tuple[list[tuple[str, Tensor]]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_rehearsals_show_what_parked_batches_show(model_type: str, tmp_path: Path) -> None:
+def test_rehearsals_show_what_parked_batches_show(model_type: str, spill: Spill, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", model_type, layers=3)
     expected, logits = seen(*streamed(folder, None, torch.bfloat16))
-    rehearsed, same_logits = seen(*streamed(folder, Spill(tmp_path), torch.bfloat16))
+    rehearsed, same_logits = seen(*streamed(folder, spill, torch.bfloat16))
     assert [group for group, _ in rehearsed] == [group for group, _ in expected]
     for (_, one), (_, other) in zip(rehearsed, expected, strict=True):
         assert torch.equal(one, other)
@@ -93,8 +99,8 @@ def test_rehearsals_show_what_parked_batches_show(model_type: str, tmp_path: Pat
         assert torch.equal(one, whole(input_ids=tokens, use_cache=False).logits)
 
 
-def test_parked_batches_hold_no_hidden_state(tiny_llama: Path, tmp_path: Path) -> None:
-    model, stream = streamed(tiny_llama, Spill(tmp_path), torch.float32)
+def test_parked_batches_hold_no_hidden_state(tiny_llama: Path, spill: Spill) -> None:
+    model, stream = streamed(tiny_llama, spill, torch.float32)
 
     def held() -> list[int]:
         entries = [batch.entry for batch in stream._batches]
@@ -117,9 +123,7 @@ def run(source: Path, output: Path, texts: Path, steps: str, **options: Any) -> 
 
 
 @pytest.mark.parametrize("steps", RECIPES)
-def test_a_run_on_disk_gives_the_bytes_of_one_in_memory(
-    steps: str, tiny_texts: Path, tmp_path: Path
-) -> None:
+def test_a_run_on_disk_gives_the_bytes_of_one_in_memory(steps: str, tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model")
     in_memory = run(source, tmp_path / "memory", tiny_texts, steps)
     on_disk = run(source, tmp_path / "disk", tiny_texts, steps, activation_budget_bytes=1)
