@@ -21,8 +21,8 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2},
     "granite": {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "cohere": {"use_qk_norm": True},
-    "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2, "logit_scale": 0.5},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
 }
 """By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
