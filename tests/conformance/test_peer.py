@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,6 +40,8 @@ CHOICES = [
     ("W8A8", None),
     ("FP8_DYNAMIC", None),
 ]
+UNPACKED_BY_PEER = ("W4A8", "W4AFP8")
+"""It gives each 4-bit code a byte (int-quantized); we pack them, as vLLM has kernels that read them so."""
 IDS = [f"{scheme}-{group_size or 'preset'}" for scheme, group_size in CHOICES]
 
 
@@ -85,12 +87,28 @@ def both(
     step = {"type": "rtn", "scheme": scheme, "observer": "minmax", "group_size": group_size}
     recipe = Recipe.model_validate({"steps": [step]})
     compress(peer["source"], recipe, tmp_path / "ours", evaluation=Evaluation(enabled=False))
-    assert config_of(tmp_path / "ours") == config_of(Path(peer["output"]))
+    our_config, their_config = config_of(tmp_path / "ours"), config_of(Path(peer["output"]))
     ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(Path(peer["output"]))
+    if scheme in UNPACKED_BY_PEER:
+        their_config = json.loads(json.dumps(their_config).replace("int-quantized", "pack-quantized"))
+        theirs = pack_codes(theirs, get_scheme(scheme).weights.num_bits)
+    assert our_config == their_config
     assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {
         name: (t.dtype, t.shape) for name, t in theirs.items()
     }
     return ours, theirs
+
+
+def pack_codes(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """int-quantized as pack-quantized."""
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.int8:
+            result[f"{name}_packed"] = pack_to_int32(tensor, bits)
+            result[f"{name}_shape"] = torch.tensor(tensor.shape)
+        else:
+            result[name] = tensor
+    return result
 
 
 def config_of(folder: Path) -> dict[str, Any]:
