@@ -12,6 +12,10 @@ Each batch runs the whole model in a greenlet of its own:
 So one forward pass is enough for true sequential calibration, and no argument of a decoder layer is recorded,
 guessed or replayed. A greenlet holds its Python frames, and with them the activations, while it is parked.
 
+Where that is too much to hold, batches park between layers only, their hidden states on disk (spill.py), and
+what a group reads is shown by rehearsals: a greenlet of its own runs the layer, with the arguments that the
+batch waits with at its entry, up to the group, and is thrown away (docs/adr/0008-hidden-states-on-disk.md).
+
 Rules that keep this correct: gradients are off in the whole thread, nothing parks inside a torch mode, and
 only one thread switches.
 """
