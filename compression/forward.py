@@ -52,18 +52,18 @@ class _SharedInput:
 
 
 class _Pass(greenlet.greenlet):
-    """A run through a part of the model that can park. `group` says before which group it is parked."""
+    """A run through a part of the model that can park. `group` says before which group it is parked.
 
-    def __init__(self, stream: Stream) -> None:
+    parks_at: whether to park where the first linear of a group wants its input.
+    """
+
+    def __init__(self, stream: Stream, parks_at: Callable[[str], bool]) -> None:
         super().__init__()
         self.stream = stream
+        self.parks_at = parks_at
         self.group: str | None = None
         self.shared: dict[str, _SharedInput] = {}
         self.norm_inputs: dict[str, Tensor] = {}
-
-    def parks_at(self, group: str) -> bool:
-        """Whether to park where the first linear of a group wants its input."""
-        raise NotImplementedError
 
     def park(self) -> None:
         """Go back to the main loop until it switches here again."""
@@ -75,7 +75,7 @@ class _Batch(_Pass):
     """One batch's forward pass. `layer`: at whose entry it is parked; `entry`: what it gives that layer."""
 
     def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, slot: int) -> None:
-        super().__init__(stream)
+        super().__init__(stream, lambda _group: stream.parks_at_groups)
         self.module = module
         self.slot = slot
         self.tokens = tokens
@@ -85,9 +85,6 @@ class _Batch(_Pass):
 
     def run(self) -> None:
         self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
-
-    def parks_at(self, group: str) -> bool:  # noqa: ARG002 (at any)
-        return self.stream.parks_at_groups
 
 
 class _Entry(NamedTuple):
@@ -107,16 +104,12 @@ class _Rehearsal(_Pass):
     """A run of one layer up to one group, whose input it shows, and no further."""
 
     def __init__(self, batch: _Batch, group: str) -> None:
-        super().__init__(batch.stream)
+        super().__init__(batch.stream, lambda wanted: wanted == group)
         assert batch.entry is not None
         self._entry = batch.entry
-        self._target = group
 
     def run(self) -> None:
         self._entry.layer(*self._entry.args, **self._entry.kwargs)
-
-    def parks_at(self, group: str) -> bool:
-        return group == self._target
 
 
 @dataclass(frozen=True)
