@@ -21,17 +21,28 @@ if TYPE_CHECKING:
         SelfCheckError,
         SourceError,
     )
-    from compression.modifiers import GPTQModifier, QuantizationModifier, SmoothQuantModifier, oneshot
+    from compression.modifiers import (
+        GPTQModifier,
+        QuantizationModifier,
+        SmoothQuantModifier,
+        SparseGPTModifier,
+        WandaPruningModifier,
+        oneshot,
+    )
     from compression.pipeline import compress
-    from compression.planning import Plan, plan
+    from compression.planning import plan
+    from compression.plans import Plan
     from compression.recipe import (
         Calibration,
         DatasetSpec,
         Evaluation,
         GPTQStep,
+        MagnitudeStep,
         Recipe,
         RTNStep,
         SmoothQuantStep,
+        SparseGPTStep,
+        WandaStep,
     )
     from compression.report import Report
     from compression.schemes import SCHEMES, Scheme, get_scheme
@@ -46,6 +57,7 @@ __all__ = [
     "Evaluation",
     "GPTQModifier",
     "GPTQStep",
+    "MagnitudeStep",
     "NumericalError",
     "Plan",
     "PlanError",
@@ -60,6 +72,10 @@ __all__ = [
     "SmoothQuantModifier",
     "SmoothQuantStep",
     "SourceError",
+    "SparseGPTModifier",
+    "SparseGPTStep",
+    "WandaPruningModifier",
+    "WandaStep",
     "__version__",
     "compress",
     "get_scheme",
@@ -72,11 +88,16 @@ _HOME = {
         "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
         "SourceError",
     ),
-    "compression.modifiers": ("GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "oneshot"),
+    "compression.modifiers": (
+        "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "SparseGPTModifier",
+        "WandaPruningModifier", "oneshot",
+    ),
     "compression.pipeline": ("compress",),
-    "compression.planning": ("Plan", "plan"),
+    "compression.planning": ("plan",),
+    "compression.plans": ("Plan",),
     "compression.recipe": (
-        "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "RTNStep", "Recipe", "SmoothQuantStep",
+        "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "MagnitudeStep", "RTNStep", "Recipe",
+        "SmoothQuantStep", "SparseGPTStep", "WandaStep",
     ),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
-from compression.planning import FoldPlan
+from compression.plans import FoldPlan
 from compression.streams import Group, Streams
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}

@@ -9,7 +9,7 @@ from typing import Any
 
 import compression
 from compression.device import Arithmetic
-from compression.planning import Plan
+from compression.plans import Plan
 
 
 def source_digests(plan: Plan) -> dict[str, str]:

@@ -31,8 +31,8 @@ from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.model import StreamedModel
-from compression.planning import LayerPlan, ModulePlan, Plan
 from compression.planning import plan as make_plan
+from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.publish import publish
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals

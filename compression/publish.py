@@ -13,7 +13,7 @@ import compression
 from compression.checkpoint.formats import quantization_config
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
 from compression.journal import Journal
-from compression.planning import Plan
+from compression.plans import Plan
 from compression.report import Report
 
 

@@ -13,8 +13,9 @@ from compression.checkpoint.headers import TensorInfo, read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.errors import PlanError, Problem, SelfCheckError
 from compression.model import StreamedModel
-from compression.planning import ModulePlan, Plan, stored_tensors
+from compression.plans import ModulePlan, Plan
 from compression.report import ModuleReport
+from compression.shards import stored_tensors
 from compression.solve import sha256_of
 
 

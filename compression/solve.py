@@ -15,7 +15,7 @@ from compression.methods.gptq import gptq
 from compression.methods.masks import magnitude_keep, wanda_keep
 from compression.methods.rtn import rtn
 from compression.methods.sparsegpt import sparsegpt
-from compression.planning import ModulePlan
+from compression.plans import ModulePlan
 from compression.quantizer import (
     QuantizationParams,
     QuantizedWeight,

@@ -21,7 +21,7 @@ from compression.device import Arithmetic
 from compression.evaluate import Comparison
 from compression.forward import Forwards, Stream, make_batches
 from compression.model import StreamedModel
-from compression.planning import FoldPlan, LayerPlan, ModulePlan, Plan
+from compression.plans import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 from compression.spill import Spill
 

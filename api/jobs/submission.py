@@ -12,7 +12,8 @@ from api.jobs.schemas import JobSubmit
 from api.jobs.sources import resolve_dataset, resolve_model
 from api.settings import Settings
 from compression.errors import PlanError, Problem
-from compression.planning import Plan, plan
+from compression.planning import plan
+from compression.plans import Plan
 from compression.recipe import DatasetSpec, Recipe
 
 _SHORT_FORM = ("scheme", "method", "observer", "group_size", "targets", "ignore")

@@ -22,7 +22,7 @@ from compression.recipe import GPTQStep, QuantizingStep
 from compression.schemes import QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
-    from compression.planning import Plan
+    from compression.plans import Plan
 
 
 def encode(name: str, weight: QuantizedWeight | Tensor, scheme: Scheme | None) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from compression.checkpoint.formats import decode, encode, quantization_config
 from compression.methods.rtn import rtn
-from compression.planning import plan, stored_tensors
+from compression.planning import plan
 from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES, Scheme
+from compression.shards import stored_tensors
 from tests.compression.fake_checkpoints import fake_llama
 from tests.compression.grids import WEIGHTS, all_codes
 

@@ -17,7 +17,8 @@ from compression.errors import PlanError
 from compression.families import FAMILIES
 from compression.forward import Forwards, Stream, make_batches
 from compression.model import StreamedModel
-from compression.planning import Plan, plan
+from compression.planning import plan
+from compression.plans import Plan
 from compression.recipe import Recipe
 from tests.support.models import tiny_model
 

@@ -29,6 +29,15 @@ from tests.api.jobs.leasing import (
 )
 
 
+def cancelled_while_running(database: Database, add_job: Callable[..., str]) -> Lease:
+    """A worker's lease on a job that was cancelled since it took it."""
+    add_job()
+    lease = must_claim(database)
+    with database.write() as session:
+        cancel(session, "p", "job")
+    return lease
+
+
 class TestEndings:
     def test_success(self, database: Database, add_job: Callable[..., str]) -> None:
         add_job()
@@ -116,10 +125,7 @@ class TestCancel:
     def test_the_worker_learns_it_at_its_heartbeat(
         self, database: Database, add_job: Callable[..., str]
     ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
+        lease = cancelled_while_running(database, add_job)
         with database.write() as session:
             assert leases.renew(session, lease, LEASE) == JobStatus.CANCELLING
             leases.mark_cancelled(session, lease)
@@ -129,10 +135,7 @@ class TestCancel:
     def test_a_cancel_that_came_first_beats_success(
         self, database: Database, add_job: Callable[..., str]
     ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
+        lease = cancelled_while_running(database, add_job)
         with pytest.raises(CancelWon), database.write() as session:
             leases.succeed(session, lease, {}, "manifest")
         with database.write() as session:
@@ -150,10 +153,7 @@ class TestCancel:
     def test_any_other_ending_of_a_cancelled_attempt_is_cancelled(
         self, database: Database, add_job: Callable[..., str], end: str
     ) -> None:
-        add_job()
-        lease = must_claim(database)
-        with database.write() as session:
-            cancel(session, "p", "job")
+        lease = cancelled_while_running(database, add_job)
         if end == "reap":
             let_lease_run_out(database)
             reap(database)

@@ -1,0 +1,157 @@
+"""What a plan says: of every linear, every norm, every decoder layer, and of the job.
+
+`compression.planning.plan` makes them; the rest of the engine, the report and the API read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression.checkpoint.headers import Checkpoint
+from compression.errors import Problem
+from compression.memory import MemoryEstimate
+from compression.recipe import Calibration, Evaluation, Recipe
+from compression.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one linear.
+
+    key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = stored in
+    its own dtype, for `reason`. step, pruning: their positions in the recipe. layer: None outside the layers.
+    group: name of the first linear that reads the same input.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    dtype: str
+    scheme: Scheme | None
+    step: int | None
+    pruning: int | None
+    layer: int | None
+    group: str
+    reason: str = ""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any step changes it."""
+        return self.scheme is not None or self.pruning is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        scheme = self.scheme
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "scheme": scheme.name if scheme else None,
+            "group_size": scheme.weights.group_size if scheme else None,
+            "step": self.step,
+            "pruning": self.pruning,
+            "group": self.group,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """A norm that scales are folded into, and the group of linears that alone reads its output.
+
+    keys: the norm's tensors. offset: what it adds to its weight before it multiplies with it.
+    """
+
+    group: str
+    norm: str
+    keys: tuple[str, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file.
+
+    folds: the norms that change, by the group that reads them.
+    """
+
+    index: int
+    prefix: str
+    modules: tuple[ModulePlan, ...]
+    copied: tuple[str, ...]
+    shard: str
+    folds: Mapping[str, FoldPlan]
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Keys of the norms that change."""
+        return tuple(key for fold in self.folds.values() for key in fold.keys)
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Keys that keep their dtype and shape."""
+        return self.copied + self.folded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that headers and recipe decide.
+
+    recipe: with every step's observer written out. layers_prefix: what stands before a layer's number in
+    names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
+    not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
+    quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
+    estimated peak. disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden
+    states, 0 where they stay in memory.
+    """
+
+    source: Path
+    checkpoint: Checkpoint
+    recipe: Recipe
+    calibration: Calibration
+    evaluation: Evaluation
+    model_type: str
+    architecture: str
+    layers_prefix: str
+    layers: tuple[LayerPlan, ...]
+    outside: tuple[tuple[str, tuple[str, ...]], ...]
+    unknown: tuple[str, ...]
+    kept: tuple[ModulePlan, ...]
+    ignore: tuple[str, ...]
+    warnings: tuple[Problem, ...]
+    memory: MemoryEstimate
+    disk_bytes: int
+    spill_bytes: int
+    source_bytes: int
+    output_bytes: int
+    parameters: int
+    compressed_parameters: int
+    calibrates: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON for people and programs; no path of this machine but the model folder's own name."""
+        return {
+            "source": self.source.name,
+            "model_type": self.model_type,
+            "architecture": self.architecture,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "calibration": self.calibration.model_dump(mode="json") if self.calibrates else None,
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "layers": len(self.layers),
+            "modules": [module.to_dict() for layer in self.layers for module in layer.modules],
+            "kept": [module.to_dict() for module in self.kept],
+            "unknown_tensors": list(self.unknown),
+            "warnings": [
+                {"code": warning.code, "message": warning.message, "hint": warning.hint}
+                for warning in self.warnings
+            ],
+            "memory": self.memory.to_dict(),
+            "disk_bytes": self.disk_bytes,
+            "spill_bytes": self.spill_bytes,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "parameters": self.parameters,
+            "compressed_parameters": self.compressed_parameters,
+        }

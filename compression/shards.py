@@ -1,0 +1,105 @@
+"""The output's files: which tensors each holds, under which names, dtypes and shapes.
+
+Sizes are exact before any compute, and files can be written in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.layout import TensorSpec
+from compression.families import LM_HEAD, Decoder
+from compression.plans import FoldPlan, LayerPlan, ModulePlan
+from compression.schemes import Scheme
+
+MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
+
+
+def stored_tensors(scheme: Scheme | None, shape: tuple[int, int], dtype: str) -> dict[str, TensorSpec]:
+    """What a compressed linear [out, in] is on disk: suffix after "<name>." -> dtype and shape.
+
+    dtype: that of the source's weight, in which scales are stored, and the weight itself without a scheme.
+    """
+    if scheme is None:
+        return {"weight": TensorSpec(dtype, shape)}
+    rows, columns = shape
+    weights = scheme.weights
+    groups = columns // weights.group_size if weights.group_size else 1
+    if scheme.format == "pack-quantized":
+        tensors = {
+            "weight_packed": TensorSpec("I32", (rows, -(-columns * weights.num_bits // 32))),
+            "weight_scale": TensorSpec(dtype, (rows, groups)),
+            "weight_shape": TensorSpec("I64", (2,)),
+        }
+        if not weights.symmetric:
+            tensors["weight_zero_point"] = TensorSpec("I32", (-(-rows * weights.num_bits // 32), groups))
+        return tensors
+    codes = {"int-quantized": "I8", "float-quantized": "F8_E4M3"}[scheme.format]
+    return {"weight": TensorSpec(codes, shape), "weight_scale": TensorSpec(dtype, (rows, groups))}
+
+
+def assign_shards(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    modules: Sequence[ModulePlan],
+    unknown: Sequence[str],
+    smooths: bool,
+) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
+    """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest."""
+    outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
+    if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
+        outside.append(f"{LM_HEAD}.weight")
+    parts = list(_parts(checkpoint, outside))
+    total = decoder.num_layers + len(parts)
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    by_layer: dict[int | None, list[ModulePlan]] = {}
+    for module in modules:
+        if module.compressed:
+            by_layer.setdefault(module.layer, []).append(module)
+    layers = []
+    for index in range(decoder.num_layers):
+        prefix = f"{decoder.layers_prefix}{index}."
+        compressed = tuple(by_layer.get(index, ()))
+        folds = _folds(decoder, prefix, compressed) if smooths else {}
+        keys = {module.key for module in compressed} | {key for fold in folds.values() for key in fold.keys}
+        copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)
+        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds))
+    return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
+
+
+def _folds(decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]) -> dict[str, FoldPlan]:
+    """The norms of a layer all of whose readers are compressed, by group."""
+    names = {module.name for module in compressed}
+    folds = {}
+    for group in decoder.family.groups:
+        if group.norm and all(prefix + linear.name in names for linear in group.linears):
+            first, norm = prefix + group.linears[0].name, prefix + group.norm
+            keys = tuple(
+                f"{norm}.{suffix}"
+                for suffix in ("weight", "bias")
+                if f"{group.norm}.{suffix}" in decoder.layer_tensors()
+            )
+            folds[first] = FoldPlan(first, norm, keys, decoder.family.norm_offset)
+    return folds
+
+
+def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    part: list[str] = []
+    size = 0
+    for key in keys:
+        nbytes = checkpoint.tensors[key].nbytes
+        if part and size + nbytes > MAX_OUTSIDE_SHARD_BYTES:
+            yield tuple(part)
+            part, size = [], 0
+        part.append(key)
+        size += nbytes
+    yield tuple(part)
+
+
+def stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
+    specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
+    for module in layer.modules:
+        tensors = stored_tensors(module.scheme, module.shape, module.dtype)
+        specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
+    return specs
