@@ -35,7 +35,7 @@ def submit(
     method: Annotated[
         str | None,
         typer.Option(
-            help="gptq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. "
+            help="gptq, awq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. "
             "By default gptq for int weights with a dataset, else rtn.",
             **_How,
         ),

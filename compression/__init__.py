@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SourceError,
     )
     from compression.modifiers import (
+        AWQModifier,
         GPTQModifier,
         QuantizationModifier,
         SmoothQuantModifier,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from compression.planning import plan
     from compression.plans import Plan
     from compression.recipe import (
+        AWQStep,
         Calibration,
         DatasetSpec,
         Evaluation,
@@ -51,6 +53,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCHEMES",
+    "AWQModifier",
+    "AWQStep",
     "Calibration",
     "CompressionError",
     "DatasetSpec",
@@ -89,15 +93,15 @@ _HOME = {
         "SourceError",
     ),
     "compression.modifiers": (
-        "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "SparseGPTModifier",
+        "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "SparseGPTModifier",
         "WandaPruningModifier", "oneshot",
     ),
     "compression.pipeline": ("compress",),
     "compression.planning": ("plan",),
     "compression.plans": ("Plan",),
     "compression.recipe": (
-        "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "MagnitudeStep", "RTNStep", "Recipe",
-        "SmoothQuantStep", "SparseGPTStep", "WandaStep",
+        "AWQStep", "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "MagnitudeStep", "RTNStep",
+        "Recipe", "SmoothQuantStep", "SparseGPTStep", "WandaStep",
     ),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),

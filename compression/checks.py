@@ -40,7 +40,7 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     """Steps that learn from data, where there is none."""
     if has_data:
         return []
-    learning = [("smoothquant", "/dataset")] if recipe.smoothing else []
+    learning: list[tuple[str, str]] = [(recipe.smoothing.type, "/dataset")] if recipe.smoothing else []
     learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
     for number, step in recipe.quantizing.items():
         if step.type == "gptq":
@@ -137,8 +137,9 @@ def tensor_problems(
 
 
 def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
-    """A step that smooths, on a model whose linears read no norm."""
-    if recipe.smoothing is None or any(group.norm for group in decoder.family.groups):
+    """A step that smooths, on a model whose linears read no norm. AWQ also folds into linears."""
+    step, groups = recipe.smoothing, decoder.family.groups
+    if step is None or any(group.norm or (step.type == "awq" and group.producer) for group in groups):
         return []
     return [
         Problem(

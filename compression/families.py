@@ -29,10 +29,15 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Linears that read the same tensor; norm: the module whose output that is, "" where it is none."""
+    """Linears that read the same tensor; norm: the module whose output that is, "" where it is none.
+
+    producer: a linear whose last output rows are multiplied into that tensor channel by channel, so that they
+    can be scaled for it (v_proj for o_proj, up_proj for down_proj); "" where there is none.
+    """
 
     linears: tuple[LinearSpec, ...]
     norm: str = ""
+    producer: str = ""
 
 
 Groups = tuple[GroupSpec, ...]
@@ -42,17 +47,23 @@ Groups = tuple[GroupSpec, ...]
 def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
     names = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
     qkv = tuple(LinearSpec(f"self_attn.{name}", size, "hidden", qkv_bias) for name, size in names)
-    return (GroupSpec(qkv, norm), _alone("self_attn.o_proj", "hidden", "q", o_bias))
+    return (
+        GroupSpec(qkv, norm),
+        _alone("self_attn.o_proj", "hidden", "q", o_bias, producer="self_attn.v_proj"),
+    )
 
 
 def _gated_mlp(norm: str = "post_attention_layernorm", *, bias: str = "") -> Groups:
     names = ("gate_proj", "up_proj")
     gate_up = tuple(LinearSpec(f"mlp.{name}", "inner", "hidden", bias) for name in names)
-    return (GroupSpec(gate_up, norm), _alone("mlp.down_proj", "hidden", "inner", bias))
+    return (
+        GroupSpec(gate_up, norm),
+        _alone("mlp.down_proj", "hidden", "inner", bias, producer="mlp.up_proj"),
+    )
 
 
-def _alone(name: str, out: str, inp: str, bias: str = "", norm: str = "") -> GroupSpec:
-    return GroupSpec((LinearSpec(name, out, inp, bias),), norm)
+def _alone(name: str, out: str, inp: str, bias: str = "", norm: str = "", producer: str = "") -> GroupSpec:
+    return GroupSpec((LinearSpec(name, out, inp, bias),), norm, producer)
 
 
 def _parallel(attention: Groups, mlp: Groups) -> Groups:
@@ -63,7 +74,7 @@ def _parallel(attention: Groups, mlp: Groups) -> Groups:
 
 _FUSED_MLP: Groups = (
     _alone("mlp.gate_up_proj", "gate_up", "hidden", norm="post_attention_layernorm"),
-    _alone("mlp.down_proj", "hidden", "inner"),
+    _alone("mlp.down_proj", "hidden", "inner", producer="mlp.gate_up_proj"),
 )
 
 
@@ -151,7 +162,7 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         (
             _alone("self_attn.qkv_proj", "qkv", "hidden", norm="input_layernorm"),
-            _alone("self_attn.o_proj", "hidden", "q"),
+            _alone("self_attn.o_proj", "hidden", "q", producer="self_attn.qkv_proj"),
             *_FUSED_MLP,
         ),
         _PRE_NORMS,
@@ -201,7 +212,7 @@ FAMILIES: dict[str, Family] = {
                 tuple(LinearSpec(f"self_attn.{n}_proj", "hidden", "hidden", "enable_bias") for n in "qkv"),
                 "self_attn_layer_norm",
             ),
-            _alone("self_attn.out_proj", "hidden", "hidden", "enable_bias"),
+            _alone("self_attn.out_proj", "hidden", "hidden", "enable_bias", producer="self_attn.v_proj"),
             _alone("fc1", "inner", "hidden", "enable_bias", "final_layer_norm"),
             _alone("fc2", "hidden", "inner", "enable_bias"),
         ),

@@ -156,7 +156,7 @@ class Stream:
         """
         if self._spill is not None:
             for group in self._forwards.groups_of(layer):
-                yield GroupInputs(group, _Rehearsed(self, layer, group))
+                yield GroupInputs(group, self.rehearsed(layer, group))
             return
         self.parks_at_groups = True
         self._resume([batch for batch in self._batches if batch.layer == layer])
@@ -166,6 +166,10 @@ class Stream:
             yield GroupInputs(group, [batch.shared[group].tensor for batch in here])
             self._resume(here)
         self.parks_at_groups = False
+
+    def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
+        """What batches at the entry of a layer would hand to one of its groups; made anew at each going."""
+        return _Rehearsed(self, layer, group)
 
     def rehearse(self, layer: int, group: str) -> Iterator[Tensor]:
         """Run every batch from the entry of a layer to one of its groups, one batch at a time."""

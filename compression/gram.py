@@ -32,6 +32,10 @@ class Gram:
         """E[x^2] of every input column, [in] float32."""
         return self.matrix.diagonal() / self.tokens
 
+    def divided(self, scales: Tensor) -> Gram:
+        """The Gram matrix of the input divided, column by column, by `scales` [in] float32."""
+        return Gram(self.matrix / torch.outer(scales, scales), self.tokens)
+
 
 def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
     """Sum x x^T over all tokens of `inputs`, each [..., in] in one float dtype.

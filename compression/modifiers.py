@@ -9,6 +9,7 @@ from typing import Any
 from compression.events import OnEvent
 from compression.pipeline import compress
 from compression.recipe import (
+    AWQStep,
     Calibration,
     DatasetSpec,
     Evaluation,
@@ -21,6 +22,7 @@ from compression.recipe import (
 )
 from compression.report import Report
 
+AWQModifier = AWQStep
 GPTQModifier = GPTQStep
 QuantizationModifier = RTNStep
 SmoothQuantModifier = SmoothQuantStep

@@ -2,7 +2,7 @@
 
 plan ─▶ empty model ─▶ for each decoder layer:
                           load it ─▶ original batches pass ─▶ for each group of linears that share an input:
-                                                         smooth it ─▶ Gram of what they really see ─▶ solve
+                                                         Gram of what they really see ─▶ smooth it ─▶ solve
                           compressed batches pass ─▶ write its shard ─▶ journal ─▶ drop it
      ─▶ compare the two streams ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
 """
@@ -25,7 +25,7 @@ from compression.checkpoint.writer import Shard, write_shard
 from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
 from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
-from compression.folding import fold
+from compression.folding import fold, fold_linears
 from compression.gram import accumulate_gram, require_finite_gram
 from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
@@ -195,20 +195,25 @@ def _solve_layer(
     """
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
+    with clock.phase("solve"):
+        folds = fold_linears(layer, model, streams, plan.recipe.smoothing, arithmetic.gram_precision)
+        stored.update(folds.biases)
     for group in streams.groups(layer):
-        weights, smoothed = model.weights(module.name for module in group.modules), False
-        if planned := layer.folds.get(group.name):
-            assert plan.recipe.smoothing is not None
-            with clock.phase("solve"):
-                folded = fold(planned, group, model, streams, plan.recipe.smoothing.smoothing_strength)
-                stored.update(folded.norm)
-                weights, smoothed = folded.weights, folded.done
+        names = [module.name for module in group.modules]
+        weights = [folds.weights.pop(n, w) for n, w in zip(names, model.weights(names), strict=True)]
+        smoothed = group.name in folds.groups
+        gram = None
         with clock.phase("gram"):
-            gram = None
             if group.inputs is not None:
                 gram = accumulate_gram(group.inputs, precision=arithmetic.gram_precision)
                 require_finite_gram(group.name, gram)
         with clock.phase("solve"):
+            if planned := layer.folds.get(group.name):
+                assert gram is not None
+                assert plan.recipe.smoothing is not None
+                folded = fold(planned, group, weights, gram, model, streams, plan.recipe.smoothing)
+                stored.update(folded.norm)
+                weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
             for solved in solve(group.modules, weights, gram, plan.recipe, smoothed=smoothed):
                 tensors = encode(solved.module.name, solved.weight, solved.module.scheme)
                 model.set_weights(_decode([solved.module], tensors))

@@ -72,7 +72,7 @@ def plan(
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
     modules = _module_plans(checkpoint, decoder, treatment)
-    layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing is not None)
+    layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing)
     stored = [stored_layer(checkpoint, layer) for layer in layers]
     stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
     output_bytes = sum(map(file_size, stored))

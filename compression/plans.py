@@ -71,10 +71,26 @@ class FoldPlan:
 
 
 @dataclass(frozen=True)
+class LinearFoldPlan:
+    """A linear whose last `rows` outputs make the input of a group, channel by channel: v to o, up to down.
+
+    keys: its bias, where it has one. head_dim: of grouped-query attention, where each head of the linear is
+    read by several in the group's input.
+    """
+
+    group: str
+    linear: str
+    keys: tuple[str, ...]
+    rows: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file.
 
-    folds: the norms that change, by the group that reads them.
+    folds: the norms that change, by the group that reads them. linear_folds: the linears whose rows are
+    scaled for the sake of others, in forward order.
     """
 
     index: int
@@ -83,11 +99,13 @@ class LayerPlan:
     copied: tuple[str, ...]
     shard: str
     folds: Mapping[str, FoldPlan]
+    linear_folds: tuple[LinearFoldPlan, ...]
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Keys of the norms that change."""
-        return tuple(key for fold in self.folds.values() for key in fold.keys)
+        """Keys of the norms and biases that change."""
+        norms = (key for fold in self.folds.values() for key in fold.keys)
+        return (*norms, *(key for fold in self.linear_folds for key in fold.keys))
 
     @property
     def unquantized(self) -> tuple[str, ...]:

@@ -151,14 +151,31 @@ class SmoothQuantStep(_Frozen):
     smoothing_strength: float = Field(default=0.5, ge=0, le=1)
 
 
+class AWQStep(_Frozen):
+    """Scales up, before the linears are quantized, the channels that matter, and down in the norm or linear
+    in front of them (Lin et al., 2023, arXiv:2306.00978, section 3.2).
+
+    n_grid: exponents that are tried. duo_scaling: whether the weights' magnitudes count beside those of the
+    activations; "both" tries with and without. offload_device: accepted and without effect, since activations
+    are never all on the device.
+    """
+
+    type: Literal["awq"] = "awq"
+    n_grid: int = Field(default=20, ge=1, le=1000)
+    duo_scaling: bool | Literal["both"] = True
+    offload_device: Literal["cpu"] | None = Field(default=None, exclude=True)
+
+
 QuantizingStep = RTNStep | GPTQStep
 PruningStep = MagnitudeStep | WandaStep | SparseGPTStep
-Step = Annotated[QuantizingStep | PruningStep | SmoothQuantStep, Field(discriminator="type")]
+SmoothingStep = SmoothQuantStep | AWQStep
+Step = Annotated[QuantizingStep | PruningStep | SmoothingStep, Field(discriminator="type")]
 
-QUANTIZING, PRUNING = ("gptq", "rtn"), ("sparsegpt", "wanda", "magnitude")
+QUANTIZING, PRUNING = ("gptq", "rtn", "awq"), ("sparsegpt", "wanda", "magnitude")
 """The methods of the short form: what makes a scheme, and what makes a sparse one."""
 
 STEP_ALIASES = {
+    "AWQModifier": "awq",
     "GPTQModifier": "gptq",
     "QuantizationModifier": "rtn",
     "SmoothQuantModifier": "smoothquant",
@@ -166,6 +183,21 @@ STEP_ALIASES = {
     "WandaPruningModifier": "wanda",
 }
 """LLM Compressor's class names, accepted wherever a step's type is read."""
+
+
+_OF_AWQ = frozenset({"type", *AWQStep.model_fields})
+
+
+def _written_out(step: Any) -> list[Any]:
+    """A step as people write it -> the steps it stands for. AWQ with a scheme: AWQ, then round to nearest."""
+    if not isinstance(step, dict) or not isinstance(step.get("type"), str):
+        return [step]
+    step = {**step, "type": STEP_ALIASES.get(step["type"], step["type"])}
+    if step["type"] != "awq" or "scheme" not in step:
+        return [step]
+    own = {key: value for key, value in step.items() if key in _OF_AWQ}
+    rounding = {key: value for key, value in step.items() if key not in _OF_AWQ}
+    return [own, {**rounding, "type": "rtn"}]
 
 
 class Recipe(_Frozen):
@@ -183,21 +215,17 @@ class Recipe(_Frozen):
         if isinstance(value, list | tuple):
             value = {"steps": value}
         if isinstance(value, dict) and isinstance(value.get("steps"), list | tuple):
-            steps = [
-                {**step, "type": STEP_ALIASES.get(step["type"], step["type"])}
-                if isinstance(step, dict) and isinstance(step.get("type"), str)
-                else step
-                for step in value["steps"]
-            ]
-            return {**value, "steps": steps}
+            return {**value, "steps": [part for step in value["steps"] for part in _written_out(step)]}
         return value
 
     @model_validator(mode="after")
     def _order(self) -> Recipe:
         if not self.quantizing and not self.pruning:
             raise ValueError("a recipe needs a step that quantizes or prunes, such as gptq or sparsegpt")
-        if any(step.type == "smoothquant" for step in self.steps[1:]):
-            raise ValueError("smoothquant is the first step, once")
+        if any(isinstance(step, SmoothingStep) for step in self.steps[1:]):
+            raise ValueError("smoothquant or awq is the first step, once, and not both")
+        if self.steps[0].type == "awq" and not self.quantizing:
+            raise ValueError("awq needs a scheme, or a step after it that quantizes, such as rtn or gptq")
         if self.quantizing and self.pruning and max(self.pruning) > min(self.quantizing):
             raise ValueError("steps that prune come before those that quantize")
         return self
@@ -236,10 +264,10 @@ class Recipe(_Frozen):
         return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
 
     @property
-    def smoothing(self) -> SmoothQuantStep | None:
-        """The step that smooths, if there is one."""
+    def smoothing(self) -> SmoothingStep | None:
+        """The step that moves scales between layers, if there is one."""
         first = self.steps[0]
-        return first if isinstance(first, SmoothQuantStep) else None
+        return first if isinstance(first, SmoothingStep) else None
 
     @property
     def quantizing(self) -> dict[int, QuantizingStep]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.families import LM_HEAD, Decoder
-from compression.plans import FoldPlan, LayerPlan, ModulePlan
+from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
+from compression.recipe import AWQStep, SmoothingStep
 from compression.schemes import Scheme
 
 MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
@@ -44,9 +45,12 @@ def assign_shards(
     decoder: Decoder,
     modules: Sequence[ModulePlan],
     unknown: Sequence[str],
-    smooths: bool,
+    smoothing: SmoothingStep | None,
 ) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
-    """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest."""
+    """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest.
+
+    smoothing: the recipe's step that folds scales, which decides what they are folded into.
+    """
     outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
     if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
         outside.append(f"{LM_HEAD}.weight")
@@ -61,10 +65,13 @@ def assign_shards(
     for index in range(decoder.num_layers):
         prefix = f"{decoder.layers_prefix}{index}."
         compressed = tuple(by_layer.get(index, ()))
-        folds = _folds(decoder, prefix, compressed) if smooths else {}
-        keys = {module.key for module in compressed} | {key for fold in folds.values() for key in fold.keys}
+        folds = _folds(decoder, prefix, compressed) if smoothing else {}
+        linear_folds = _linear_folds(decoder, prefix, compressed) if isinstance(smoothing, AWQStep) else ()
+        keys = {module.key for module in compressed}
+        keys |= {key for fold in folds.values() for key in fold.keys}
+        keys |= {key for fold in linear_folds for key in fold.keys}
         copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)
-        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds))
+        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds))
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
 
 
@@ -82,6 +89,23 @@ def _folds(decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]) -> d
             )
             folds[first] = FoldPlan(first, norm, keys, decoder.family.norm_offset)
     return folds
+
+
+def _linear_folds(
+    decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]
+) -> tuple[LinearFoldPlan, ...]:
+    """The linears that are compressed together with all that read their outputs channel by channel."""
+    names = {module.name for module in compressed}
+    folds = []
+    for group in decoder.family.groups:
+        readers = [prefix + linear.name for linear in group.linears]
+        linear = prefix + group.producer
+        if group.producer and linear in names and names.issuperset(readers):
+            bias = f"{group.producer}.bias"
+            keys = (prefix + bias,) if bias in decoder.layer_tensors() else ()
+            rows = decoder.sizes["kv" if group.linears[0].inp == "q" else group.linears[0].inp]
+            folds.append(LinearFoldPlan(readers[0], linear, keys, rows, decoder.sizes["head"]))
+    return tuple(folds)
 
 
 def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:

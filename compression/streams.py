@@ -127,6 +127,11 @@ class Streams:
                 return
             yield Group(members[here.group], _Timed(here.inputs, self._clock))
 
+    def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
+        """What calibration batches, which wait at the layer's entry, would hand to a group as things are."""
+        assert self._calibration is not None  # the plan refuses smoothing without a dataset
+        return _Timed(self._calibration.rehearsed(layer, group), self._clock)
+
     def renew_inputs(self, fold: FoldPlan) -> None:
         """Make the inputs of a group anew, as its norm, which has changed, makes them."""
         assert self._calibration is not None  # the plan refuses smoothing without a dataset

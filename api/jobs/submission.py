@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from compression.plans import Plan
 from compression.recipe import DatasetSpec, Recipe
 
 _SHORT_FORM = ("scheme", "method", "observer", "group_size", "targets", "ignore")
-_STEP = "/recipe/steps/0/"
+_STEP = re.compile(r"/recipe/steps/\d+/")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,6 @@ def _gate_problems(body: JobSubmit) -> list[Problem]:
 
 def _in_body(problem: Problem, body: JobSubmit) -> Problem:
     """The plan points into a recipe; in the short form the step's fields lie at the top of the body."""
-    if body.recipe is not None or not problem.pointer.startswith(_STEP):
+    if body.recipe is not None:
         return problem
-    return Problem(problem.code, problem.message, problem.hint, "/" + problem.pointer.removeprefix(_STEP))
+    return Problem(problem.code, problem.message, problem.hint, _STEP.sub("/", problem.pointer))

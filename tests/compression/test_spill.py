@@ -30,6 +30,7 @@ RECIPES = {
     "gptq": [{"type": "gptq", "scheme": "W4A16"}],
     "rtn, for the report": [{"type": "rtn", "scheme": "W8A8", "observer": "mse"}],
     "smoothquant + gptq": [SMOOTH, {"type": "gptq", "scheme": "W8A8"}],
+    "awq": [{"type": "awq", "scheme": "W4A16_ASYM", "n_grid": 3}],
     "sparsegpt": [{"type": "sparsegpt", "mask_structure": "2:4"}],
 }
 

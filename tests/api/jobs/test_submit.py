@@ -94,6 +94,14 @@ class TestAccepted:
         job = server.submit(scheme="sparse-2of4", method=None)
         assert (job["method"], job["scheme"]) == ("sparsegpt", "SPARSE_2OF4")
 
+    def test_awq_is_a_method(self, server: Server) -> None:
+        job = server.submit(scheme="W4A16_ASYM", method="awq")
+        assert (job["method"], job["scheme"]) == ("awq+rtn", "W4A16_ASYM")
+
+    def test_what_speaks_against_awq_points_into_the_short_form(self, server: Server) -> None:
+        refusal = refused(server, scheme="W4A16_ASYM", method="awq", group_size=48)
+        assert pointers(refusal) == {"/group_size": "group_size_does_not_divide"}
+
     def test_inline_texts_are_counted_not_shown(self, server: Server) -> None:
         job = server.submit(dataset={"texts": ["some words " * 500] * 3})
         assert job["dataset"] == "3 inline texts"

@@ -1,0 +1,300 @@
+"""AWQ: the search against its definition, folds that leave the function alone, and what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compression import (
+    AWQModifier,
+    Calibration,
+    CompressionError,
+    DatasetSpec,
+    Evaluation,
+    QuantizationModifier,
+    Recipe,
+    compress,
+    plan,
+)
+from compression import device as machine
+from compression.calibration import load_blocks
+from compression.clock import Clock
+from compression.events import Event, LayerReplayed, LayerSolved
+from compression.folding import fold, fold_linears
+from compression.gram import accumulate_gram
+from compression.methods.awq import Rounded, SharedChannels, awq_scales
+from compression.model import StreamedModel
+from compression.plans import Plan
+from compression.report import EvaluationReport, Report
+from compression.schemes import QuantizationArgs, get_scheme
+from compression.streams import Streams
+from tests.support.models import tiny_model
+from tests.support.readers import perplexity
+
+SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
+FEW = Evaluation(num_samples=8)
+ASYM = {"scheme": "W4A16_ASYM", "group_size": 32}
+AWQ = [{"type": "awq", **ASYM}]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def run(source: Path, output: Path, texts: Path, steps: list[dict[str, object]], **options: object) -> Report:
+    recipe, dataset = Recipe.model_validate(steps), DatasetSpec(path=str(texts))
+    return compress(source, recipe, output, dataset=dataset, calibration=SMALL, evaluation=FEW, **options)
+
+
+def with_outliers(folder: Path) -> Path:
+    """Three channels of what every group reads become 30 times larger, as in trained models."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight", "v_proj.weight")):
+            tensor[[3, 70, 100]] *= 30
+        if name.endswith("up_proj.weight"):
+            tensor[[5, 80, 200]] *= 30
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def reference_rounding(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """Asymmetric round to nearest with min-max scales, float64, group by group."""
+    rounded = torch.empty_like(weight)
+    assert args.group_size
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], args.group_size):
+            part = weight[row, start : start + args.group_size]
+            low, high = min(part.min(), 0.0), max(part.max(), 0.0)
+            scale = (high - low) / 15
+            zero = (-8 - low / scale).round().clamp(-8, 7)
+            codes = (part / scale + zero).round().clamp(-8, 7)
+            rounded[row, start : start + args.group_size] = (codes - zero) * scale
+    return rounded
+
+
+class TestSearch:
+    ARGS = get_scheme("W4A16_ASYM").with_group_size(8).weights
+
+    def problem(self) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        inputs, weight = torch.randn(200, 16), torch.randn(12, 16)
+        inputs[:, [2, 9]] *= 12
+        return inputs, weight
+
+    def test_takes_the_best_of_the_grid(self) -> None:
+        inputs, weight = self.problem()
+        gram = accumulate_gram([inputs], precision="float32")
+        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram, n_grid=10)
+        x, w64 = inputs.double().square().mean(0).sqrt(), weight.double()
+        magnitude = w64.abs().view(12, 2, 8)
+        w = (magnitude / magnitude.amax(-1, keepdim=True)).view(12, 16).mean(0)
+
+        def error(s: Tensor) -> float:
+            difference = reference_rounding(w64 * s, self.ARGS) / s - w64
+            return float((inputs.double() @ difference.T).square().sum())
+
+        tried = [torch.ones(16, dtype=torch.float64)]
+        for step in range(10):
+            s = x ** (step / 10) / (w ** (1 - step / 10) + 1e-4)
+            tried.append(s / (s.max() * s.min()).sqrt())
+        best = min(tried, key=error)
+        assert error(best) < 0.7 * error(tried[0])
+        torch.testing.assert_close(scales.double(), best, rtol=1e-5, atol=0)
+
+    def test_both_is_no_worse_than_either(self) -> None:
+        inputs, weight = self.problem()
+        gram = accumulate_gram([inputs], precision="float32")
+
+        def error(duo_scaling: object) -> float:
+            parts = [Rounded(weight, self.ARGS, torch.float32)]
+            s = awq_scales(parts, gram, duo_scaling=duo_scaling)  # type: ignore[arg-type]
+            difference = reference_rounding((weight * s).double(), self.ARGS) / s - weight
+            return float((inputs.double() @ difference.T).square().sum())
+
+        assert error("both") <= min(error(True), error(False)) * (1 + 1e-6)
+
+    def test_channels_that_carry_nothing_are_left_alone(self) -> None:
+        inputs, weight = self.problem()
+        inputs[:, 4], weight[:, 7] = 0, 0
+        gram = accumulate_gram([inputs], precision="float32")
+        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram)
+        assert scales.isfinite().all()
+        assert (scales[4], scales[7]) == (1, 1)
+        assert scales[2] != 1
+        nothing = accumulate_gram([torch.zeros(3, 16)], precision="float32")
+        assert awq_scales([Rounded(weight, self.ARGS, torch.float32)], nothing).tolist() == [1] * 16
+
+    def test_channels_of_one_row_have_one_scale(self) -> None:
+        inputs, weight = self.problem()
+        gram = accumulate_gram([inputs], precision="float32")
+        shared = SharedChannels(head_dim=4, repeats=2)
+        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram, shared=shared)
+        heads = scales.view(2, 2, 4)
+        assert torch.equal(heads[:, 0], heads[:, 1])
+        assert torch.equal(shared.expand(shared.reduce(scales)), scales)
+        assert len(scales.unique()) == 8
+
+
+def folded_only(planned: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
+    """The model after all folds, nothing rounded, against the original; and the groups that were folded."""
+    model = StreamedModel(
+        planned.checkpoint, planned.layers_prefix, device="cpu", compute_dtype=torch.float32
+    )
+    blocks = load_blocks(DatasetSpec(path=str(texts)), planned.source, SMALL, FEW, calibrate=True)
+    arithmetic = machine.choose("cpu", "F32")
+    step, done = planned.recipe.smoothing, set()
+    assert step is not None
+    with closing(Streams(planned, model, blocks, arithmetic, Path(), Clock())) as streams:
+        for layer in planned.layers:
+            model.load_layer(layer.index)
+            streams.pass_original(layer.index)
+            folds = fold_linears(layer, model, streams, step, "float32")
+            done |= folds.groups
+            for group in streams.groups(layer):
+                names = [module.name for module in group.modules]
+                weights = [folds.weights.get(n, w) for n, w in zip(names, model.weights(names), strict=True)]
+                if here := layer.folds.get(group.name):
+                    assert group.inputs is not None
+                    gram = accumulate_gram(group.inputs, precision="float32")
+                    folded = fold(here, group, weights, gram, model, streams, step)
+                    weights, done = folded.weights, done | ({group.name} if folded.done else set())
+                model.set_weights(dict(zip(names, weights, strict=True)))
+            streams.pass_compressed(layer.index)
+            model.drop_layer(layer.index)
+        measured = streams.compare()
+    assert measured is not None
+    return measured, done
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("qwen2", torch.float32),  # v_proj has a bias
+        ("phi3", torch.bfloat16),  # q, k and v are one linear, gate and up another
+        ("gemma2", torch.float32),  # norms multiply with 1 + w
+        ("cohere", torch.float32),  # one norm for attention and MLP
+        ("olmo2", torch.bfloat16),  # no norm in front
+        ("opt", torch.float32),  # no gate: fc1 stays
+    ],
+)
+def test_folds_leave_the_function_as_it_was(
+    model_type: str, dtype: torch.dtype, tiny_texts: Path, tmp_path: Path
+) -> None:
+    source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=dtype))
+    made = plan(
+        source,
+        Recipe.model_validate(AWQ),
+        dataset=DatasetSpec(path=str(tiny_texts)),
+        calibration=SMALL,
+        evaluation=FEW,
+    )
+    measured, done = folded_only(made, tiny_texts)
+    foldable = {m.group for layer in made.layers for m in layer.modules}
+    if model_type in ("olmo2", "opt"):
+        left = {"olmo2": ("q_proj", "gate_proj"), "opt": ("fc2",)}[model_type]
+        foldable = {group for group in foldable if not group.endswith(left)}
+    assert done == foldable
+    assert measured.kl_divergence < 1e-7
+    assert measured.perplexity_compressed == pytest.approx(measured.perplexity_original, rel=1e-5)
+
+
+def test_a_wrong_fold_is_undone(tiny_texts: Path, tmp_path: Path) -> None:
+    source = with_outliers(tiny_model(tmp_path / "model", dtype=torch.float32))
+    made = plan(
+        source,
+        Recipe.model_validate(AWQ),
+        dataset=DatasetSpec(path=str(tiny_texts)),
+        calibration=SMALL,
+        evaluation=FEW,
+    )
+    layers = []
+    for layer in made.layers:
+        attention, mlp = layer.linear_folds
+        wrong = replace(mlp, linear=mlp.linear.replace("up_proj", "gate_proj"))
+        layers.append(replace(layer, linear_folds=(attention, wrong)))
+    measured, done = folded_only(replace(made, layers=tuple(layers)), tiny_texts)
+    assert not any(group.endswith("down_proj") for group in done)
+    assert len(done) == 6
+    assert measured.kl_divergence < 1e-7
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("llama", torch.bfloat16), ("qwen2", torch.float32)])
+def test_it_helps_and_reads_back_as_reported(
+    model_type: str, dtype: torch.dtype, tiny_texts: Path, tmp_path: Path
+) -> None:
+    source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=dtype))
+    minmax = {**ASYM, "observer": "minmax"}
+    plain = run(source, tmp_path / "plain", tiny_texts, [{"type": "rtn", **minmax}]).evaluation
+    report = run(source, tmp_path / "awq", tiny_texts, [{"type": "awq", **minmax}])
+    assert plain is not None
+    assert report.evaluation is not None
+    assert report.evaluation.kl_divergence < 0.5 * plain.kl_divergence
+    assert all(row.smoothed for row in report.modules)
+    if dtype == torch.float32:
+        blocks = load_blocks(DatasetSpec(path=str(tiny_texts)), source, SMALL, FEW).evaluation
+        expected = report.evaluation.perplexity_compressed
+        assert perplexity(tmp_path / "awq", blocks) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", "qwen2", layers=3)
+    steps: list[dict[str, object]] = [{"type": "awq", "n_grid": 3}, {"type": "gptq", **ASYM}]
+    run(source, tmp_path / "whole", tiny_texts, steps)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, LayerSolved) and event.layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "cut", tiny_texts, steps, on_event=stop)
+    events: list[Event] = []
+    run(source, tmp_path / "cut", tiny_texts, steps, on_event=events.append)
+    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
+
+
+class TestRecipe:
+    def test_with_a_scheme_it_rounds_to_nearest(self) -> None:
+        written = Recipe.model_validate([{"type": "awq", "n_grid": 10, "ignore": ["lm_head"], **ASYM}])
+        assert [step.type for step in written.steps] == ["awq", "rtn"]
+        apart = [{"type": "AWQModifier", "n_grid": 10}, {"type": "QuantizationModifier", **ASYM}]
+        assert Recipe.model_validate(apart).canonical_json() == written.canonical_json()
+        short = Recipe.from_short("W4A16_ASYM", method="awq", has_dataset=True, group_size=32)
+        assert short == Recipe.model_validate(AWQ)
+
+    def test_offload_device_changes_nothing(self) -> None:
+        plain = Recipe(steps=(AWQModifier(), QuantizationModifier(scheme="W4A16")))
+        offloaded = Recipe(steps=(AWQModifier(offload_device="cpu"), QuantizationModifier(scheme="W4A16")))
+        assert plain.canonical_json() == offloaded.canonical_json()
+
+    @pytest.mark.parametrize(
+        "steps",
+        [
+            [{"type": "awq"}],
+            [{"type": "awq"}, {"type": "magnitude"}],
+            [{"type": "smoothquant"}, *AWQ],
+            [{"type": "rtn", "scheme": "W4A16"}, {"type": "awq"}],
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, steps: list[dict[str, object]]) -> None:
+        with pytest.raises(ValidationError, match=r"awq|quantizes"):
+            Recipe.model_validate(steps)
+
+    def test_it_needs_data(self, tiny_llama: Path) -> None:
+        with pytest.raises(CompressionError) as caught:
+            plan(tiny_llama, Recipe.model_validate(AWQ))
+        assert caught.value.code == "dataset_required"
