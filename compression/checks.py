@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from compression.checkpoint.headers import Checkpoint
+from compression.decoder import Decoder
 from compression.errors import Problem
-from compression.families import Decoder
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.recipe import Recipe
 

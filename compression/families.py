@@ -1,47 +1,98 @@
-"""The decoders that the engine knows, and the tensors that a config.json implies for them.
+"""The decoders that the engine knows.
 
 One table, FAMILIES: for each model type the linears of a layer, which of them read the same input, the other
 tensors, and what Transformers assumes where config.json is silent. Shapes are written in the model's sizes,
-by name ("q" = heads x head_dim), so a new family is one entry here. Nothing is imported from Transformers; a
-test compares this module with its modeling code.
+by name ("q" = heads x head_dim; decoder.py has them all), so a new family is one entry here. Nothing is
+imported from Transformers; a test compares this module with its modeling code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-from compression.errors import Problem
 
 LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear of a layer. out, inp: names of sizes. bias: "always", a config key that decides, or ""."""
+    """One linear of a layer. out, inp: names of sizes. bias: "always", a config key that decides, or "".
+
+    gate: whether it weighs what another linear makes; gates are never compressed.
+    """
 
     name: str
     out: str
     inp: str
     bias: str = ""
+    gate: bool = False
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Linears that read the same tensor; norm: the module whose output that is, "" where it is none.
+    """Linears that read the same tensor.
 
-    producer: a linear whose last output rows are multiplied into that tensor channel by channel, so that they
-    can be scaled for it (v_proj for o_proj, up_proj for down_proj); "" where there is none.
+    norm: the module whose output that is, "" where it is none, or where others read it as well. producer: a
+    linear whose last output rows are multiplied into that tensor channel by channel, so that they can be scaled
+    for it (v_proj for o_proj, up_proj for down_proj); "" where there is none. experts: the module of which they
+    are one expert, "" where they are none.
     """
 
     linears: tuple[LinearSpec, ...]
     norm: str = ""
     producer: str = ""
+    experts: str = ""
 
 
 Groups = tuple[GroupSpec, ...]
 """A layer's groups in forward order."""
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a layer: modules "0", "1", ... of the module `name`, as many as the size "experts".
+
+    router: the module that chooses among them. gate_up: an expert's linears that read the tokens routed to
+    it, in the order gate, up. down: its linear that reads act(gate) * up.
+    """
+
+    name: str
+    router: str
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+
+    def groups(self, count: int) -> Groups:
+        """The experts one by one, all of the first stage before all of the second: none waits for another."""
+        stages = (
+            [LinearSpec(name, "expert_inner", "hidden") for name in self.gate_up],
+            [LinearSpec(self.down, "hidden", "expert_inner")],
+        )
+        return tuple(
+            GroupSpec(
+                tuple(replace(linear, name=f"{self.name}.{expert}.{linear.name}") for linear in stage),
+                experts=self.name,
+            )
+            for stage in stages
+            for expert in range(count)
+        )
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The layers of a family that have experts in place of the MLP.
+
+    groups, others: as in Family, of such a layer. dense: the config keys that say which layers are no such
+    layers: first_k_dense_replace, mlp_only_layers, decoder_sparse_step.
+    """
+
+    groups: tuple[GroupSpec | ExpertsSpec, ...]
+    others: Mapping[str, tuple[str, ...]]
+    dense: tuple[str, ...] = ()
+
+    @property
+    def experts(self) -> ExpertsSpec:
+        return next(group for group in self.groups if isinstance(group, ExpertsSpec))
 
 
 def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
@@ -92,21 +143,30 @@ _QK_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", shape=("head",))
 _ALL_BIASED = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
 
+def _router(name: str) -> dict[str, tuple[str, ...]]:
+    return {f"{name}.weight": ("experts", "hidden")}
+
+
 @dataclass(frozen=True)
 class Family:
     """The structure of one model type.
 
     groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
-    key is true. norm_offset: what norms add to their weight before they multiply with it. outside: tensors in
-    no layer, lm_head apart. defaults: what Transformers assumes where config.json has no such key (without
-    num_key_value_heads there are as many as heads, without head_dim it is hidden_size / heads). fixed: config
-    keys that must have this value (a str names another key) for this table to hold.
+    key is true. sparse: the layers that have experts, where there are any. norm_offset: what norms add to
+    their weight before they multiply with it. outside: tensors in no layer, lm_head apart. sizes: further
+    sizes, each the product of these config keys. aliases: config keys under another name. defaults: what
+    Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
+    heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
+    names another key) for this table to hold.
     """
 
     architecture: str
     groups: Groups
     others: Mapping[str, tuple[str, ...]]
     optional: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    sparse: Sparse | None = None
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: int = 0
@@ -116,7 +176,7 @@ class Family:
     intermediate_key: str = "intermediate_size"
 
     def linears(self) -> list[LinearSpec]:
-        """A layer's linears in forward order."""
+        """A dense layer's linears in forward order."""
         return [linear for group in self.groups for linear in group.linears]
 
 
@@ -205,6 +265,34 @@ FAMILIES: dict[str, Family] = {
         _norms("input_layernorm"),
         defaults={"tie_word_embeddings": True},
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _attention(),
+        _PRE_NORMS,
+        sparse=Sparse(
+            (
+                *_attention(),
+                ExpertsSpec("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3"), "w2"),
+            ),
+            _PRE_NORMS | _router("block_sparse_moe.gate"),
+        ),
+        sizes={"experts": ("num_local_experts",), "expert_inner": ("intermediate_size",)},
+        aliases={"num_experts": "num_local_experts"},
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(),
+        _PRE_NORMS | _QK_NORMS,
+        sparse=Sparse(
+            (*_attention(**_ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
+            _PRE_NORMS | _QK_NORMS | _router("mlp.gate"),
+            dense=("mlp_only_layers", "decoder_sparse_step"),
+        ),
+        sizes={"experts": ("num_experts",), "expert_inner": ("moe_intermediate_size",)},
+        aliases={"num_local_experts": "num_experts"},
+        defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+    ),
     "opt": Family(
         "OPTForCausalLM",
         (
@@ -232,167 +320,3 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By `model_type`."""
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A family with its sizes: the shapes of one model.
-
-    sizes: by the names that the table uses. switches: the config keys that decide about biases and optional
-    tensors.
-    """
-
-    family: Family
-    sizes: Mapping[str, int]
-    num_layers: int
-    tied: bool
-    switches: Mapping[str, bool]
-
-    @property
-    def layers_prefix(self) -> str:
-        """What stands before a layer's number in the name of a tensor."""
-        return self.family.layers_prefix
-
-    @property
-    def embedding(self) -> str:
-        """Name of the token embeddings' weight."""
-        return self.family.embedding
-
-    @property
-    def vocab_size(self) -> int:
-        return self.sizes["vocab"]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.sizes["hidden"]
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.sizes["inner"]
-
-    def shape(self, linear: LinearSpec) -> tuple[int, int]:
-        """(out, in)."""
-        return self.sizes[linear.out], self.sizes[linear.inp]
-
-    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within the layer -> shape: the linears in forward order, then the rest."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for linear in self.family.linears():
-            shapes[f"{linear.name}.weight"] = self.shape(linear)
-            if linear.bias == "always" or self.switches.get(linear.bias):
-                shapes[f"{linear.name}.bias"] = (self.sizes[linear.out],)
-        others = dict(self.family.others)
-        for key, tensors in self.family.optional.items():
-            others |= tensors if self.switches[key] else {}
-        return shapes | self._sized(others)
-
-    def outside_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what is in no layer. A tied lm_head is not on disk."""
-        shapes = self._sized({self.family.embedding: ("vocab", "hidden"), **self.family.outside})
-        if not self.tied:
-            shapes[f"{LM_HEAD}.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
-
-    @property
-    def parked_width(self) -> int:
-        """Numbers a token that a suspended forward holds, at the group where it is most.
-
-        Residual and normed hidden state always; before the output projection also queries, keys, values and
-        their result; before the down projection also its input. A fused projection's result outlives its
-        parts, as they are views of it.
-        """
-        outs = {linear.out for linear in self.family.linears()}
-        attention = 2 * (self.sizes["q"] + self.sizes["kv"]) + (self.sizes["qkv"] if "qkv" in outs else 0)
-        mlp = self.sizes["inner"] + (self.sizes["gate_up"] if "gate_up" in outs else 0)
-        return 2 * self.sizes["hidden"] + max(attention, mlp)
-
-    def _sized(self, shapes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self.sizes[size] for size in shape) for name, shape in shapes.items()}
-
-
-def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
-    """The decoder that a config.json of a known family states, or every reason why it cannot be used."""
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        return [
-            _problem(
-                "unsupported_architecture",
-                f"Models of type {str(model_type)[:100]!r} are not supported.",
-                f"Supported model types: {', '.join(FAMILIES)}.",
-            )
-        ]
-    problems = _architecture_problems(config, family)
-    stated = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    hidden, inner, layers, heads, vocab = (
-        _size(stated, key, None, problems)
-        for key in (
-            "hidden_size", family.intermediate_key, "num_hidden_layers", "num_attention_heads", "vocab_size",
-        )
-    )  # fmt: skip
-    kv_heads = _size(stated, "num_key_value_heads", heads, problems)
-    head = _size(stated, "head_dim", hidden // heads, problems)
-    positions = _size(stated, "max_position_embeddings", 1, problems)
-    if not problems and heads % kv_heads:
-        problems.append(
-            _problem(
-                "config_invalid",
-                f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads.",
-            )
-        )
-    if problems:
-        return problems
-    sizes = {
-        "hidden": hidden,
-        "inner": inner,
-        "gate_up": 2 * inner,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head": head,
-        "q": heads * head,
-        "kv": kv_heads * head,
-        "qkv": (heads + 2 * kv_heads) * head,
-        "vocab": vocab,
-        "positions + 2": positions + 2,
-    }
-    keys = {linear.bias for linear in family.linears()} | family.optional.keys()
-    switches = {key: stated.get(key) is True for key in keys}
-    return Decoder(family, sizes, layers, stated.get("tie_word_embeddings") is True, switches)
-
-
-def _architecture_problems(config: Mapping[str, Any], family: Family) -> list[Problem]:
-    architectures = config.get("architectures")
-    if architectures is not None and architectures != [family.architecture]:
-        return [
-            _problem(
-                "unsupported_architecture",
-                f"The model is {str(architectures)[:200]}.",
-                f"Of this model type only {family.architecture} is supported.",
-            )
-        ]
-    problems = []
-    for key, value in family.fixed.items():
-        needed = config.get(value) if isinstance(value, str) else value
-        if config.get(key) not in (None, needed):
-            problems.append(
-                _problem(
-                    "unsupported_architecture",
-                    f"config.json: {key} is {str(config[key])[:40]}.",
-                    f"Models of this type are supported with {key} = {needed} only.",
-                )
-            )
-    return problems
-
-
-def _size(stated: Mapping[str, Any], key: str, default: int | None, problems: list[Problem]) -> int:
-    value = stated.get(key, default)
-    if type(value) is int and 0 < value < 2**31:
-        return value
-    problems.append(
-        _problem("config_invalid", f"config.json: {key} is {str(value)[:40]}, not a positive number.")
-    )
-    return 1
-
-
-def _problem(code: str, message: str, hint: str = "") -> Problem:
-    return Problem(code, message, hint, "/model")

@@ -16,22 +16,27 @@ Where that is too much to hold, batches park between layers only, their hidden s
 what a group reads is shown by rehearsals: a greenlet of its own runs the layer, with the arguments that the
 batch waits with at its entry, up to the group, and is thrown away (docs/adr/0008-hidden-states-on-disk.md).
 
+Before the experts of a layer batches park once, and hand over what all of them read and the routing: what
+each expert sees is cut from that (expert_grams.py).
+
 Rules that keep this correct: gradients are off in the whole thread, nothing parks inside a torch mode, and
 only one thread switches.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import greenlet
 import torch
 from torch import Tensor, nn
 
 from compression.errors import PlanError, Problem
+from compression.experts import Routed
 from compression.model import StreamedModel
 from compression.quantizer import fake_quantize
 from compression.schemes import QuantizationArgs
@@ -52,9 +57,10 @@ class _SharedInput:
 
 
 class _Pass(greenlet.greenlet):
-    """A run through a part of the model that can park. `group` says before which group it is parked.
+    """A run through a part of the model that can park.
 
-    parks_at: whether to park where the first linear of a group wants its input.
+    group: before which group it is parked, or before which module of experts. shown: what it hands over
+    there. parks_at: whether to park where the first linear of a group wants its input.
     """
 
     def __init__(self, stream: Stream, parks_at: Callable[[str], bool]) -> None:
@@ -62,6 +68,7 @@ class _Pass(greenlet.greenlet):
         self.stream = stream
         self.parks_at = parks_at
         self.group: str | None = None
+        self.shown: Tensor | Routed | None = None
         self.shared: dict[str, _SharedInput] = {}
         self.norm_inputs: dict[str, Tensor] = {}
 
@@ -69,6 +76,13 @@ class _Pass(greenlet.greenlet):
         """Go back to the main loop until it switches here again."""
         assert self.parent is not None
         self.parent.switch()
+
+    def show(self, group: str, inputs: Tensor | Routed) -> None:
+        """Park before a group, if that is wanted, its input in hand."""
+        if self.parks_at(group):
+            self.group, self.shown = group, inputs
+            self.park()
+            self.shown = None
 
 
 class _Batch(_Pass):
@@ -123,6 +137,14 @@ class GroupInputs:
     inputs: Iterable[Tensor]
 
 
+@dataclass(frozen=True)
+class ExpertsInputs:
+    """What every batch is about to feed to the experts of a layer, to be gone through as often as wanted."""
+
+    experts: str
+    inputs: Iterable[Routed]
+
+
 class Stream:
     """Batches that pass through the model side by side, in one role (calibration, original, compressed).
 
@@ -148,30 +170,31 @@ class Stream:
             batch.switch()  # runs the embedding, parks at the entry of layer 0
             self._put_away(batch)
 
-    def groups(self, layer: int) -> Iterator[GroupInputs]:
-        """Stop before each group of a layer, in the order in which the layer runs them.
+    def groups(self, layer: int) -> Iterator[GroupInputs | ExpertsInputs]:
+        """Stop before each group of a layer, in the order in which the layer runs them; before all groups of
+        its experts at once.
 
         Weights that the caller replaces while it holds a group are the ones the group runs with. Afterwards
         `run_through` passes the layer, unless the batches have already.
         """
         if self._spill is not None:
             for group in self._forwards.groups_of(layer):
-                yield GroupInputs(group, self.rehearsed(layer, group))
+                yield self._forwards.inputs(group, self.rehearsed(layer, group))
             return
         self.parks_at_groups = True
         self._resume([batch for batch in self._batches if batch.layer == layer])
         while waiting := [batch for batch in self._batches if batch.group is not None]:
             group = min((batch.group for batch in waiting if batch.group), key=self._forwards.order)
             here = [batch for batch in waiting if batch.group == group]
-            yield GroupInputs(group, [batch.shared[group].tensor for batch in here])
+            yield self._forwards.inputs(group, [batch.shown for batch in here if batch.shown is not None])
             self._resume(here)
         self.parks_at_groups = False
 
-    def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
+    def rehearsed(self, layer: int, group: str) -> Iterable[Tensor | Routed]:
         """What batches at the entry of a layer would hand to one of its groups; made anew at each going."""
         return _Rehearsed(self, layer, group)
 
-    def rehearse(self, layer: int, group: str) -> Iterator[Tensor]:
+    def rehearse(self, layer: int, group: str) -> Iterator[Tensor | Routed]:
         """Run every batch from the entry of a layer to one of its groups, one batch at a time."""
         for batch in self._batches:
             if batch.layer != layer:
@@ -180,8 +203,8 @@ class Stream:
             rehearsal = _Rehearsal(batch, group)
             try:
                 rehearsal.switch()
-                if rehearsal.group is not None:
-                    yield rehearsal.shared[group].tensor
+                if rehearsal.shown is not None:
+                    yield rehearsal.shown
             finally:
                 if not rehearsal.dead:
                     rehearsal.throw(greenlet.GreenletExit)
@@ -238,13 +261,13 @@ def _same_storage(one: _Entry, other: _Entry | None) -> bool:
     return left == right
 
 
-class _Rehearsed(Iterable[Tensor]):
+class _Rehearsed(Iterable[Tensor | Routed]):
     """The inputs of a group, made anew each time they are gone through."""
 
     def __init__(self, stream: Stream, layer: int, group: str) -> None:
         self._stream, self._layer, self._group = stream, layer, group
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor | Routed]:
         return self._stream.rehearse(self._layer, self._group)
 
 
@@ -252,7 +275,8 @@ class Forwards:
     """Makes streams over one model, and owns the hooks by which they park.
 
     groups: each linear's group id. activations: how a linear's input is quantized when it is served, for the
-    linears where it is. norms: the norm that makes a group's input, for groups where it will change.
+    linears where it is. norms: the norm that makes a group's input, for groups where it will change. experts:
+    the module of experts, for groups in one.
     """
 
     def __init__(
@@ -261,15 +285,18 @@ class Forwards:
         groups: Mapping[str, str],
         activations: Mapping[str, QuantizationArgs],
         norms: Mapping[str, str] = MappingProxyType({}),
+        experts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self._groups = groups
         self._activations = activations
-        self._order = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
+        self._experts = frozenset(experts.values())
+        parks = {name: experts.get(group, group) for name, group in groups.items()}
+        self._order = {group: position for position, group in enumerate(dict.fromkeys(parks.values()))}
         self._by_layer: dict[int, dict[str, None]] = {}
-        for name, group in groups.items():
+        for name, group in parks.items():
             self._by_layer.setdefault(model.layer_of(name), {})[group] = None
-        self._readers = {group: list(groups.values()).count(group) for group in self._order}
+        self._readers = Counter(groups.values())
         stops = [*model.layers, model.head]
         self._hooks = [
             stop.register_forward_pre_hook(self._at_layer(i), with_kwargs=True)
@@ -281,6 +308,9 @@ class Forwards:
         for group, name in norms.items():
             norm = model.module.get_submodule(name)
             self._hooks.append(norm.register_forward_pre_hook(self._at_norm(group)))
+        for name in self._experts:
+            module = model.module.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(self._at_experts(name)))
 
     def stream(
         self, batches: Sequence[Tensor], *, quantize_activations: bool, spill: Spill | None = None
@@ -289,8 +319,14 @@ class Forwards:
         tokens = [batch.to(self.model.device) for batch in batches]
         return Stream(self, tokens, quantize_activations=quantize_activations, spill=spill)
 
+    def inputs(self, group: str, shown: Iterable[Tensor | Routed]) -> GroupInputs | ExpertsInputs:
+        """What batches show before a group, or before a module of experts."""
+        if group in self._experts:
+            return ExpertsInputs(group, cast(Iterable[Routed], shown))
+        return GroupInputs(group, cast(Iterable[Tensor], shown))
+
     def groups_of(self, layer: int) -> list[str]:
-        """The groups of a layer, in its order of execution."""
+        """The groups of a layer, its experts as one, in its order of execution."""
         return list(self._by_layer.get(layer, ()))
 
     def order(self, group: str) -> int:
@@ -320,9 +356,18 @@ class Forwards:
 
         return keep
 
+    def _at_experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def show(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            batch = greenlet.getcurrent()
+            if isinstance(batch, _Pass):
+                batch.show(name, Routed(inputs[0], inputs[1]))
+
+        return show
+
     def _at_linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor] | None]:
         group = self._groups[name]
         args = self._activations.get(name)
+        parks = group in self._order
 
         def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
             batch = greenlet.getcurrent()
@@ -333,9 +378,8 @@ class Forwards:
                 shared = batch.shared[group] = _SharedInput(
                     inputs[0], batch.norm_inputs.pop(group, None), None, self._readers[group]
                 )
-                if batch.parks_at(group):
-                    batch.group = group
-                    batch.park()
+                if parks:
+                    batch.show(group, inputs[0])
             if shared.tensor is not inputs[0]:
                 raise _not_shared(name, group)
             shared.readers_left -= 1

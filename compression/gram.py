@@ -7,7 +7,7 @@ divided by the token count is E[x^2].
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,10 +23,14 @@ CHUNK_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Gram:
-    """matrix [in, in] float32, exactly symmetric: the sum of x x^T over `tokens` rows x of the input."""
+    """matrix [in, in] float32, exactly symmetric: the sum of x x^T over `tokens` rows x of the input.
+
+    borrowed: how many of them are not the input's own (see `fill_up`).
+    """
 
     matrix: Tensor
     tokens: int
+    borrowed: int = 0
 
     def importance(self) -> Tensor:
         """E[x^2] of every input column, [in] float32."""
@@ -34,7 +38,7 @@ class Gram:
 
     def divided(self, scales: Tensor) -> Gram:
         """The Gram matrix of the input divided, column by column, by `scales` [in] float32."""
-        return Gram(self.matrix / torch.outer(scales, scales), self.tokens)
+        return replace(self, matrix=self.matrix / torch.outer(scales, scales))
 
 
 def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
@@ -50,17 +54,68 @@ def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
     Raises:
         ValueError: no tokens at all.
     """
-    total: Tensor | None = None
-    tokens = 0
-    for chunk in _fixed_chunks(inputs):
-        if total is None:
-            total = torch.zeros(chunk.shape[1], chunk.shape[1], device=chunk.device)
-        _add_upper_panels(total, chunk, precision)
-        tokens += chunk.shape[0]
-    if total is None:
+    accumulator = GramAccumulator(precision)
+    for tensor in inputs:
+        accumulator.add(tensor)
+    gram = accumulator.finish()
+    if gram is None:
         raise ValueError("a Gram matrix needs at least one token")
-    _mirror(total)
-    return Gram(total, tokens)
+    return gram
+
+
+class GramAccumulator:
+    """A Gram matrix on its way: tokens are cut every CHUNK_TOKENS, whatever the shapes they arrive in."""
+
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+        self._total: Tensor | None = None
+        self._tokens = 0
+        self._pending: list[Tensor] = []
+        self._missing = CHUNK_TOKENS
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: [..., in]."""
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        while tokens.shape[0] >= self._missing:
+            self._pending.append(tokens[: self._missing])
+            tokens = tokens[self._missing :]
+            self._flush()
+        if tokens.shape[0]:
+            self._pending.append(tokens)
+            self._missing -= tokens.shape[0]
+
+    def finish(self) -> Gram | None:
+        """The Gram of all that was added, None of nothing; to be called once."""
+        if self._pending:
+            self._flush()
+        if self._total is None:
+            return None
+        _mirror(self._total)
+        return Gram(self._total, self._tokens)
+
+    def _flush(self) -> None:
+        chunk = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending)
+        self._pending, self._missing = [], CHUNK_TOKENS
+        if self._total is None:
+            self._total = torch.zeros(chunk.shape[1], chunk.shape[1], device=chunk.device)
+        _add_upper_panels(self._total, chunk, self._precision)
+        self._tokens += chunk.shape[0]
+
+
+def fill_up(own: Gram | None, everyone: Gram) -> Gram:
+    """The statistics of an expert that sees fewer tokens n than its input has columns d, filled up to d
+    with what it would see of all N tokens of its layer:
+
+        G + (d - n) / N * G_all
+
+    A shrinkage of G towards G_all (Ledoit and Wolf, 2004) whose weight, 1 - n / d, is zero from where G can
+    have full rank on, and one for an expert that sees nothing. own: None stands for no tokens.
+    """
+    columns = everyone.matrix.shape[0]
+    seen = 0 if own is None else own.tokens
+    missing = max(columns - seen, 0)
+    matrix = everyone.matrix * (missing / everyone.tokens)
+    return Gram(matrix if own is None else matrix.add_(own.matrix), seen + missing, missing)
 
 
 def require_finite_gram(name: str, gram: Gram) -> None:
@@ -112,25 +167,3 @@ def _panels(columns: int) -> Iterator[tuple[int, int]]:
     width = max(128, -(-columns // 8 // 64) * 64)
     for start in range(0, columns, width):
         yield start, min(start + width, columns)
-
-
-def _fixed_chunks(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The stream of tokens cut every CHUNK_TOKENS, whatever the shapes it arrives in."""
-    pending: list[Tensor] = []
-    missing = CHUNK_TOKENS
-    for tensor in inputs:
-        tokens = tensor.reshape(-1, tensor.shape[-1])
-        while tokens.shape[0] >= missing:
-            pending.append(tokens[:missing])
-            tokens = tokens[missing:]
-            yield _joined(pending)
-            pending, missing = [], CHUNK_TOKENS
-        if tokens.shape[0]:
-            pending.append(tokens)
-            missing -= tokens.shape[0]
-    if pending:
-        yield _joined(pending)
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -20,6 +20,8 @@ from transformers.utils.generic import ContextManagers
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
+from compression.experts import unfuse
+from compression.families import FAMILIES
 
 HEAD = "lm_head"
 
@@ -39,6 +41,9 @@ class StreamedModel:
         self.compute_dtype = compute_dtype
         self.module = _build_empty(checkpoint.folder, compute_dtype)
         self.layers = list(self.module.get_submodule(layers_prefix.removesuffix(".")).children())
+        if sparse := FAMILIES[checkpoint.config["model_type"]].sparse:
+            for layer in self.layers:
+                unfuse(layer, sparse.experts)
         self.head = self.module.get_submodule(HEAD)
         self._layers_prefix = layers_prefix
 

@@ -26,7 +26,7 @@ from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
 from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
 from compression.folding import fold, fold_linears
-from compression.gram import accumulate_gram, require_finite_gram
+from compression.gram import require_finite_gram
 from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
 from compression.memory import ACTIVATION_BUDGET_BYTES
@@ -204,8 +204,8 @@ def _solve_layer(
         smoothed = group.name in folds.groups
         gram = None
         with clock.phase("gram"):
-            if group.inputs is not None:
-                gram = accumulate_gram(group.inputs, precision=arithmetic.gram_precision)
+            gram = group.gram(arithmetic.gram_precision)
+            if gram is not None:
                 require_finite_gram(group.name, gram)
         with clock.phase("solve"):
             if planned := layer.folds.get(group.name):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from compression import checks
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import file_size
+from compression.decoder import LM_HEAD, Decoder, read_decoder
 from compression.errors import PlanError, Problem, SourceError
-from compression.families import LM_HEAD, Decoder, read_decoder
 from compression.memory import (
     ACTIVATION_BUDGET_BYTES,
     COMPUTE_ITEMSIZE,
@@ -83,6 +84,7 @@ def plan(
     spill_bytes = 0
     if parked and held > activation_budget_bytes:
         spill_bytes = activation_bytes(decoder.hidden_size, COMPUTE_ITEMSIZE, parked)
+    experts_at_once = 1 if "experts" in decoder.sizes else 0
     return Plan(
         source=Path(source),
         checkpoint=checkpoint,
@@ -96,7 +98,7 @@ def plan(
         outside=outside,
         unknown=unknown,
         kept=kept,
-        ignore=tuple(module.name for module in modules if module.scheme is None),
+        ignore=_ignored(decoder, modules),
         warnings=(
             *warnings,
             *treatment.warnings,
@@ -107,6 +109,7 @@ def plan(
         memory=estimate(
             _workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0)
         ),
+        experts_at_once=experts_at_once,
         disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES + spill_bytes,
         spill_bytes=spill_bytes,
         source_bytes=checkpoint.weight_bytes,
@@ -119,7 +122,11 @@ def plan(
 
 def _layer_count(checkpoint: Checkpoint, decoder: Decoder) -> int:
     """Layers to look at: config.json cannot make us look for more than there are tensors."""
-    return min(decoder.num_layers, len(checkpoint.tensors))
+    count = tensors = 0
+    while count < decoder.num_layers and tensors < len(checkpoint.tensors):
+        tensors += decoder.sizes["experts"] if decoder.is_sparse(count) else 1
+        count += 1
+    return count
 
 
 def _expected(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, tuple[int, ...]]:
@@ -127,8 +134,8 @@ def _expected(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, tuple[int, 
     expected = dict(decoder.outside_tensors())
     if f"{LM_HEAD}.weight" in checkpoint.tensors:
         expected[f"{LM_HEAD}.weight"] = (decoder.vocab_size, decoder.hidden_size)
-    layer = decoder.layer_tensors()
     for index in range(_layer_count(checkpoint, decoder)):
+        layer = decoder.layer(index).tensors
         expected |= {f"{decoder.layers_prefix}{index}.{name}": shape for name, shape in layer.items()}
     return expected
 
@@ -138,10 +145,12 @@ def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
     linears = []
     for index in range(_layer_count(checkpoint, decoder)):
         prefix = f"{decoder.layers_prefix}{index}."
-        for group in decoder.family.groups:
+        for group in decoder.layer(index).groups:
             first = prefix + group.linears[0].name
+            experts = prefix + group.experts if group.experts else ""
             linears += [
-                Linear(prefix + spec.name, decoder.shape(spec), index, first) for spec in group.linears
+                Linear(prefix + spec.name, decoder.shape(spec), index, first, experts, spec.gate)
+                for spec in group.linears
             ]
     linears.append(Linear(LM_HEAD, (decoder.vocab_size, decoder.hidden_size), None, LM_HEAD))
     return linears
@@ -167,10 +176,21 @@ def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment
                 pruning=treated.pruning,
                 layer=linear.layer,
                 group=linear.group,
+                experts=linear.experts,
                 reason=treated.reason,
             )
         )
     return plans
+
+
+def _ignored(decoder: Decoder, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
+    """What readers find as it was: linears without a scheme, and routers, which some readers make linears."""
+    names = []
+    for layer, members in groupby(modules, lambda module: module.layer):
+        names += [module.name for module in members if module.scheme is None]
+        if layer is not None:
+            names += [f"{decoder.layers_prefix}{layer}.{router}" for router in decoder.layer(layer).routers]
+    return tuple(names)
 
 
 def _workload(
@@ -187,11 +207,13 @@ def _workload(
     group_elements: Counter[str] = Counter()
     for module in compressed:
         group_elements[module.group] += math.prod(module.shape)
-    names = decoder.layer_tensors()
     return Workload(
         itemsize=COMPUTE_ITEMSIZE,
         outside_bytes=sum(tensors[key].nbytes for key in decoder.outside_tensors()),
-        layer_bytes=max(sum(tensors[layer.prefix + name].nbytes for name in names) for layer in layers),
+        layer_bytes=max(
+            sum(tensors[layer.prefix + name].nbytes for name in decoder.layer(layer.index).tensors)
+            for layer in layers
+        ),
         layer_output_bytes=max(
             sum(spec.nbytes for spec in stored_layer(checkpoint, layer).values()) for layer in layers
         ),

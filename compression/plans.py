@@ -23,7 +23,8 @@ class ModulePlan:
 
     key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = stored in
     its own dtype, for `reason`. step, pruning: their positions in the recipe. layer: None outside the layers.
-    group: name of the first linear that reads the same input.
+    group: name of the first linear that reads the same input. experts: name of the module of which it is a
+    part of one expert, "" where it is none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModulePlan:
     pruning: int | None
     layer: int | None
     group: str
+    experts: str = ""
     reason: str = ""
 
     @property
@@ -121,7 +123,8 @@ class Plan:
     names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
     not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
     quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
-    estimated peak. disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden
+    estimated peak. experts_at_once: of how many experts Gram matrices are held together, 0 without experts.
+    disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden
     states, 0 where they stay in memory.
     """
 
@@ -140,6 +143,7 @@ class Plan:
     ignore: tuple[str, ...]
     warnings: tuple[Problem, ...]
     memory: MemoryEstimate
+    experts_at_once: int
     disk_bytes: int
     spill_bytes: int
     source_bytes: int
@@ -166,6 +170,7 @@ class Plan:
                 for warning in self.warnings
             ],
             "memory": self.memory.to_dict(),
+            "experts_at_once": self.experts_at_once,
             "disk_bytes": self.disk_bytes,
             "spill_bytes": self.spill_bytes,
             "source_bytes": self.source_bytes,

@@ -16,7 +16,9 @@ class ModuleReport:
     scheme: None where it was only pruned. sparsity: share of zeros in what a reader gets, None where nothing
     was pruned. relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without
     data. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was
-    inverted. smoothed: whether scales of the norm before it were folded into it.
+    inverted. smoothed: whether scales of the norm before it were folded into it. tokens: how many were routed
+    to it, for an expert's; where they are fewer than its columns, relative_error is over those that its Gram
+    was filled up with as well.
     dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
     compares the written file with it.
     """
@@ -33,6 +35,7 @@ class ModuleReport:
     dequantized_sha256: str
     sparsity: float | None = None
     smoothed: bool = False
+    tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

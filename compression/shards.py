@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
-from compression.families import LM_HEAD, Decoder
+from compression.decoder import LM_HEAD, Decoder, LayerShape
 from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import AWQStep, SmoothingStep
 from compression.schemes import Scheme
@@ -65,44 +65,49 @@ def assign_shards(
     for index in range(decoder.num_layers):
         prefix = f"{decoder.layers_prefix}{index}."
         compressed = tuple(by_layer.get(index, ()))
-        folds = _folds(decoder, prefix, compressed) if smoothing else {}
-        linear_folds = _linear_folds(decoder, prefix, compressed) if isinstance(smoothing, AWQStep) else ()
+        shape = decoder.layer(index)
+        folds = _folds(decoder, prefix, shape, compressed) if smoothing else {}
+        linear_folds: tuple[LinearFoldPlan, ...] = ()
+        if isinstance(smoothing, AWQStep):
+            linear_folds = _linear_folds(decoder, prefix, shape, compressed)
         keys = {module.key for module in compressed}
         keys |= {key for fold in folds.values() for key in fold.keys}
         keys |= {key for fold in linear_folds for key in fold.keys}
-        copied = tuple(prefix + name for name in decoder.layer_tensors() if prefix + name not in keys)
+        copied = tuple(prefix + name for name in shape.tensors if prefix + name not in keys)
         layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds))
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
 
 
-def _folds(decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]) -> dict[str, FoldPlan]:
+def _folds(
+    decoder: Decoder, prefix: str, shape: LayerShape, compressed: Sequence[ModulePlan]
+) -> dict[str, FoldPlan]:
     """The norms of a layer all of whose readers are compressed, by group."""
     names = {module.name for module in compressed}
     folds = {}
-    for group in decoder.family.groups:
+    for group in shape.groups:
         if group.norm and all(prefix + linear.name in names for linear in group.linears):
             first, norm = prefix + group.linears[0].name, prefix + group.norm
             keys = tuple(
                 f"{norm}.{suffix}"
                 for suffix in ("weight", "bias")
-                if f"{group.norm}.{suffix}" in decoder.layer_tensors()
+                if f"{group.norm}.{suffix}" in shape.tensors
             )
             folds[first] = FoldPlan(first, norm, keys, decoder.family.norm_offset)
     return folds
 
 
 def _linear_folds(
-    decoder: Decoder, prefix: str, compressed: Sequence[ModulePlan]
+    decoder: Decoder, prefix: str, shape: LayerShape, compressed: Sequence[ModulePlan]
 ) -> tuple[LinearFoldPlan, ...]:
     """The linears that are compressed together with all that read their outputs channel by channel."""
     names = {module.name for module in compressed}
     folds = []
-    for group in decoder.family.groups:
+    for group in shape.groups:
         readers = [prefix + linear.name for linear in group.linears]
         linear = prefix + group.producer
         if group.producer and linear in names and names.issuperset(readers):
             bias = f"{group.producer}.bias"
-            keys = (prefix + bias,) if bias in decoder.layer_tensors() else ()
+            keys = (prefix + bias,) if bias in shape.tensors else ()
             rows = decoder.sizes["kv" if group.linears[0].inp == "q" else group.linears[0].inp]
             folds.append(LinearFoldPlan(readers[0], linear, keys, rows, decoder.sizes["head"]))
     return tuple(folds)

@@ -124,6 +124,7 @@ def _solve_stacked(
             dead_columns=dead_columns,
             sparsity=None if pruning is None else float((meant == 0).float().mean()),
             dequantized_sha256=sha256_of(meant),
+            tokens=gram.tokens - gram.borrowed if gram is not None and module.experts else None,
         )
         yield Solved(module, part, report)
 

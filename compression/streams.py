@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,11 +20,16 @@ from compression.calibration import TokenBlocks
 from compression.clock import Clock
 from compression.device import Arithmetic
 from compression.evaluate import Comparison
-from compression.forward import Forwards, Stream, make_batches
+from compression.expert_grams import ExpertGrams, ExpertInputs
+from compression.experts import Experts
+from compression.forward import ExpertsInputs, Forwards, Stream, make_batches
+from compression.gram import Gram, Precision, accumulate_gram
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 from compression.spill import Spill
+
+T = TypeVar("T")
 
 _LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
@@ -31,7 +37,8 @@ _LOGITS_IN_A_BATCH = 1 << 24
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor, and that tensor in every batch: [batch, seq, in]; None without data."""
+    """Linears that read one tensor, and that tensor in every batch: [batch, seq, in], or [rows, in] of an
+    expert; None without data."""
 
     modules: tuple[ModulePlan, ...]
     inputs: Iterable[Tensor] | None
@@ -41,15 +48,23 @@ class Group:
         """The first of its linears, by which the plan knows it."""
         return self.modules[0].group
 
+    def gram(self, precision: Precision) -> Gram | None:
+        """Statistics of the input; None without data."""
+        if self.inputs is None:
+            return None
+        if isinstance(self.inputs, ExpertInputs):
+            return self.inputs.gram(precision)
+        return accumulate_gram(self.inputs, precision=precision)
 
-class _Timed(Iterable[Tensor]):
+
+class _Timed(Iterable[T]):
     """Inputs, the making of which is part of the forward pass, whoever goes through them."""
 
-    def __init__(self, inputs: Iterable[Tensor], clock: Clock) -> None:
+    def __init__(self, inputs: Iterable[T], clock: Clock) -> None:
         self._inputs = inputs
         self._clock = clock
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[T]:
         inputs = iter(self._inputs)
         while True:
             with self._clock.phase("forward"):
@@ -73,6 +88,7 @@ class Streams:
     ) -> None:
         self._clock = clock
         self._model = model
+        self._experts_at_once = plan.experts_at_once
         self._split = ""
         self._calibration: Stream | None = None
         self._original: Stream | None = None
@@ -89,7 +105,8 @@ class Streams:
             m.name: m.scheme.input_activations for m in modules if m.scheme and m.scheme.input_activations
         }
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
-        forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms)
+        experts = {m.group: m.experts for m in modules if m.experts}
+        forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
         stream = partial(forwards.stream, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
@@ -125,7 +142,23 @@ class Streams:
                 here = next(parked, None)
             if here is None:
                 return
-            yield Group(members[here.group], _Timed(here.inputs, self._clock))
+            if isinstance(here, ExpertsInputs):
+                yield from self._expert_groups(here, members.values())
+            else:
+                yield Group(members[here.group], _Timed(here.inputs, self._clock))
+
+    def _expert_groups(
+        self, here: ExpertsInputs, groups: Iterable[tuple[ModulePlan, ...]]
+    ) -> Iterator[Group]:
+        """The groups of a layer's experts, in the order of the plan, whether or not tokens come to them."""
+        experts = self._model.module.get_submodule(here.experts)
+        assert isinstance(experts, Experts)
+        grams = ExpertGrams(experts, _Timed(here.inputs, self._clock), self._experts_at_once)
+        for modules in groups:
+            if modules[0].experts == here.experts:
+                number, leaf = modules[0].name.removeprefix(here.experts + ".").split(".")
+                stage = experts.expert(int(number)).stage(leaf)
+                yield Group(modules, ExpertInputs(grams, stage, int(number)))
 
     def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
         """What calibration batches, which wait at the layer's entry, would hand to a group as things are."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from compression.decoder import LM_HEAD
 from compression.errors import Problem
-from compression.families import LM_HEAD
 from compression.recipe import PruningStep, QuantizingStep, Recipe
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
 from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
@@ -14,12 +14,17 @@ from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the model: shape (out, in), layer (None outside), and the id of the input it shares."""
+    """A linear of the model: shape (out, in), layer (None outside), and the id of the input it shares.
+
+    experts: the module of which it is a part of one expert, or "". gate: it is never compressed.
+    """
 
     name: str
     shape: tuple[int, int]
     layer: int | None
     group: str
+    experts: str = ""
+    gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,9 @@ def _choose(
     wants = [(number, matcher(step.targets), matcher(step.ignore)) for number, step in steps.items()]
     chosen = []
     for linear in linears:
-        choice: tuple[int | None, str] = (None, "no step targets it")
+        choice: tuple[int | None, str] = (None, "a gate" if linear.gate else "no step targets it")
         for number, targets, ignore in wants:
-            if targets(linear.name, True):
+            if not linear.gate and targets(linear.name, True):
                 if not ignore(linear.name, True):
                     choice = (number, "")
                     break
@@ -154,23 +159,26 @@ def _structure_problems(number: int, step: PruningStep, widths: set[int]) -> lis
 
 
 def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:
-    """vLLM makes one matrix of a module's linears that read one input: one step treats them all, or none."""
+    """vLLM makes one matrix of a module's linears that read one input, and one of all experts of a layer: one
+    step treats them all, or none."""
     groups: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
     for linear, (step, _) in chosen:
         module = linear.name.rpartition(".")[0]
-        groups.setdefault((linear.group, module), []).append((linear.name, step))
+        together = (linear.experts, "") if linear.experts else (linear.group, module)
+        groups.setdefault(together, []).append((linear.name, step))
     split = [members for members in groups.values() if len({step for _, step in members}) > 1]
     if not split:
         return []
     members = split[0]
     compressed = [name for name, step in members if step is not None]
     kept = [name for name, step in members if step is None]
-    how = f"{', '.join(compressed)} compressed, {', '.join(kept)} not" if kept else ", ".join(compressed)
+    how = f"{_some(compressed)} compressed, {_some(kept)} not" if kept else _some(compressed)
     return [
         Problem(
             "fused_group_mismatch",
             f"Linears that vLLM fuses are treated differently in {len(split)} groups; the first: {how}.",
-            "Name all of q_proj, k_proj, v_proj, and both of gate_proj, up_proj, in targets or in ignore.",
+            "Name all of q_proj, k_proj, v_proj, both of gate_proj, up_proj, and all experts of a layer, in "
+            "targets or in ignore.",
             "/recipe/steps/0/targets",
         )
     ]
@@ -216,6 +224,10 @@ def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: 
             )
         )
     return scheme.with_group_size(size)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compression.checkpoint.formats import encode
 from compression.checkpoint.reader import TORCH_DTYPES, read_tensors
 from compression.checkpoint.writer import write_shard
-from compression.families import FAMILIES, Decoder, read_decoder
+from compression.decoder import Decoder, read_decoder
+from compression.families import FAMILIES
 from compression.methods.rtn import rtn
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.planning import plan

@@ -1,0 +1,256 @@
+"""The decoder that a config.json states: its sizes, and the tensors and linears of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from compression.errors import Problem
+from compression.families import FAMILIES, ExpertsSpec, Family, Groups, GroupSpec, LinearSpec
+
+LM_HEAD = "lm_head"
+MAX_EXPERTS = 4096
+"""In one layer: config.json cannot make us look for any number."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a decoder layer is made of, under its prefix.
+
+    groups: in forward order. tensors: name -> shape, the linears in forward order, then the rest. routers:
+    modules that choose experts.
+    """
+
+    groups: Groups
+    tensors: Mapping[str, tuple[int, ...]]
+    routers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SparseRule:
+    """Which layers have experts: from `first` on every `step`-th that is not in `dense`."""
+
+    first: int
+    step: int
+    dense: tuple[Any, ...]
+
+    def holds(self, index: int) -> bool:
+        return index >= self.first and index not in self.dense and (index + 1) % self.step == 0
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A family with its sizes: the shapes of one model.
+
+    sizes: by the names that the table uses. switches: the config keys that decide about biases and optional
+    tensors. sparse: which layers have experts, None where none has.
+    """
+
+    family: Family
+    sizes: Mapping[str, int]
+    num_layers: int
+    tied: bool
+    switches: Mapping[str, bool]
+    sparse: SparseRule | None = None
+
+    @property
+    def layers_prefix(self) -> str:
+        """What stands before a layer's number in the name of a tensor."""
+        return self.family.layers_prefix
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token embeddings' weight."""
+        return self.family.embedding
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes["vocab"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["hidden"]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.sizes["inner"]
+
+    def shape(self, linear: LinearSpec) -> tuple[int, int]:
+        """(out, in)."""
+        return self.sizes[linear.out], self.sizes[linear.inp]
+
+    def layer(self, index: int) -> LayerShape:
+        """What one layer is made of."""
+        return self._sparse if self.is_sparse(index) else self._dense
+
+    def is_sparse(self, index: int) -> bool:
+        """Whether a layer has experts."""
+        return self.sparse is not None and self.sparse.holds(index)
+
+    @cached_property
+    def _dense(self) -> LayerShape:
+        return LayerShape(self.family.groups, self._tensors(self.family.groups, self.family.others))
+
+    @cached_property
+    def _sparse(self) -> LayerShape:
+        sparse = self.family.sparse
+        assert sparse is not None  # or no layer is one
+        groups: list[GroupSpec] = []
+        for group in sparse.groups:
+            groups += group.groups(self.sizes["experts"]) if isinstance(group, ExpertsSpec) else (group,)
+        return LayerShape(tuple(groups), self._tensors(groups, sparse.others), (sparse.experts.router,))
+
+    def _tensors(
+        self, groups: Sequence[GroupSpec], others: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for group in groups:
+            for linear in group.linears:
+                shapes[f"{linear.name}.weight"] = self.shape(linear)
+                if linear.bias == "always" or self.switches.get(linear.bias):
+                    shapes[f"{linear.name}.bias"] = (self.sizes[linear.out],)
+        others = dict(others)
+        for key, tensors in self.family.optional.items():
+            others |= tensors if self.switches[key] else {}
+        return shapes | self._sized(others)
+
+    def outside_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what is in no layer. A tied lm_head is not on disk."""
+        shapes = self._sized({self.family.embedding: ("vocab", "hidden"), **self.family.outside})
+        if not self.tied:
+            shapes[f"{LM_HEAD}.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    @property
+    def parked_width(self) -> int:
+        """Numbers a token that a suspended forward holds, at the group where it is most.
+
+        Residual and normed hidden state always; before the output projection also queries, keys, values and
+        their result; before the down projection also its input. A fused projection's result outlives its
+        parts, as they are views of it. Before experts it holds nothing more.
+        """
+        outs = {linear.out for linear in self.family.linears()}
+        attention = 2 * (self.sizes["q"] + self.sizes["kv"]) + (self.sizes["qkv"] if "qkv" in outs else 0)
+        mlp = self.sizes["inner"] + (self.sizes["gate_up"] if "gate_up" in outs else 0)
+        if self.family.sparse and not self.family.sparse.dense:
+            mlp = 0
+        return 2 * self.sizes["hidden"] + max(attention, mlp)
+
+    def _sized(self, shapes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self.sizes[size] for size in shape) for name, shape in shapes.items()}
+
+
+def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
+    """The decoder that a config.json of a known family states, or every reason why it cannot be used."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        return [
+            _problem(
+                "unsupported_architecture",
+                f"Models of type {str(model_type)[:100]!r} are not supported.",
+                f"Supported model types: {', '.join(FAMILIES)}.",
+            )
+        ]
+    problems = _architecture_problems(config, family)
+    present = {family.aliases.get(key, key): value for key, value in config.items() if value is not None}
+    stated = {**family.defaults, **present}
+    hidden, inner, layers, heads, vocab = (
+        _size(stated, key, None, problems)
+        for key in (
+            "hidden_size", family.intermediate_key, "num_hidden_layers", "num_attention_heads", "vocab_size",
+        )
+    )  # fmt: skip
+    kv_heads = _size(stated, "num_key_value_heads", heads, problems)
+    head = _size(stated, "head_dim", hidden // heads, problems)
+    positions = _size(stated, "max_position_embeddings", 1, problems)
+    if not problems and heads % kv_heads:
+        problems.append(
+            _problem(
+                "config_invalid",
+                f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads.",
+            )
+        )
+    if problems:
+        return problems
+    sizes = {
+        "hidden": hidden,
+        "inner": inner,
+        "gate_up": 2 * inner,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head": head,
+        "q": heads * head,
+        "kv": kv_heads * head,
+        "qkv": (heads + 2 * kv_heads) * head,
+        "vocab": vocab,
+        "positions + 2": positions + 2,
+    }
+    sizes |= {
+        name: prod(_size(stated, key, None, problems) for key in keys) for name, keys in family.sizes.items()
+    }
+    if sizes.get("experts", 1) > MAX_EXPERTS:
+        problems.append(_problem("config_invalid", f"config.json: more than {MAX_EXPERTS} experts a layer."))
+    sparse = _sparse_rule(stated, family, problems)
+    if problems:
+        return problems
+    keys = {linear.bias for linear in family.linears()} | family.optional.keys()
+    switches = {key: stated.get(key) is True for key in keys}
+    tied = stated.get("tie_word_embeddings") is True
+    return Decoder(family, sizes, layers, tied, switches, sparse)
+
+
+def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Problem]) -> SparseRule | None:
+    """Where the experts are, by the config keys that the family goes by."""
+    if family.sparse is None:
+        return None
+    told = {key: stated[key] for key in family.sparse.dense if key in stated}
+    first, step = told.get("first_k_dense_replace", 0), told.get("decoder_sparse_step", 1)
+    dense = told.get("mlp_only_layers", [])
+    if type(first) is not int or type(step) is not int or step < 1 or not isinstance(dense, list):
+        keys = ", ".join(family.sparse.dense)
+        message = f"config.json: {keys} do not say which layers have experts."
+        problems.append(_problem("config_invalid", message))
+        return None
+    return SparseRule(first, step, tuple(dense))
+
+
+def _architecture_problems(config: Mapping[str, Any], family: Family) -> list[Problem]:
+    architectures = config.get("architectures")
+    if architectures is not None and architectures != [family.architecture]:
+        return [
+            _problem(
+                "unsupported_architecture",
+                f"The model is {str(architectures)[:200]}.",
+                f"Of this model type only {family.architecture} is supported.",
+            )
+        ]
+    problems = []
+    for key, value in family.fixed.items():
+        needed = config.get(value) if isinstance(value, str) else value
+        if config.get(key) not in (None, needed):
+            problems.append(
+                _problem(
+                    "unsupported_architecture",
+                    f"config.json: {key} is {str(config[key])[:40]}.",
+                    f"Models of this type are supported with {key} = {needed} only.",
+                )
+            )
+    return problems
+
+
+def _size(stated: Mapping[str, Any], key: str, default: int | None, problems: list[Problem]) -> int:
+    value = stated.get(key, default)
+    if type(value) is int and 0 < value < 2**31:
+        return value
+    problems.append(
+        _problem("config_invalid", f"config.json: {key} is {str(value)[:40]}, not a positive number.")
+    )
+    return 1
+
+
+def _problem(code: str, message: str, hint: str = "") -> Problem:
+    return Problem(code, message, hint, "/model")

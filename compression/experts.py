@@ -1,0 +1,159 @@
+"""Experts, one linear each: what Transformers fuses into stacked parameters is taken apart again.
+
+Transformers 5 computes all experts of a layer from two parameters, [experts, 2 x inner, hidden] and
+[experts, hidden, inner], which no hook on a linear sees, while checkpoints hold every expert by itself. On
+the empty model, before anything is loaded, the module with those parameters is replaced by one that holds
+the linears under their names on disk:
+
+    mlp.experts   gate_up_proj, down_proj   ─▶   block_sparse_moe.experts.0   w1, w3, w2
+                                                 block_sparse_moe.experts.1   w1, w3, w2   ...
+
+The router stays as it is. The function is that of Transformers' eager implementation, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from compression.errors import PlanError, Problem
+from compression.families import ExpertsSpec
+
+Stage = Literal["gate_up", "down"]
+"""Linears of an expert that read one tensor."""
+
+
+class Routed(NamedTuple):
+    """What a layer's experts read in one batch, and who reads what.
+
+    hidden_states: [tokens, hidden]. top_k_index: int64 [tokens, k], the experts of each token; numbers that
+    belong to no expert mean none.
+    """
+
+    hidden_states: Tensor
+    top_k_index: Tensor
+
+    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(place among its token's experts, token) for each row of the expert's input, both int64 [rows]."""
+        place, token = torch.where(self.top_k_index.t() == expert)
+        return place, token
+
+    def rows_of(self, expert: int) -> Tensor:
+        """The expert's input, [rows, hidden]."""
+        return self.hidden_states[self.tokens_of(expert)[1]]
+
+
+class Expert(nn.Module):
+    """down(act(gate(x)) * up(x)). The linears have the names that they have on disk."""
+
+    def __init__(self, spec: ExpertsSpec, hidden: int, inner: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._gate, self._up = spec.gate_up
+        self._down = spec.down
+        self._act = act
+        for name in spec.gate_up:
+            self.add_module(name, nn.Linear(hidden, inner, bias=False))
+        self.add_module(spec.down, nn.Linear(inner, hidden, bias=False))
+
+    def stage(self, linear: str) -> Stage:
+        """Of one of its linears."""
+        return "down" if linear == self._down else "gate_up"
+
+    def columns(self, stage: Stage) -> int:
+        """Width of what the linears of a stage read."""
+        linear = self.get_submodule(self._down if stage == "down" else self._gate)
+        assert isinstance(linear, nn.Linear)
+        return linear.in_features
+
+    def inner_states(self, hidden_states: Tensor) -> Tensor:
+        """What the down projection reads, [rows, inner], for hidden_states [rows, hidden]."""
+        gate: Tensor = self.get_submodule(self._gate)(hidden_states)
+        up: Tensor = self.get_submodule(self._up)(hidden_states)
+        return self._act(gate) * up
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        result: Tensor = self.get_submodule(self._down)(self.inner_states(hidden_states))
+        return result
+
+
+class Experts(nn.ModuleList):
+    """All experts of a layer, in the place and with the arguments of the fused module."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Gives [tokens, hidden]."""
+        if hidden_states.is_meta:
+            return self._on_meta(hidden_states)
+        result = torch.zeros_like(hidden_states)
+        routed = Routed(hidden_states, top_k_index)
+        for number in range(len(self)):
+            place, token = routed.tokens_of(number)
+            if len(token) == 0:
+                continue
+            weighed = self[number](hidden_states[token]) * top_k_weights[token, place, None]
+            result.index_add_(0, token, weighed.to(result.dtype))
+        return result
+
+    def expert(self, number: int) -> Expert:
+        """One of them."""
+        expert = self[number]
+        assert isinstance(expert, Expert)
+        return expert
+
+    def _on_meta(self, hidden_states: Tensor) -> Tensor:
+        """Without values there is no routing: every expert is shown every token, in a tensor of its own."""
+        result = torch.zeros_like(hidden_states)
+        for expert in self:
+            result += expert(hidden_states[:])
+        return result
+
+
+def unfuse(layer: nn.Module, spec: ExpertsSpec) -> None:
+    """Take a decoder layer's experts apart, in place; their names become those on disk. A layer without
+    experts stays as it is.
+
+    Raises:
+        PlanError: `plan_mismatch`, where the layer's experts are not of the layout that this adapter knows.
+    """
+    holders = [name for name, child in layer.named_children() if hasattr(child, "experts")]
+    if not holders:
+        return
+    block = _rename_child(layer, holders[0], spec.name.rpartition(".")[0])
+    fused: Any = block.experts
+    _check_layout(fused, spec)
+    _, hidden, inner = fused.down_proj.shape
+    with torch.device(fused.down_proj.device):
+        experts = [Expert(spec, hidden, inner, fused.act_fn) for _ in range(fused.num_experts)]
+    block.experts = Experts(experts).to(fused.down_proj.dtype).requires_grad_(False).eval()
+
+
+def _rename_child(module: nn.Module, old: str, new: str) -> nn.Module:
+    """Register a child under another name; the module's own code finds it under the old one as before."""
+    child = module.get_submodule(old)
+    if old != new:
+        delattr(module, old)
+        module.add_module(new, child)
+        module.__dict__[old] = child  # an attribute, not a registered module
+    return child
+
+
+def _check_layout(fused: nn.Module, spec: ExpertsSpec) -> None:
+    """Whether the module is gate and up stacked along their outputs, without biases, silu or another act."""
+    names = {name for name, _ in fused.named_parameters()}
+    default_gate = getattr(type(fused), "_apply_gate", None)
+    stacked = (
+        names == {"gate_up_proj", "down_proj"}
+        and not getattr(fused, "is_transposed", True)
+        and getattr(fused, "is_concatenated", False)
+        and getattr(default_gate, "__name__", "") == "_default_apply_gate"
+    )
+    if not stacked:
+        raise PlanError(
+            Problem(
+                "plan_mismatch",
+                f"The experts in {spec.name} are not stored as the plan expects: {', '.join(sorted(names))}.",
+                "This is a fault of Bitmill's tables; please report it with the model's config.json.",
+            )
+        )
