@@ -151,6 +151,19 @@ def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
     ]
 
 
+def router_warnings(recipe: Recipe, decoder: Decoder) -> list[Problem]:
+    """Norms that routers read, which a step that smooths leaves alone."""
+    if recipe.smoothing is None or decoder.family.sparse is None:
+        return []
+    return [
+        Problem(
+            "experts_not_smoothed",
+            "The norm in front of experts also feeds their router, whose choice scales in it would change: "
+            "experts are not smoothed, the linears behind other norms are.",
+        )
+    ]
+
+
 def dense_warnings(recipe: Recipe) -> list[Problem]:
     """Pruned weights take no less room."""
     if not recipe.pruning:

@@ -54,8 +54,9 @@ class ExpertGrams:
         columns = self._experts.expert(0).columns(stage)
         starved = [e for e, gram in own.items() if gram is None or gram.tokens < columns]
         everyone = self._everyone(stage, starved, precision)
-        filled = {e: fill_up(own[e], everyone[e]) for e in starved}
-        return {e: gram for e, gram in own.items() if gram is not None} | filled
+        for expert in starved:
+            own[expert] = fill_up(own[expert], everyone.pop(expert))
+        return {e: gram for e, gram in own.items() if gram is not None}
 
     def _everyone(self, stage: Stage, experts: Sequence[int], precision: Precision) -> dict[int, Gram]:
         """What each expert would see if all tokens were routed to it. Gate and up of all see the same."""

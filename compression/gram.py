@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.memory import CHUNK_TOKENS
 
 Precision = Literal["mixed", "float32"]
-
-CHUNK_TOKENS = 4096
-"""Tokens in one matrix product. Fixed, so that a Gram's bits do not depend on how the inputs were batched."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ ACTIVATION_BUDGET_BYTES = 4 << 30
 """What suspended forwards may hold together, unless a caller allows more."""
 BATCH_TOKENS = 4096
 """Tokens that run through the model together while calibrating."""
+CHUNK_TOKENS = 4096
+"""Tokens in one matrix product of a Gram. Fixed, so that its bits do not depend on how they were batched."""
 EVALUATION_CHUNK_BYTES = 64 << 20
 """Work space of the comparison of two streams of logits: four float32 chunks of 16 MiB."""
 
@@ -101,7 +103,8 @@ class Workload:
     layer_output_bytes: the same, compressed. group_elements: numbers in the largest stacked group of linears
     (rows x columns); group_columns: the most input columns of a group. parked_width: numbers a token that a
     suspended forward holds. parked: None without a dataset. spills: whether what is parked lies on disk.
-    solves_gram: whether a Gram matrix is factorized.
+    solves_gram: whether a Gram matrix is factorized. expert_columns: the most input columns of an expert's
+    linear, 0 without experts; experts_at_once: of how many experts Gram matrices are held together.
     """
 
     itemsize: int
@@ -116,11 +119,25 @@ class Workload:
     parked: ParkedTokens | None
     spills: bool
     solves_gram: bool
+    expert_columns: int = 0
+    experts_at_once: int = 0
 
 
 def activation_bytes(parked_width: int, itemsize: int, tokens: ParkedTokens) -> int:
     """Bytes that all suspended forwards hold together."""
     return parked_width * itemsize * tokens.total
+
+
+def expert_gram_bytes(columns: int, tokens: ParkedTokens) -> int:
+    """Bytes that the statistics of one expert take while a sweep makes them: its Gram, another to fill it up
+    with, and the tokens that wait for the next product."""
+    waiting = min(CHUNK_TOKENS, max(tokens.calibration, tokens.evaluation))
+    return 4 * (2 * columns**2 + waiting * columns)
+
+
+def experts_at_once(budget_bytes: int, columns: int, tokens: ParkedTokens, experts: int) -> int:
+    """How many experts a sweep serves within the budget, one at least."""
+    return max(1, min(experts, budget_bytes // expert_gram_bytes(columns, tokens)))
 
 
 def estimate(work: Workload) -> MemoryEstimate:
@@ -155,6 +172,16 @@ def estimate(work: Workload) -> MemoryEstimate:
                 "Gram matrix",
                 3 * 4 * work.group_columns**2,
                 "3 float32 matrices: Gram, factor, work",
+                ("solve",),
+            )
+        )
+    if work.parked is not None and work.experts_at_once:
+        items.append(
+            MemoryItem(
+                "experts' Gram matrices",
+                work.experts_at_once * expert_gram_bytes(work.expert_columns, work.parked)
+                + 4 * work.expert_columns**2,
+                f"of {work.experts_at_once} at once, and of the tokens of all",
                 ("solve",),
             )
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from compression import checks
+from compression import checks, memory
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import file_size
 from compression.decoder import LM_HEAD, Decoder, read_decoder
@@ -84,7 +84,7 @@ def plan(
     spill_bytes = 0
     if parked and held > activation_budget_bytes:
         spill_bytes = activation_bytes(decoder.hidden_size, COMPUTE_ITEMSIZE, parked)
-    experts_at_once = 1 if "experts" in decoder.sizes else 0
+    at_once = _experts_at_once(decoder, parked, activation_budget_bytes if spill_bytes else 0)
     return Plan(
         source=Path(source),
         checkpoint=checkpoint,
@@ -103,13 +103,14 @@ def plan(
             *warnings,
             *treatment.warnings,
             *checks.dense_warnings(recipe),
+            *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(held, activation_budget_bytes, spill_bytes),
             *checks.unknown_warnings(unknown),
         ),
         memory=estimate(
-            _workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0)
+            _workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0, at_once)
         ),
-        experts_at_once=experts_at_once,
+        experts_at_once=at_once,
         disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES + spill_bytes,
         spill_bytes=spill_bytes,
         source_bytes=checkpoint.weight_bytes,
@@ -201,6 +202,7 @@ def _workload(
     parked: ParkedTokens | None,
     calibrates: bool,
     spills: bool,
+    experts_at_once: int,
 ) -> Workload:
     """The sizes that decide the peak memory."""
     tensors = checkpoint.tensors
@@ -225,7 +227,21 @@ def _workload(
         parked=parked,
         spills=spills,
         solves_gram=calibrates,
+        expert_columns=_expert_columns(decoder),
+        experts_at_once=experts_at_once,
     )
+
+
+def _expert_columns(decoder: Decoder) -> int:
+    return max(decoder.hidden_size, decoder.sizes["expert_inner"]) if decoder.family.sparse else 0
+
+
+def _experts_at_once(decoder: Decoder, parked: ParkedTokens | None, budget_bytes: int) -> int:
+    """Gram matrices take what the activations that lie on disk would have had; in memory one is enough."""
+    if decoder.family.sparse is None or parked is None:
+        return 0
+    columns = _expert_columns(decoder)
+    return memory.experts_at_once(budget_bytes, columns, parked, decoder.sizes["experts"])
 
 
 def _copied_bytes(checkpoint: Checkpoint) -> int:

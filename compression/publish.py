@@ -79,6 +79,13 @@ def _card(plan: Plan, report: Report) -> str:
             f"| {measured.perplexity_compressed:.3f} |",
             f"| same most likely next token | | {measured.top1_agreement:.1%} |",
         ]
+    if experts := [row for row in report.modules if row.tokens is not None]:
+        starved = sum(row.tokens < row.shape[1] for row in experts if row.tokens is not None)
+        lines += [
+            "",
+            f"{starved} of {len(experts)} expert modules saw fewer calibration tokens than they have "
+            "columns, and were solved for tokens of other experts as well.",
+        ]
     lines += [
         "",
         "```",

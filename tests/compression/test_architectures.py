@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress
 from compression.calibration import load_blocks
+from compression.decoder import Decoder, read_decoder
 from compression.families import FAMILIES
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
@@ -51,10 +52,19 @@ def test_a_compressed_model_loads_back_and_is_as_good_as_reported(
     before = load_file(source / "model.safetensors")
     after = {key: tensor for shard in out.glob("*.safetensors") for key, tensor in load_file(shard).items()}
     compressed = {f"{row.name}.weight" for row in report.modules}
-    assert len(compressed) == 2 * len(family.linears())
+    decoder = read_decoder(json.loads((source / "config.json").read_text()))
+    assert isinstance(decoder, Decoder)
+    shapes = [decoder.layer(index) for index in (0, 1)]
+    assert len(compressed) == sum(len(group.linears) for shape in shapes for group in shape.groups)
     assert compressed <= before.keys()
-    folded = {f"{family.layers_prefix}{i}.{norm}.{leaf}" for i in (0, 1) for norm in norms for leaf in LEAVES}
+    folded = {
+        f"{family.layers_prefix}{index}.{group.norm}.{leaf}"
+        for index, shape in enumerate(shapes)
+        for group in shape.groups
+        for leaf in LEAVES
+    }
     for name in before.keys() - compressed - (folded if recipe.smoothing else set()):
         assert torch.equal(after[name], before[name]), name
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert quantization["ignore"] == ["lm_head"]
+    routers = [f"{family.layers_prefix}{i}.{router}" for i, s in enumerate(shapes) for router in s.routers]
+    assert quantization["ignore"] == [*routers, "lm_head"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -64,6 +65,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {}),
     "cohere with norms of q and k": ("cohere", {"use_qk_norm": True}),
     "cohere2": ("cohere2", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 3}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 3, "moe_intermediate_size": 64, "head_dim": 16}),
+    "qwen3_moe with dense layers": ("qwen3_moe", {"num_experts": 3, "mlp_only_layers": [0], "head_dim": 16}),
+    "qwen3_moe every second layer": (
+        "qwen3_moe",
+        {"num_experts": 3, "decoder_sparse_step": 2, "head_dim": 16},
+    ),
     "opt": ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 96}),
     "opt without biases": ("opt", {"ffn_dim": 160, "enable_bias": False, "max_position_embeddings": 77}),
 }
@@ -86,13 +94,14 @@ def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
-    built = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != tied}
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    built = {name: tuple(t.shape) for name, t in on_disk.items() if name != tied}
     decoder = read_decoder(config.to_dict())
     assert isinstance(decoder, Decoder)
     planned = dict(decoder.outside_tensors())
     for layer in range(SIZES["num_hidden_layers"]):
         prefix = f"{decoder.layers_prefix}{layer}."
-        planned |= {prefix + name: shape for name, shape in decoder.layer_tensors().items()}
+        planned |= {prefix + name: shape for name, shape in decoder.layer(layer).tensors.items()}
     assert planned == built
 
 

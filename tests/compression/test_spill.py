@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, ResourceError, compress, plan
 from compression.events import Event, LayerSolved
 from compression.families import FAMILIES
-from compression.forward import Forwards, Stream
+from compression.forward import ExpertsInputs, Forwards, Stream
 from compression.model import StreamedModel
 from compression.report import Report
 from compression.spill import Spill
@@ -67,7 +67,9 @@ def streamed(folder: Path, spill: Spill | None, dtype: torch.dtype) -> tuple[Str
     made = plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
     model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=dtype)
     model.load_embeddings()
-    forwards = Forwards(model, {m.name: m.group for layer in made.layers for m in layer.modules}, {})
+    modules = [m for layer in made.layers for m in layer.modules]
+    experts = {m.group: m.experts for m in modules if m.experts}
+    forwards = Forwards(model, {m.name: m.group for m in modules}, {}, experts=experts)
     batches = [torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(3)]
     return model, forwards.stream(batches, quantize_activations=False, spill=spill)
 
@@ -78,7 +80,14 @@ def seen(model: StreamedModel, stream: Stream) -> tuple[list[tuple[str, Tensor]]
     for index in range(len(model)):
         model.load_layer(index)
         for group in stream.groups(index):
-            inputs += [(group.group, tensor.clone()) for tensor in group.inputs]
+            if isinstance(group, ExpertsInputs):
+                for routed in group.inputs:
+                    inputs += [
+                        (f"{group.experts} {field}", tensor.clone())
+                        for field, tensor in routed._asdict().items()
+                    ]
+            else:
+                inputs += [(group.group, tensor.clone()) for tensor in group.inputs]
         stream.run_through(index)
         model.drop_layer(index)
     model.load_head()
@@ -93,7 +102,9 @@ def test_rehearsals_show_what_parked_batches_show(model_type: str, spill: Spill,
     assert [group for group, _ in rehearsed] == [group for group, _ in expected]
     for (_, one), (_, other) in zip(rehearsed, expected, strict=True):
         assert torch.equal(one, other)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, experts_implementation="eager"
+    ).eval()
     for number, (one, other) in enumerate(zip(same_logits, logits, strict=True)):
         assert torch.equal(one, other)
         tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(number))

@@ -24,7 +24,11 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
     "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2, "logit_scale": 0.5},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
-}
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 128},
+    "qwen3_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [1],
+    },
+}  # fmt: skip
 """By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
 
 BOS, EOS = "<s>", "</s>"
