@@ -137,6 +137,21 @@ class _Cutter:
         return blocks if count is None else blocks[:count]
 
 
+def make_batches(blocks: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
+    """Stack consecutive blocks of equal length, int64 [seq], into batches of about `batch_tokens` tokens."""
+    batches: list[Tensor] = []
+    pending: list[Tensor] = []
+    for block in blocks:
+        fits = pending and len(block) == len(pending[0]) and (len(pending) + 1) * len(block) <= batch_tokens
+        if pending and not fits:
+            batches.append(torch.stack(pending))
+            pending = []
+        pending.append(block)
+    if pending:
+        batches.append(torch.stack(pending))
+    return batches
+
+
 def _tokenized(
     documents: Sequence[Document], order: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[int]]:

@@ -132,12 +132,17 @@ class Decoder:
         their result; before the down projection also its input. A fused projection's result outlives its
         parts, as they are views of it. Before experts it holds nothing more.
         """
+        sizes = self.sizes
         outs = {linear.out for linear in self.family.linears()}
-        attention = 2 * (self.sizes["q"] + self.sizes["kv"]) + (self.sizes["qkv"] if "qkv" in outs else 0)
-        mlp = self.sizes["inner"] + (self.sizes["gate_up"] if "gate_up" in outs else 0)
+        attention = 2 * (sizes["q"] + sizes["kv"]) + (sizes["qkv"] if "qkv" in outs else 0)
+        if "kv_b" in outs:  # of which values are views
+            attention = 2 * sizes["q"] + sizes["kv_b"] + sizes["attended"]
+        mlp = sizes["inner"] + (sizes["gate_up"] if "gate_up" in outs else 0)
         if self.family.sparse and not self.family.sparse.dense:
             mlp = 0
-        return 2 * self.sizes["hidden"] + max(attention, mlp)
+        if "shared_inner" in sizes:  # beside what the experts have made
+            mlp = max(mlp, sizes["hidden"] + sizes["shared_inner"])
+        return 2 * sizes["hidden"] + max(attention, mlp)
 
     def _sized(self, shapes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(self.sizes[size] for size in shape) for name, shape in shapes.items()}
@@ -167,7 +172,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     kv_heads = _size(stated, "num_key_value_heads", heads, problems)
     head = _size(stated, "head_dim", hidden // heads, problems)
     positions = _size(stated, "max_position_embeddings", 1, problems)
-    if not problems and heads % kv_heads:
+    if not problems and heads % kv_heads and "kv_lora" not in family.sizes:
         problems.append(
             _problem(
                 "config_invalid",
@@ -188,9 +193,11 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
         "qkv": (heads + 2 * kv_heads) * head,
         "vocab": vocab,
         "positions + 2": positions + 2,
+        "one": 1,
     }
     sizes |= {
-        name: prod(_size(stated, key, None, problems) for key in keys) for name, keys in family.sizes.items()
+        name: sum(prod(_size(stated, key, None, problems) for key in product) for product in products)
+        for name, products in family.sizes.items()
     }
     if sizes.get("experts", 1) > MAX_EXPERTS:
         problems.append(_problem("config_invalid", f"config.json: more than {MAX_EXPERTS} experts a layer."))

@@ -147,6 +147,43 @@ def _router(name: str) -> dict[str, tuple[str, ...]]:
     return {f"{name}.weight": ("experts", "hidden")}
 
 
+def _shared_expert(name: str, gate: str = "") -> Groups:
+    """An expert that sees every token, and the gate that weighs what it makes, where there is one."""
+    gate_up = tuple(
+        LinearSpec(f"{name}.{leaf}", "shared_inner", "hidden") for leaf in ("gate_proj", "up_proj")
+    )
+    gates = (LinearSpec(gate, "one", "hidden", gate=True),) if gate else ()
+    return (GroupSpec(gate_up + gates), _alone(f"{name}.down_proj", "hidden", "shared_inner"))
+
+
+_LATENT_ATTENTION: Groups = (
+    GroupSpec(
+        (
+            LinearSpec("self_attn.q_a_proj", "q_lora", "hidden", "attention_bias"),
+            LinearSpec("self_attn.kv_a_proj_with_mqa", "kv_a", "hidden", "attention_bias"),
+        ),
+        "input_layernorm",
+    ),
+    _alone("self_attn.q_b_proj", "q", "q_lora", norm="self_attn.q_a_layernorm"),
+    _alone("self_attn.kv_b_proj", "kv_b", "kv_lora"),  # reads a view of its norm's output
+    _alone("self_attn.o_proj", "hidden", "attended", "attention_bias"),
+)
+_LATENT_SIZES = {
+    "q": (("num_attention_heads", "qk_nope_head_dim"), ("num_attention_heads", "qk_rope_head_dim")),
+    "q_lora": (("q_lora_rank",),),
+    "kv_lora": (("kv_lora_rank",),),
+    "kv_a": (("kv_lora_rank",), ("qk_rope_head_dim",)),
+    "kv_b": (("num_attention_heads", "qk_nope_head_dim"), ("num_attention_heads", "v_head_dim")),
+    "attended": (("num_attention_heads", "v_head_dim"),),
+    "head": (("qk_rope_head_dim",),),
+}
+_LATENT_NORMS = (
+    _PRE_NORMS
+    | _norms("self_attn.q_a_layernorm", shape=("q_lora",))
+    | _norms("self_attn.kv_a_layernorm", shape=("kv_lora",))
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """The structure of one model type.
@@ -154,7 +191,7 @@ class Family:
     groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
     key is true. sparse: the layers that have experts, where there are any. norm_offset: what norms add to
     their weight before they multiply with it. outside: tensors in no layer, lm_head apart. sizes: further
-    sizes, each the product of these config keys. aliases: config keys under another name. defaults: what
+    sizes, each a sum of products of config keys. aliases: config keys under another name. defaults: what
     Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
     heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
     names another key) for this table to hold.
@@ -165,7 +202,7 @@ class Family:
     others: Mapping[str, tuple[str, ...]]
     optional: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sparse: Sparse | None = None
-    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -276,7 +313,7 @@ FAMILIES: dict[str, Family] = {
             ),
             _PRE_NORMS | _router("block_sparse_moe.gate"),
         ),
-        sizes={"experts": ("num_local_experts",), "expert_inner": ("intermediate_size",)},
+        sizes={"experts": (("num_local_experts",),), "expert_inner": (("intermediate_size",),)},
         aliases={"num_experts": "num_local_experts"},
         defaults={"num_key_value_heads": 8, "num_local_experts": 8},
     ),
@@ -289,9 +326,84 @@ FAMILIES: dict[str, Family] = {
             _PRE_NORMS | _QK_NORMS | _router("mlp.gate"),
             dense=("mlp_only_layers", "decoder_sparse_step"),
         ),
-        sizes={"experts": ("num_experts",), "expert_inner": ("moe_intermediate_size",)},
+        sizes={"experts": (("num_experts",),), "expert_inner": (("moe_intermediate_size",),)},
         aliases={"num_local_experts": "num_experts"},
         defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        _attention(qkv_bias="qkv_bias") + _gated_mlp(),
+        _PRE_NORMS,
+        sparse=Sparse(
+            (
+                *_attention(qkv_bias="qkv_bias"),
+                *_shared_expert("mlp.shared_expert", "mlp.shared_expert_gate"),
+                ExpertsSpec("mlp.experts", "mlp.gate"),
+            ),
+            _PRE_NORMS | _router("mlp.gate"),
+            dense=("mlp_only_layers", "decoder_sparse_step"),
+        ),
+        sizes={
+            "experts": (("num_experts",),),
+            "expert_inner": (("moe_intermediate_size",),),
+            "shared_inner": (("shared_expert_intermediate_size",),),
+        },
+        aliases={"num_local_experts": "num_experts"},
+        defaults={
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        _attention(**_ALL_BIASED),
+        _PRE_NORMS,
+        sparse=Sparse(
+            (*_attention(**_ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
+            _PRE_NORMS
+            | _norms("self_attn.q_norm", shape=("hidden",))
+            | _norms("self_attn.k_norm", shape=("kv",))
+            | _router("mlp.gate"),
+        ),
+        sizes={"experts": (("num_experts",),), "expert_inner": (("intermediate_size",),)},
+        aliases={"num_local_experts": "num_experts"},
+        defaults={"num_experts": 64},
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        _LATENT_ATTENTION + _gated_mlp(),
+        _LATENT_NORMS,
+        sparse=Sparse(
+            (
+                *_LATENT_ATTENTION,
+                ExpertsSpec("mlp.experts", "mlp.gate"),
+                *_shared_expert("mlp.shared_experts"),
+            ),
+            _LATENT_NORMS | _router("mlp.gate") | {"mlp.gate.e_score_correction_bias": ("experts",)},
+            dense=("first_k_dense_replace",),
+        ),
+        sizes=_LATENT_SIZES
+        | {
+            "experts": (("n_routed_experts",),),
+            "expert_inner": (("moe_intermediate_size",),),
+            "shared_inner": (("moe_intermediate_size", "n_shared_experts"),),
+        },
+        aliases={"num_local_experts": "n_routed_experts"},
+        defaults={
+            "num_key_value_heads": 128,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 3,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
     ),
     "opt": Family(
         "OPTForCausalLM",

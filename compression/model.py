@@ -134,8 +134,8 @@ class StreamedModel:
             self._assign(name, value.to(self.device, self.compute_dtype))
 
     def _in_layer(self, index: int) -> list[str]:
-        prefix = f"{self._layers_prefix}{index}."
-        return [prefix + name for name, _ in self.layers[index].named_parameters()]
+        """A layer's parameters, and the buffers that checkpoints hold."""
+        return [f"{self._layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
 
     def _outside(self) -> list[str]:
         """Parameters outside the decoder layers, without lm_head."""
@@ -154,16 +154,27 @@ class StreamedModel:
                     f"{key} holds NaN or Inf.",
                     "Repair or download the checkpoint again: nothing was written for this layer.",
                 )
-            self._assign(name, tensor.to(self.device, self.compute_dtype))
+            self._assign(name, tensor.to(self.device, self._dtype_of(name)))
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
-            self._assign(name, torch.empty_like(self.module.get_parameter(name), device="meta"))
+            module, _, leaf = name.rpartition(".")
+            tensor = getattr(self.module.get_submodule(module), leaf)
+            self._assign(name, torch.empty_like(tensor, device="meta"))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """That of all parameters, but for those that Transformers never rounds."""
+        never = self.module._keep_in_fp32_modules_strict or ()
+        return torch.float32 if any(part in name for part in never) else self.compute_dtype
 
     def _assign(self, name: str, tensor: Tensor) -> None:
-        """Give a parameter new storage; storage of another device cannot be put into the old parameter."""
-        module, _, leaf = name.rpartition(".")
-        self.module.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        """Give a parameter or buffer new storage; that of another device cannot be put into the old one."""
+        path, _, leaf = name.rpartition(".")
+        module = self.module.get_submodule(path)
+        if leaf in module._buffers:
+            module.register_buffer(leaf, tensor)
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _missing(name: str) -> PlanError:

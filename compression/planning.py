@@ -98,7 +98,7 @@ def plan(
         outside=outside,
         unknown=unknown,
         kept=kept,
-        ignore=_ignored(decoder, modules),
+        ignore=_ignored(checkpoint, decoder, modules, unknown),
         warnings=(
             *warnings,
             *treatment.warnings,
@@ -184,13 +184,22 @@ def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment
     return plans
 
 
-def _ignored(decoder: Decoder, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
-    """What readers find as it was: linears without a scheme, and routers, which some readers make linears."""
+def _ignored(
+    checkpoint: Checkpoint, decoder: Decoder, modules: Sequence[ModulePlan], unknown: Sequence[str]
+) -> tuple[str, ...]:
+    """What readers find as it was: linears without a scheme; routers, which some readers make linears; and
+    weights of layers after the last, which predict further tokens and which some readers run."""
     names = []
     for layer, members in groupby(modules, lambda module: module.layer):
         names += [module.name for module in members if module.scheme is None]
         if layer is not None:
             names += [f"{decoder.layers_prefix}{layer}.{router}" for router in decoder.layer(layer).routers]
+    for key in unknown:
+        name, _, leaf = key.rpartition(".")
+        number = name.removeprefix(decoder.layers_prefix).partition(".")[0]
+        beyond = number.isdecimal() and len(number) < 10 and int(number) >= decoder.num_layers
+        if beyond and leaf == "weight" and len(checkpoint.tensors[key].shape) == 2:
+            names.append(name)
     return tuple(names)
 
 

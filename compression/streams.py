@@ -16,13 +16,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from compression.calibration import TokenBlocks
+from compression.calibration import TokenBlocks, make_batches
 from compression.clock import Clock
 from compression.device import Arithmetic
 from compression.evaluate import Comparison
 from compression.expert_grams import ExpertGrams, ExpertInputs
 from compression.experts import Experts
-from compression.forward import ExpertsInputs, Forwards, Stream, make_batches
+from compression.forward import ExpertsInputs, Forwards, Stream
 from compression.gram import Gram, Precision, accumulate_gram
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, ModulePlan, Plan

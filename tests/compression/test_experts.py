@@ -240,6 +240,24 @@ def test_experts_of_one_layer_are_treated_alike(tmp_path: Path) -> None:
     assert codes(problems) == ["fused_group_mismatch"]
 
 
+def test_layers_that_the_model_does_not_run_are_copied_and_ignored(tiny_texts: Path, tmp_path: Path) -> None:
+    """DeepSeek's checkpoints end with a layer that predicts further tokens."""
+    source = tiny_model(tmp_path / "model", "deepseek_v3", dtype=torch.float32)
+    shapes = {"eh_proj": (256, 512), "mlp.experts.0.up_proj": (128, 256), "enorm": (256,)}
+    extra = {f"model.layers.2.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, **extra}, source / "model.safetensors", metadata={"format": "pt"})
+    run(source, tmp_path / "out", tiny_texts, [{"type": "rtn", "scheme": "FP8_DYNAMIC"}])
+    ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignore[-2:] == ["model.layers.2.eh_proj", "model.layers.2.mlp.experts.0.up_proj"]
+    written: dict[str, Tensor] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(shard)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for name, tensor in {**extra, bias: tensors[bias]}.items():
+        assert torch.equal(written[name], tensor)
+
+
 def test_the_estimate_knows_layers_with_experts(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[])
     made = plan(

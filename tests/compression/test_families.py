@@ -72,6 +72,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 3, "decoder_sparse_step": 2, "head_dim": 16},
     ),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 3, "shared_expert_intermediate_size": 64}),
+    "qwen2_moe without biases": ("qwen2_moe", {"num_experts": 3, "qkv_bias": False, "mlp_only_layers": [1]}),
+    "olmoe": ("olmoe", {"num_experts": 3}),
+    "deepseek_v3": ("deepseek_v3", {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "deepseek_v3 with two shared experts": ("deepseek_v3", {"n_shared_experts": 2, "attention_bias": True}),
     "opt": ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 96}),
     "opt without biases": ("opt", {"ffn_dim": 160, "enable_bias": False, "max_position_embeddings": 77}),
 }

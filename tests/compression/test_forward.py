@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compression.calibration import make_batches
 from compression.checkpoint.headers import read_checkpoint
 from compression.decoder import Decoder, read_decoder
 from compression.errors import PlanError
 from compression.families import FAMILIES
-from compression.forward import Forwards, Stream, make_batches
+from compression.forward import Forwards, Stream
 from compression.model import StreamedModel
 from compression.planning import plan
 from compression.plans import Plan
