@@ -36,7 +36,7 @@ def submit(
         str | None,
         typer.Option(
             help="gptq, awq or rtn; sparsegpt, wanda or magnitude for a sparse scheme. "
-            "By default gptq for int weights with a dataset, else rtn.",
+            "By default gptq for int and fp4 weights with a dataset, else rtn.",
             **_How,
         ),
     ] = None,

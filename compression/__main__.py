@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
     result.add_argument("--scheme", required=True, help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
     result.add_argument(
-        "--method", choices=[*QUANTIZING, *PRUNING], help="default: gptq for int weights with data"
+        "--method", choices=[*QUANTIZING, *PRUNING], help="default: gptq for int and fp4 weights with data"
     )
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))

@@ -9,6 +9,7 @@ from compression.decoder import Decoder
 from compression.errors import Problem
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.recipe import Recipe
+from compression.schemes import get_scheme
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
 
@@ -40,6 +41,16 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     """Steps that learn from data, where there is none."""
     if has_data:
         return []
+    problems = [
+        Problem(
+            "dataset_required",
+            f"{step.scheme} learns the range of activations from calibration data; the job has no dataset.",
+            "Give a dataset, or a scheme that finds this at run time, such as FP8_DYNAMIC or MXFP4.",
+            f"/recipe/steps/{number}/scheme",
+        )
+        for number, step in recipe.quantizing.items()
+        if get_scheme(step.scheme).fixed_input
+    ]
     learning: list[tuple[str, str]] = [(recipe.smoothing.type, "/dataset")] if recipe.smoothing else []
     learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
     for number, step in recipe.quantizing.items():
@@ -47,7 +58,7 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
             learning.append(("gptq", "/dataset"))
         elif step.observer in ("imatrix", "gram"):
             learning.append((f"The observer {step.observer}", f"/recipe/steps/{number}/observer"))
-    return [
+    return problems + [
         Problem(
             "dataset_required",
             f"{what} learns from calibration data, and the job has no dataset.",

@@ -34,9 +34,9 @@ class GroupSpec:
     """Linears that read the same tensor.
 
     norm: the module whose output that is, "" where it is none, or where others read it as well. producer: a
-    linear whose last output rows are multiplied into that tensor channel by channel, so that they can be scaled
-    for it (v_proj for o_proj, up_proj for down_proj); "" where there is none. experts: the module of which they
-    are one expert, "" where they are none.
+    linear whose last output rows are multiplied into that tensor channel by channel, so that they can be
+    scaled for it (v_proj for o_proj, up_proj for down_proj); "" where there is none. experts: the module of
+    which they are one expert, "" where they are none.
     """
 
     linears: tuple[LinearSpec, ...]

@@ -277,6 +277,8 @@ class Forwards:
     groups: each linear's group id. activations: how a linear's input is quantized when it is served, for the
     linears where it is. norms: the norm that makes a group's input, for groups where it will change. experts:
     the module of experts, for groups in one.
+
+    fixed_inputs: what calibration fixed of how inputs are quantized, by linear, of the layer that runs.
     """
 
     def __init__(
@@ -291,6 +293,7 @@ class Forwards:
         self._groups = groups
         self._activations = activations
         self._experts = frozenset(experts.values())
+        self.fixed_inputs: Mapping[str, Tensor] = {}
         parks = {name: experts.get(group, group) for name, group in groups.items()}
         self._order = {group: position for position, group in enumerate(dict.fromkeys(parks.values()))}
         self._by_layer: dict[int, dict[str, None]] = {}
@@ -388,7 +391,7 @@ class Forwards:
             if args is None or not batch.stream.quantizes_activations:
                 return None
             if shared.quantized is None:
-                shared.quantized = fake_quantize(inputs[0], args)
+                shared.quantized = fake_quantize(inputs[0], args, self.fixed_inputs.get(name))
             return (shared.quantized,)
 
         return visit

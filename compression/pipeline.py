@@ -105,9 +105,9 @@ def compress(
             if finished:
                 with clock.phase("read"):
                     shard = journal.shards[layer.index]
-                    tensors = read_infos(read_header(journal.folder / shard.file).values())
-                    model.set_weights(_decode(layer.modules, tensors))
-                    model.set_parameters({key: tensors[key] for key in layer.folded})
+                    stored = read_infos(read_header(journal.folder / shard.file).values())
+                    model.set_weights(_decode(layer.modules, stored))
+                    model.set_parameters({key: stored[key] for key in layer.folded})
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
                 stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
@@ -116,7 +116,7 @@ def compress(
                     shard = write_shard(journal.folder / layer.shard, {**stored, **copied})
                     finished = journal.commit(layer.index, shard, modules)
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))
-            streams.pass_compressed(layer.index)
+            streams.pass_compressed(layer, stored)
             model.drop_layer(layer.index)
             rows.extend(finished.modules)
             shards.append(shard)
@@ -202,7 +202,6 @@ def _solve_layer(
         names = [module.name for module in group.modules]
         weights = [folds.weights.pop(n, w) for n, w in zip(names, model.weights(names), strict=True)]
         smoothed = group.name in folds.groups
-        gram = None
         with clock.phase("gram"):
             gram = group.gram(arithmetic.gram_precision)
             if gram is not None:
@@ -214,8 +213,12 @@ def _solve_layer(
                 folded = fold(planned, group, weights, gram, model, streams, plan.recipe.smoothing)
                 stored.update(folded.norm)
                 weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
-            for solved in solve(group.modules, weights, gram, plan.recipe, smoothed=smoothed):
-                tensors = encode(solved.module.name, solved.weight, solved.module.scheme)
+            largest = group.largest_input()
+            for solved in solve(
+                group.modules, weights, gram, plan.recipe, largest_input=largest, smoothed=smoothed
+            ):
+                scheme = solved.module.scheme
+                tensors = encode(solved.module.name, solved.weight, scheme, solved.fixed_input)
                 model.set_weights(_decode([solved.module], tensors))
                 stored.update(tensors)
                 rows.append(solved.report)

@@ -1,11 +1,12 @@
-"""Grids, scales and codes: how a float tensor becomes integers (or fp8) and comes back.
+"""Grids, scales and codes: how a float tensor becomes integers (or fp8, or fp4) and comes back.
 
-    weight [out, in]  --minmax_params / search_params-->  QuantizationParams (scale, zero_point)
+    weight [out, in]  --minmax_params / search_params-->  QuantizationParams (scale, zero_point, global_scale)
                       --quantize-->                       codes int8 | float8_e4m3fn [out, in]
                       --QuantizedWeight.dequantize-->     what a reader of the checkpoint computes
 
-A code q stands for (q - zero_point) * scale. Arithmetic is in float32 (rounding in bfloat16 moves 8% of int8
-codes), with scales that are already rounded to the dtype in which they are stored.
+A code q stands for (q - zero_point) * step, the step being what the stored scale means. Arithmetic is in
+float32 (rounding in bfloat16 moves 8% of int8 codes), with scales that are already rounded to the dtype in
+which they are stored. fp4 (e2m1) codes are held in float8_e4m3fn, which has all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.params import (
+    QuantizationParams,
+    global_scale_of,
+    group_columns,
+    over_rows,
+    params_of_range,
+    rows_sharing,
+    spanning_params,
+    to_rows,
+)
 from compression.schemes import QuantizationArgs
 
 _COARSE_SHRINKS = (1.16, 1.08, 0.92, 0.84, 0.76, 0.68, 0.60, 0.52, 0.44)
@@ -31,33 +42,6 @@ _CHUNK_ELEMENTS = 1 << 16
 """Weights rounded at once: with the two temporaries, what two cores hold in their level-2 caches."""
 
 
-class QuantizationParams(NamedTuple):
-    """scale [out, groups] in the stored dtype; zero_point [out, groups] int8, None when symmetric.
-
-    groups is in / group_size, and 1 for one scale per channel.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def where(self, condition: Tensor, other: QuantizationParams) -> QuantizationParams:
-        """`other` where `condition` holds, else these."""
-        zero_point = self.zero_point
-        if zero_point is not None and other.zero_point is not None:
-            zero_point = torch.where(condition, other.zero_point, zero_point)
-        return QuantizationParams(torch.where(condition, other.scale, self.scale), zero_point)
-
-    def gather(self, index: Tensor) -> QuantizationParams:
-        """From parameters [tries, rows], those of try index [1, rows]: [rows]."""
-        zero_point = None if self.zero_point is None else self.zero_point.gather(0, index)[0]
-        return QuantizationParams(self.scale.gather(0, index)[0], zero_point)
-
-    def rows(self, start: int, stop: int) -> QuantizationParams:
-        """The parameters of output rows start to stop."""
-        zero_point = None if self.zero_point is None else self.zero_point[start:stop]
-        return QuantizationParams(self.scale[start:stop], zero_point)
-
-
 @dataclass(frozen=True)
 class QuantizedWeight:
     """codes [out, in], int8 or float8_e4m3fn, with the parameters that give them meaning."""
@@ -69,22 +53,24 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] as compressed-tensors computes it when the checkpoint is loaded in `dtype`.
 
-        That is (code - zero_point) * scale with every operand in `dtype`, rounded once by the product.
+        That is (code - zero_point) * scale with every operand in `dtype`, rounded once by the product. Where
+        scales have a dtype of their own, the library multiplies in bfloat16 or float32 and gives bfloat16.
         """
+        if self.args.scale_dtype is not None:
+            return self._times_scale(torch.float32).to(torch.bfloat16).to(dtype)
+        return self._times_scale(dtype)
+
+    def _times_scale(self, dtype: torch.dtype) -> Tensor:
         values = group_columns(self.codes.to(dtype), self.args)
-        if self.params.zero_point is not None:
-            values -= self.params.zero_point.to(dtype).unsqueeze(-1)
-        values *= self.params.scale.to(dtype).unsqueeze(-1)
+        params = self.params.by_row(self.args, len(self.codes))
+        if params.zero_point is not None:
+            values -= params.zero_point.to(dtype).unsqueeze(-1)
+        values *= params.scale.to(dtype).unsqueeze(-1)
         return values.flatten(1)
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """Output rows start to stop: one linear out of a stacked solve."""
+        """Output rows start to stop, where each has scales of its own: one linear out of a stacked solve."""
         return QuantizedWeight(self.codes[start:stop], self.params.rows(start, stop), self.args)
-
-
-def group_columns(weight: Tensor, args: QuantizationArgs) -> Tensor:
-    """View [out, in] as [out, groups, group_size]."""
-    return weight.view(weight.shape[0], -1, args.group_size or weight.shape[1])
 
 
 def require_finite_weight(name: str, weight: Tensor) -> None:
@@ -102,12 +88,11 @@ def require_finite_weight(name: str, weight: Tensor) -> None:
 
 
 def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
-    """Scales that span the smallest to the largest weight of each group, zero included.
+    """Scales that span the smallest to the largest weight that share one, zero included.
 
     Computed in `scale_dtype`, step by step, as compressed-tensors does (`calculate_qparams`): the same bits.
     """
-    low, high = group_columns(weight, args).aminmax(dim=-1)
-    return _params_of_range(low, high, args, scale_dtype)
+    return spanning_params(weight, args, scale_dtype).as_stored(args)
 
 
 def search_params(
@@ -124,30 +109,35 @@ def search_params(
         sum e^2                            without statistics (observer mse),
         sum importance * e^2               importance [in] = E[x^2] (observer imatrix),
         e G e^T                            gram [in, in] = X^T X, G its block for the group (observer gram):
-                                           Hessian-weighted MSE, the output error this group alone causes.
-    A coarse grid of shrinks is tried on every group, then each group's best is refined by halving steps.
+                                           Hessian-weighted MSE, the output error this group alone causes,
+    and summed over the rows that share a scale. A coarse grid of shrinks is tried on every group, then each
+    group's best is refined by halving steps.
     """
     if importance is not None and gram is not None:
         raise ValueError("give importance or gram, not both")
-    params = minmax_params(weight, args, scale_dtype)
-    size = args.group_size or weight.shape[1]
-    for group, start in enumerate(range(0, weight.shape[1], size)):
-        columns = slice(start, start + size)
-        cost = _error_cost(size, weight.device, importance, gram, columns)
-        for top in range(0, weight.shape[0], _SEARCH_ROWS):
-            chunk = slice(top, top + _SEARCH_ROWS)
-            found = _search_group(weight[chunk, columns].t().float().contiguous(), args, scale_dtype, cost)
-            params.scale[chunk, group] = found.scale
+    params = spanning_params(weight, args, scale_dtype)
+    rows, columns = weight.shape
+    size, sharing = args.columns or columns, rows_sharing(args, rows)
+    scales = params.scale.view(-1, columns // size)
+    for group, start in enumerate(range(0, columns, size)):
+        part = slice(start, start + size)
+        cost = _error_cost(size, weight.device, importance, gram, part)
+        for top in range(0, rows, max(_SEARCH_ROWS, sharing)):
+            chunk = weight[top : top + max(_SEARCH_ROWS, sharing), part].t().float().contiguous()
+            found = _search_group(chunk, args, scale_dtype, cost, params.global_scale)
+            here = slice(top // sharing, top // sharing + len(found.scale))
+            scales[here, group] = found.scale
             if params.zero_point is not None and found.zero_point is not None:
-                params.zero_point[chunk, group] = found.zero_point
-    return params
+                params.zero_point[here, group] = found.zero_point
+    return params.as_stored(args)
 
 
 def quantize(weight: Tensor, params: QuantizationParams, args: QuantizationArgs) -> Tensor:
     """Codes [out, in] nearest to the weight [out, in], int8 or float8_e4m3fn; ties to even, clamped."""
-    scaled = group_columns(weight.float(), args) / params.scale.float().unsqueeze(-1)
-    if params.zero_point is not None:
-        scaled += params.zero_point.float().unsqueeze(-1)
+    by_row = params.by_row(args, len(weight))
+    scaled = group_columns(weight.float(), args) / by_row.scale.unsqueeze(-1)
+    if by_row.zero_point is not None:
+        scaled += by_row.zero_point.float().unsqueeze(-1)
     return round_to_grid(scaled, args, out=scaled).flatten(1).to(code_dtype(args))
 
 
@@ -156,43 +146,50 @@ def code_dtype(args: QuantizationArgs) -> torch.dtype:
     return torch.float8_e4m3fn if args.type == "float" else torch.int8
 
 
-def fake_quantize(x: Tensor, args: QuantizationArgs) -> Tensor:
-    """Activations [..., features] rounded per token as compressed-tensors' quantized forward rounds them.
+def fake_quantize(x: Tensor, args: QuantizationArgs, fixed: Tensor | None = None) -> Tensor:
+    """Activations [..., features] rounded as compressed-tensors' quantized forward rounds them.
 
-    Symmetric min-max scale per token, every step in x's dtype, as a reader of the checkpoint does.
+    Symmetric min-max scale per token, or group of a token's features, every step in x's dtype (with a global
+    scale in float32), as a reader of the checkpoint does. fixed: [1], what is not found at run time, which is
+    the scale of strategy `tensor`, the global scale of `tensor_group`.
     """
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    scale, _ = _params_of_range(low, high, args, x.dtype)
-    scaled = x / scale
-    return round_to_grid(scaled, args, out=scaled).mul_(scale)
+    values = x if args.columns is None else x.reshape(*x.shape[:-1], -1, args.columns)
+    if args.dynamic is False:
+        assert fixed is not None
+        step = fixed.to(x.dtype)
+    else:
+        low, high = values.aminmax(dim=-1, keepdim=True)
+        params = params_of_range(low, high, args, x.dtype, fixed)
+        step = params.scale if args.scale_dtype is None else params.steps(args)
+        if args.scale_dtype == "E8M0":
+            step = step.to(x.dtype)
+            step.masked_fill_(step == 0, 1.0)  # float16 has no such small number
+    scaled = values / step
+    rounded = round_to_grid(scaled, args, out=scaled).mul_(step).to(x.dtype)
+    return rounded if args.columns is None else rounded.flatten(-2)
+
+
+def fixed_input_scale(largest: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> Tensor:
+    """What calibration fixes of activations of which `largest` is the largest magnitude: [1], as stored.
+
+    The scale in `scale_dtype` with strategy `tensor`, the global scale in float32 with `tensor_group`.
+    """
+    largest = largest.reshape(1)
+    if args.strategy == "tensor_group":
+        return global_scale_of(largest, scale_dtype)
+    return params_of_range(-largest, largest, args, scale_dtype).scale
 
 
 def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor) -> Tensor:
     """The code nearest to each scaled value, in the values' float dtype; `out` may be `values` itself."""
     torch.clamp(values, *args.range, out=out)
-    if args.type == "float":
-        return out.copy_(out.to(torch.float8_e4m3fn))
-    return out.round_()
-
-
-def _params_of_range(
-    low: Tensor, high: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype
-) -> QuantizationParams:
-    """Scale and zero point that map [low, high], widened to hold 0, onto the codes; in scale_dtype."""
-    low = low.clamp(max=0).to(scale_dtype)
-    high = high.clamp(min=0).to(scale_dtype)
-    smallest, largest = args.range
-    # a tensor on the device: CUDA would multiply by the reciprocal of a Python number
-    steps = torch.tensor(largest - smallest, dtype=scale_dtype, device=low.device)
-    if args.symmetric:
-        scale = torch.maximum(-low, high) / (steps / 2)
-        zero_point = None
-    else:
-        scale = (high - low) / steps
-        exact = (smallest - low / scale).clamp(smallest, largest)
-        zero_point = exact.nan_to_num(nan=0.0).round().to(torch.int8)  # NaN is 0/0: a group of zeros
-    eps = torch.finfo(scale_dtype).eps
-    return QuantizationParams(scale.masked_fill_(scale == 0, eps), zero_point)
+    if args.type == "int":
+        return out.round_()
+    if args.num_bits == 4:
+        magnitude = out.abs()
+        spacing = torch.ones_like(out).masked_fill_(magnitude < 2, 0.5).masked_fill_(magnitude >= 4, 2.0)
+        return out.div_(spacing).round_().mul_(spacing)
+    return out.copy_(out.to(torch.float8_e4m3fn))
 
 
 _Cost = Callable[[Tensor], Tensor]
@@ -210,26 +207,36 @@ def _error_cost(
 
 
 def _search_group(
-    weights: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype, cost: _Cost
+    weights: Tensor,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+    cost: _Cost,
+    global_scale: Tensor | None,
 ) -> QuantizationParams:
-    """The best parameters [rows] for one group's weights [group_size, rows], float32.
+    """The best parameters [scales] for one group's weights [group_size, rows], float32.
 
     Transposed, so that a scale per row runs along memory. Errors are taken in steps of each row's own scale.
     """
+    rows = weights.shape[1]
+    sharing = rows_sharing(args, rows)
     low, high = weights.aminmax(dim=0)
-    unit = _params_of_range(low, high, args, scale_dtype).scale.float()
+    low, high = over_rows(low, sharing, torch.amin), over_rows(high, sharing, torch.amax)
+    unit = params_of_range(low, high, args, scale_dtype, global_scale).steps(args)
 
     def best_of(shrinks: Tensor) -> _Found:
-        """Of the shrinks [tries, rows], the best for each row."""
-        params = _params_of_range(low * shrinks, high * shrinks, args, scale_dtype)
-        costs = _costs(weights, params, args, cost)
-        costs *= (params.scale.float() / unit).square_()  # relative: finite for huge and tiny weights
+        """Of the shrinks [tries, scales], the best for each scale."""
+        params = params_of_range(low * shrinks, high * shrinks, args, scale_dtype, global_scale)
+        steps = params.steps(args)
+        costs = _costs(weights, to_rows(steps, sharing, rows), params.zero_point, args, cost)
+        # relative to the unit: finite for huge and tiny weights
+        costs *= to_rows((steps / unit).square_(), sharing, rows)
         # a range beyond float32 gives NaN, which must not win
-        least, index = costs.nan_to_num_(nan=torch.inf, posinf=torch.inf).min(dim=0, keepdim=True)
+        costs = over_rows(costs.nan_to_num_(nan=torch.inf, posinf=torch.inf), sharing, torch.sum)
+        least, index = costs.min(dim=0, keepdim=True)
         return _Found(least[0], shrinks.gather(0, index)[0], params.gather(index))
 
     coarse = torch.tensor((1.0, *_COARSE_SHRINKS), device=weights.device)
-    best = best_of(coarse.unsqueeze(1).expand(-1, weights.shape[1]))
+    best = best_of(coarse.unsqueeze(1).expand(-1, len(low)))
     for step in _FINE_STEPS:
         found = best_of(torch.stack((best.shrink - step, best.shrink + step)))
         better = found.cost < best.cost
@@ -241,10 +248,11 @@ def _search_group(
     return best.params
 
 
-def _costs(weights: Tensor, params: QuantizationParams, args: QuantizationArgs, cost: _Cost) -> Tensor:
-    """What rounding weights [group_size, rows] by each of params [tries, rows] costs, in squared steps."""
-    scales = params.scale.float()
-    shifts = None if params.zero_point is None else params.zero_point.float()
+def _costs(
+    weights: Tensor, scales: Tensor, zero_point: Tensor | None, args: QuantizationArgs, cost: _Cost
+) -> Tensor:
+    """What rounding weights [group_size, rows] by each of scales [tries, rows] costs, in squared steps."""
+    shifts = None if zero_point is None else zero_point.float()
     costs = torch.empty_like(scales)
     width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
     for left in range(0, weights.shape[1], width):

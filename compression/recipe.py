@@ -241,8 +241,8 @@ class Recipe(_Frozen):
     ) -> Recipe:
         """The recipe of the short form.
 
-        Default method: gptq for int weights with a dataset, else rtn; for a sparse scheme sparsegpt with a
-        dataset, else magnitude.
+        Default method: gptq for int and fp4 weights with a dataset, else rtn; for a sparse scheme sparsegpt
+        with a dataset, else magnitude.
 
         Raises:
             PlanError: `unknown_scheme`, `method_does_not_fit`.
@@ -259,8 +259,9 @@ class Recipe(_Frozen):
             method = method or ("sparsegpt" if has_dataset else "magnitude")
             return cls.model_validate({"steps": [{"type": method, **sparse, **given}]})
         if method is None:
-            integer = get_scheme(scheme).weights.type == "int"
-            method = "gptq" if integer and has_dataset else "rtn"
+            weights = get_scheme(scheme).weights
+            coarse = weights.type == "int" or weights.num_bits == 4
+            method = "gptq" if coarse and has_dataset else "rtn"
         return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
 
     @property
@@ -293,7 +294,9 @@ class Recipe(_Frozen):
             self.smoothing is not None
             or any(step.type != "magnitude" for step in self.pruning.values())
             or any(
-                step.type == "gptq" or step.observer in ("imatrix", "gram")
+                step.type == "gptq"
+                or step.observer in ("imatrix", "gram")
+                or get_scheme(step.scheme).fixed_input
                 for step in self.quantizing.values()
             )
         )

@@ -16,6 +16,9 @@ from compression.schemes import Scheme
 
 MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
 
+_SCALES: dict[str | None, str] = {"F8_E4M3": "F8_E4M3", "E8M0": "U8"}
+"""How scales with a dtype of their own are stored; the others have the dtype of the source's weights."""
+
 
 def stored_tensors(scheme: Scheme | None, shape: tuple[int, int], dtype: str) -> dict[str, TensorSpec]:
     """What a compressed linear [out, in] is on disk: suffix after "<name>." -> dtype and shape.
@@ -26,18 +29,24 @@ def stored_tensors(scheme: Scheme | None, shape: tuple[int, int], dtype: str) ->
         return {"weight": TensorSpec(dtype, shape)}
     rows, columns = shape
     weights = scheme.weights
-    groups = columns // weights.group_size if weights.group_size else 1
+    scales = weights.scale_shape(shape)
+    tensors = {"weight_scale": TensorSpec(_SCALES.get(weights.scale_dtype, dtype), scales)}
     if scheme.format == "pack-quantized":
-        tensors = {
-            "weight_packed": TensorSpec("I32", (rows, -(-columns * weights.num_bits // 32))),
-            "weight_scale": TensorSpec(dtype, (rows, groups)),
-            "weight_shape": TensorSpec("I64", (2,)),
-        }
+        tensors["weight_packed"] = TensorSpec("I32", (rows, -(-columns * weights.num_bits // 32)))
+        tensors["weight_shape"] = TensorSpec("I64", (2,))
         if not weights.symmetric:
-            tensors["weight_zero_point"] = TensorSpec("I32", (-(-rows * weights.num_bits // 32), groups))
-        return tensors
-    codes = {"int-quantized": "I8", "float-quantized": "F8_E4M3"}[scheme.format]
-    return {"weight": TensorSpec(codes, shape), "weight_scale": TensorSpec(dtype, (rows, groups))}
+            packed_rows = -(-rows * weights.num_bits // 32)
+            tensors["weight_zero_point"] = TensorSpec("I32", (packed_rows, scales[1]))
+    elif weights.num_bits == 4:
+        tensors["weight_packed"] = TensorSpec("U8", (rows, columns // 2))
+    else:
+        tensors["weight"] = TensorSpec("I8" if weights.type == "int" else "F8_E4M3", shape)
+    if weights.strategy == "tensor_group":
+        tensors["weight_global_scale"] = TensorSpec("F32", (1,))
+    if scheme.fixed_input is not None:
+        fixed = "F32" if scheme.fixed_input == "input_global_scale" else dtype
+        tensors[scheme.fixed_input] = TensorSpec(fixed, (1,))
+    return tensors
 
 
 def assign_shards(

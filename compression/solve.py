@@ -11,18 +11,13 @@ from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.gram import Gram
-from compression.methods.gptq import gptq
+from compression.methods.gptq import GPTQResult, gptq
 from compression.methods.masks import magnitude_keep, wanda_keep
 from compression.methods.rtn import rtn
 from compression.methods.sparsegpt import sparsegpt
+from compression.observers import observe, stack_by_row
 from compression.plans import ModulePlan
-from compression.quantizer import (
-    QuantizationParams,
-    QuantizedWeight,
-    minmax_params,
-    require_finite_weight,
-    search_params,
-)
+from compression.quantizer import QuantizedWeight, fixed_input_scale, require_finite_weight
 from compression.recipe import MagnitudeStep, PruningStep, QuantizingStep, Recipe, WandaStep
 from compression.report import ModuleReport
 from compression.schemes import Scheme
@@ -30,11 +25,15 @@ from compression.schemes import Scheme
 
 @dataclass(frozen=True)
 class Solved:
-    """A linear's new weight, a tensor in its stored dtype where no scheme applies, with its report's row."""
+    """A linear's new weight, a tensor in its stored dtype where no scheme applies, with its report's row.
+
+    fixed_input: [1], how its activations are quantized, where that is fixed before run time.
+    """
 
     module: ModulePlan
     weight: QuantizedWeight | Tensor
     report: ModuleReport
+    fixed_input: Tensor | None = None
 
 
 def solve(
@@ -43,12 +42,13 @@ def solve(
     gram: Gram | None,
     recipe: Recipe,
     *,
+    largest_input: Tensor | None = None,
     smoothed: bool = False,
 ) -> Iterator[Solved]:
     """Solve linears that read the same tensor; those with the same treatment as one stacked matrix.
 
-    weights: [out_i, in] in any float dtype. gram: statistics of their input, None without data. smoothed: for
-    the report.
+    weights: [out_i, in] in any float dtype. gram, largest_input: statistics of their input and its largest
+    magnitude, None without data. smoothed: for the report.
 
     Raises:
         NumericalError: `non_finite_weights`, `singular_gram`.
@@ -59,8 +59,15 @@ def solve(
     for (pruning, step, dtype), members in alike.items():
         pruning_step = None if pruning is None else recipe.pruning[pruning]
         quantizing_step = None if step is None else recipe.quantizing[step]
-        for solved in _solve_stacked(members, gram, pruning_step, quantizing_step, TORCH_DTYPES[dtype]):
-            yield replace(solved, report=replace(solved.report, smoothed=smoothed))
+        stored_dtype, scheme = TORCH_DTYPES[dtype], members[0][0].scheme
+        fixed_input = None
+        if scheme is not None and scheme.fixed_input is not None:
+            assert scheme.input_activations is not None
+            assert largest_input is not None  # the plan refuses these schemes without a dataset
+            fixed_input = fixed_input_scale(largest_input, scheme.input_activations, stored_dtype)
+        for solved in _solve_stacked(members, gram, pruning_step, quantizing_step, stored_dtype):
+            report = replace(solved.report, smoothed=smoothed)
+            yield replace(solved, report=report, fixed_input=fixed_input)
 
 
 def _solve_stacked(
@@ -79,38 +86,20 @@ def _solve_stacked(
     weights = [weight.float() for _, weight in members]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     scheme = members[0][0].scheme
+    rows = [len(weight) for weight in weights]
     keep, dampening_frac, dead_columns = None, None, 0
     if pruning is not None:
-        splits = [len(weight) for weight in weights]
-        stacked, keep, dampening_frac = _prune(stacked, gram, pruning, splits)
-    solution: QuantizedWeight | Tensor
+        stacked, keep, dampening_frac = _prune(stacked, gram, pruning, rows)
+    solution: Sequence[Tensor] | Sequence[QuantizedWeight]
     if step is None or scheme is None:
-        solution = stacked.to(stored_dtype)
+        solution = torch.split(stacked.to(stored_dtype), rows)
     else:
-        params = _observe(stacked, gram, step, scheme, stored_dtype)
-        if step.type == "gptq":
-            assert gram is not None  # the plan refuses gptq without a dataset
-            result = gptq(
-                stacked,
-                gram.matrix,
-                scheme.weights,
-                params,
-                block_size=step.block_size,
-                dampening_frac=step.dampening_frac,
-                actorder=step.actorder,
-                keep=keep,
-            )
-            solution = result.weight
-            dampening_frac, dead_columns = result.dampening_frac, result.dead_columns
-        else:
-            solution = rtn(stacked, scheme.weights, params)
-
-    start = 0
-    for (module, _), weight in zip(members, weights, strict=True):
-        stop = start + len(weight)
-        part = solution[start:stop] if isinstance(solution, Tensor) else solution.rows(start, stop)
+        names = [module.name for module, _ in members]
+        solution, found = _quantize(names, stacked, rows, gram, step, scheme, stored_dtype, keep)
+        if found is not None:
+            dampening_frac, dead_columns = found.dampening_frac, found.dead_columns
+    for (module, _), weight, part in zip(members, weights, [*solution], strict=True):
         meant = part if isinstance(part, Tensor) else part.dequantize(stored_dtype)
-        start = stop
         difference = weight - meant.float()
         report = ModuleReport(
             name=module.name,
@@ -152,23 +141,42 @@ def _prune(
     return result.weight, result.keep, result.dampening_frac
 
 
+def _quantize(
+    names: Sequence[str],
+    stacked: Tensor,
+    rows: Sequence[int],
+    gram: Gram | None,
+    step: QuantizingStep,
+    scheme: Scheme,
+    stored_dtype: torch.dtype,
+    keep: Tensor | None,
+) -> tuple[list[QuantizedWeight], GPTQResult | None]:
+    """The linears that `stacked` has so many rows of, with parameters of their own; what GPTQ says of it."""
+    args = scheme.weights
+    observed = observe(names, stacked, rows, gram, step.observer, args, stored_dtype)
+    params = stack_by_row(observed, args, rows)
+    result = None
+    if step.type == "gptq":
+        assert gram is not None  # the plan refuses gptq without a dataset
+        result = gptq(
+            stacked,
+            gram.matrix,
+            args.by_row,
+            params,
+            block_size=step.block_size,
+            dampening_frac=step.dampening_frac,
+            actorder=step.actorder,
+            keep=keep,
+        )
+    solution = rtn(stacked, args.by_row, params) if result is None else result.weight
+    codes = torch.split(solution.codes, list(rows))
+    return [QuantizedWeight(*each, args) for each in zip(codes, observed, strict=True)], result
+
+
 def sha256_of(tensor: Tensor) -> str:
     """Digest of a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def _observe(
-    weight: Tensor, gram: Gram | None, step: QuantizingStep, scheme: Scheme, scale_dtype: torch.dtype
-) -> QuantizationParams:
-    if step.observer == "minmax":
-        return minmax_params(weight.to(scale_dtype), scheme.weights, scale_dtype)
-    if step.observer == "mse":
-        return search_params(weight, scheme.weights, scale_dtype)
-    assert gram is not None  # the plan refuses these observers without a dataset
-    if step.observer == "gram":
-        return search_params(weight, scheme.weights, scale_dtype, gram=gram.matrix)
-    return search_params(weight, scheme.weights, scale_dtype, importance=gram.importance())
 
 
 def _output_error(weight: Tensor, difference: Tensor, gram: Tensor) -> float:

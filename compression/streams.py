@@ -7,13 +7,14 @@ compressed    the same text through the compressed weights, activation quantizat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from compression.calibration import TokenBlocks, make_batches
@@ -56,6 +57,14 @@ class Group:
             return self.inputs.gram(precision)
         return accumulate_gram(self.inputs, precision=precision)
 
+    def largest_input(self) -> Tensor | None:
+        """The largest magnitude in the input, a scalar, where a scheme fixes the range of activations."""
+        if not any(module.scheme and module.scheme.fixed_input for module in self.modules):
+            return None
+        assert self.inputs is not None  # the plan refuses these schemes without a dataset
+        extremes = torch.stack([torch.stack(tensor.aminmax()) for tensor in self.inputs])
+        return extremes.abs().amax()
+
 
 class _Timed(Iterable[T]):
     """Inputs, the making of which is part of the forward pass, whoever goes through them."""
@@ -94,6 +103,7 @@ class Streams:
         self._original: Stream | None = None
         self._compressed: Stream | None = None
         self._spill: Spill | None = None
+        self._forwards: Forwards | None = None
         if blocks is None:
             return
         if plan.spill_bytes:
@@ -106,8 +116,8 @@ class Streams:
         }
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
         experts = {m.group: m.experts for m in modules if m.experts}
-        forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
-        stream = partial(forwards.stream, spill=self._spill)
+        self._forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
+        stream = partial(self._forwards.stream, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
             self._calibration = stream(batches, quantize_activations=False)
@@ -170,14 +180,22 @@ class Streams:
         assert self._calibration is not None  # the plan refuses smoothing without a dataset
         self._calibration.renew_inputs(fold.group, self._model.module.get_submodule(fold.norm))
 
-    def pass_compressed(self, layer: int) -> None:
-        """Send what sees compressed weights on to the next layer; to be called once they are in."""
+    def pass_compressed(self, layer: LayerPlan, stored: Mapping[str, Tensor]) -> None:
+        """Send what sees compressed weights on to the next layer; to be called once they are in.
+
+        stored: the layer's tensors as they are on disk, which also say how its activations are quantized.
+        """
         with self._clock.phase("forward"):
             if self._calibration:
-                self._calibration.run_through(layer)
+                self._calibration.run_through(layer.index)
         with self._clock.phase("evaluate"):
-            if self._compressed:
-                self._compressed.run_through(layer)
+            if self._compressed and self._forwards:
+                self._forwards.fixed_inputs = {
+                    m.name: stored[f"{m.name}.{m.scheme.fixed_input}"].to(self._model.device)
+                    for m in layer.modules
+                    if m.scheme and m.scheme.fixed_input
+                }
+                self._compressed.run_through(layer.index)
 
     def compare(self) -> EvaluationReport | None:
         """Run the head over the held-out text, and say how far the two models are apart."""

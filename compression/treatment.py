@@ -82,6 +82,8 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
             linear.shape[1] for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD
         ]
         schemes[number] = _resolve(number, step, columns, result)
+        if any(linear.experts for linear, (index, _) in chosen if index == number):
+            result.problems += _expert_problems(number, schemes[number])
     for number, pruning in recipe.pruning.items():
         result.problems += _structure_problems(
             number, pruning, {linear.shape[1] for linear, index in any_step if index == number}
@@ -188,16 +190,17 @@ def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: 
     """The step's scheme with its group size decided; problems and warnings go to the result."""
     scheme = get_scheme(step.scheme)
     pointer = f"/recipe/steps/{number}/group_size"
-    if scheme.weights.strategy != "group":
+    if not scheme.takes_group_size:
         if isinstance(step.group_size, int):
             result.problems.append(
                 Problem(
                     "group_size_not_applicable",
-                    f"{scheme.name} has one scale for each output channel, so group_size does not apply.",
+                    f"{scheme.name} has {_scales(scheme)}, so group_size does not apply.",
                     "Leave group_size out.",
                     pointer,
                 )
             )
+        result.problems += _columns_problems(number, scheme, columns)
         return scheme
     fitting = [size for size in SERVED_GROUP_SIZES if all(width % size == 0 for width in columns)]
     if step.group_size == "auto":
@@ -226,8 +229,51 @@ def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: 
     return scheme.with_group_size(size)
 
 
+def _expert_problems(number: int, scheme: Scheme) -> list[Problem]:
+    """A range of activations that calibration fixes, for experts that may see no token of it."""
+    if scheme.fixed_input is None:
+        return []
+    return [
+        Problem(
+            "experts_need_dynamic_activations",
+            f"{scheme.name} fixes the range of activations by calibration; experts may see no token of it.",
+            "Use a scheme that finds it at run time or needs none, such as FP8_DYNAMIC or NVFP4A16.",
+            f"/recipe/steps/{number}/scheme",
+        )
+    ]
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _scales(scheme: Scheme) -> str:
+    """What has a scale in this scheme's weights."""
+    if scheme.weights.columns is None:
+        return "one scale for each " + ("tensor" if scheme.weights.strategy == "tensor" else "output channel")
+    return f"one scale for each {scheme.weights.columns} columns"
+
+
+def _columns_problems(number: int, scheme: Scheme, columns: Sequence[int]) -> list[Problem]:
+    """Inputs that do not consist of whole groups of a scheme in which group sizes are fixed.
+
+    The rows of a block need not be whole: compressed-tensors and vLLM both round their number up.
+    """
+    kinds = [scheme.weights, *([scheme.input_activations] if scheme.input_activations else [])]
+    sizes = {args.columns for args in kinds if args.columns}
+    misfits = sorted({width for width in columns for size in sizes if width % size})
+    if not misfits:
+        return []
+    return [
+        Problem(
+            "group_size_does_not_divide",
+            f"{scheme.name} has groups of {max(sizes)} columns, which do not divide every target's input "
+            f"({_listed(misfits)}).",
+            "Use a scheme with smaller groups or one scale per channel, such as FP8_DYNAMIC, or leave these "
+            "linears out with ignore.",
+            f"/recipe/steps/{number}/scheme",
+        )
+    ]
 
 
 def _listed(numbers: Sequence[int]) -> str:

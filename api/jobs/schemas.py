@@ -47,8 +47,8 @@ class JobSubmit(BaseModel):
     """One compression to run: what, with which data, how.
 
     Give either `scheme`, with `method`, `observer`, `group_size`, `targets` and `ignore` where the defaults
-    do not fit, or a whole `recipe`. The default method is gptq for int weights with a dataset, else rtn; for
-    a sparse scheme sparsegpt with a dataset, else magnitude.
+    do not fit, or a whole `recipe`. The default method is gptq for int and fp4 weights with a dataset, else
+    rtn; for a sparse scheme sparsegpt with a dataset, else magnitude.
     """
 
     model_config = ConfigDict(

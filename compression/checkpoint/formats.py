@@ -1,18 +1,24 @@
 """On-disk formats, written and read by the compressed-tensors library, which is what readers run.
 
-pack-quantized   weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
-int-quantized    weight int8, weight_scale
-float-quantized  weight float8_e4m3fn, weight_scale
+pack-quantized        weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
+int-quantized         weight int8, weight_scale
+float-quantized       weight float8_e4m3fn, weight_scale; input_scale where activations are static
+mxfp8-quantized       weight float8_e4m3fn, weight_scale uint8, a power of two (E8M0)
+mxfp4-pack-quantized  weight_packed uint8 (two fp4 numbers), weight_scale uint8
+nvfp4-pack-quantized  weight_packed uint8, weight_scale float8_e4m3fn, weight_global_scale; input_global_scale
+                      where activations are quantized
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import compressed_tensors
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
@@ -25,24 +31,43 @@ if TYPE_CHECKING:
     from compression.plans import Plan
 
 
-def encode(name: str, weight: QuantizedWeight | Tensor, scheme: Scheme | None) -> dict[str, Tensor]:
+def encode(
+    name: str, weight: QuantizedWeight | Tensor, scheme: Scheme | None, fixed_input: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors that hold `weight` on disk, under their full names "<name>.weight_packed", ...
 
-    A weight without a scheme is a tensor, stored as it is.
-
-    The library quantizes while it packs: it is handed the codes themselves, at scale 1, and cannot move one.
+    A weight without a scheme is a tensor, stored as it is. fixed_input: the tensor that the scheme's
+    `fixed_input` names.
     """
     if scheme is None or isinstance(weight, Tensor):
         assert isinstance(weight, Tensor)
         return {f"{name}.weight": weight.contiguous()}
+    packed = {**_packed(weight, scheme.format), "weight_scale": weight.params.scale}
+    if weight.params.global_scale is not None:
+        packed["weight_global_scale"] = weight.params.global_scale
+    if scheme.fixed_input is not None:
+        assert fixed_input is not None
+        packed[scheme.fixed_input] = fixed_input
+    return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+
+
+def _packed(weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
+    """The codes as the format lays them out, by suffix.
+
+    The library quantizes while it packs: it is handed the codes themselves, at scale 1, and cannot move one.
+    fp4 numbers it packs without: there it would turn -0 into 0.
+    """
     args, params = weight.args, weight.params
-    unit = QuantizedWeight(weight.codes, params._replace(scale=torch.ones_like(params.scale)), args)
-    state = {"weight": unit.dequantize(torch.float32), "weight_scale": unit.params.scale.float()}
+    if args.type == "float" and args.num_bits == 4:
+        return {"weight_packed": pack_fp4_to_uint8(weight.codes.float())}
+    plain = replace(args, scale_dtype=None)
+    scale = torch.ones(params.scale.shape, device=params.scale.device)
+    unit = QuantizedWeight(weight.codes, params._replace(scale=scale), plain)
+    state = {"weight": unit.dequantize(torch.float32), "weight_scale": scale}
     if params.zero_point is not None:
         state["weight_zero_point"] = params.zero_point
-    packed = _compressor(scheme.format).compress(state, _library_scheme(args, None, scheme.format))
-    packed["weight_scale"] = params.scale
-    return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+    packed: dict[str, Tensor] = _compressor(format).compress(state, _library_scheme(args, None, format))
+    return packed
 
 
 def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme | None, dtype: torch.dtype) -> Tensor:
@@ -55,10 +80,11 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme | None, dtyp
         for key, tensor in tensors.items()
         if key.startswith(prefix) and key.removeprefix(prefix) != "bias"
     }
-    state["weight_scale"] = state["weight_scale"].to(dtype)
+    if scheme.weights.scale_dtype is None:
+        state["weight_scale"] = state["weight_scale"].to(dtype)
     library_scheme = _library_scheme(scheme.weights, scheme.input_activations, scheme.format)
     weight: Tensor = _compressor(scheme.format).decompress(state, library_scheme)["weight"]
-    return weight
+    return weight.to(dtype)
 
 
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
@@ -104,23 +130,29 @@ _OBSERVER_NAMES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imat
 """Our observers under the library's names. It has none for gram; readers do not use the field."""
 
 
+_SCALE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "E8M0": torch.uint8}
+
+
 def _args_dict(args: QuantizationArgs | None, step: QuantizingStep | None) -> dict[str, Any] | None:
     """One kind of tensor in the config; `step` solved it, None for activations."""
     if args is None:
         return None
-    observer = step.observer if step is not None else None
+    if step is not None:
+        observer = _OBSERVER_NAMES.get(step.observer or "")
+    else:
+        observer = None if args.dynamic is True else "static_minmax"
     return {
         "num_bits": args.num_bits,
         "type": args.type,
         "symmetric": args.symmetric,
         "strategy": args.strategy,
         "group_size": args.group_size,
-        "block_structure": None,
+        "block_structure": list(args.block_structure) if args.block_structure else None,
         "dynamic": args.dynamic,
         "actorder": step.actorder if isinstance(step, GPTQStep) else None,
-        "observer": None if observer is None else _OBSERVER_NAMES.get(observer),
+        "observer": observer,
         "observer_kwargs": {},
-        "scale_dtype": None,
+        "scale_dtype": str(_SCALE_DTYPES[args.scale_dtype]) if args.scale_dtype else None,
         "zp_dtype": None if args.symmetric else "torch.int8",
     }
 
@@ -143,7 +175,9 @@ def _library_args(args: QuantizationArgs) -> LibraryArgs:
         symmetric=args.symmetric,
         strategy=args.strategy,
         group_size=args.group_size,
+        block_structure=list(args.block_structure) if args.block_structure else None,
         dynamic=args.dynamic,
+        scale_dtype=_SCALE_DTYPES[args.scale_dtype] if args.scale_dtype else None,
     )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from compression.gram import Gram
 from compression.methods.rtn import rtn
-from compression.quantizer import group_columns, minmax_params
+from compression.params import group_columns
+from compression.quantizer import minmax_params
 from compression.schemes import QuantizationArgs
 
 DuoScaling = bool | Literal["both"]

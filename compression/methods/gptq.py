@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compression.methods.feedback import dampened_cholesky, walk
-from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, round_to_grid
+from compression.params import QuantizationParams
+from compression.quantizer import QuantizedWeight, code_dtype, round_to_grid
 from compression.schemes import QuantizationArgs
 
 
@@ -78,9 +79,10 @@ class _Rounding:
     ) -> None:
         self.codes = torch.empty(columns.shape, dtype=code_dtype(args), device=columns.device)
         self._args = args
-        self._groups = [column // (args.group_size or len(order)) for column in order]
-        self._scales = params.scale.t().float().contiguous().unbind()
-        zero_point = params.zero_point
+        self._groups = [column // (args.columns or len(order)) for column in order]
+        by_row = params.by_row(args, columns.shape[1])
+        self._scales = by_row.scale.t().contiguous().unbind()
+        zero_point = by_row.zero_point
         self._zero_points = None if zero_point is None else zero_point.t().float().contiguous().unbind()
         self._kept = None if kept is None else kept.unbind()
         self._stored = self.codes.unbind()

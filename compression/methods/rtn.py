@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compression.quantizer import QuantizationParams, QuantizedWeight, quantize
+from compression.params import QuantizationParams
+from compression.quantizer import QuantizedWeight, quantize
 from compression.schemes import QuantizationArgs
 
 

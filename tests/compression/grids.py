@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor
 
+from compression.params import QuantizationParams
 from compression.schemes import QuantizationArgs, Scheme, get_scheme
 
 WEIGHTS: dict[str, Scheme] = {
@@ -20,7 +22,18 @@ WEIGHTS: dict[str, Scheme] = {
     "W8A16-g128": get_scheme("W8A16"),
     "W8A8": get_scheme("W8A8"),
     "FP8_DYNAMIC": get_scheme("FP8_DYNAMIC"),
+    "FP8": get_scheme("FP8"),
+    "FP8_BLOCK-128": get_scheme("FP8_BLOCK"),
+    "MXFP8A16": get_scheme("MXFP8A16"),
+    "MXFP4A16": get_scheme("MXFP4A16"),
+    "NVFP4A16": get_scheme("NVFP4A16"),
 }
+
+BY_ROW = [name for name, scheme in WEIGHTS.items() if scheme.weights.strategy in ("channel", "group")]
+"""Those in which no scale belongs to two rows."""
+
+FLOAT4_NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SCALE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "E8M0": torch.uint8}
 
 
 def library_args(args: QuantizationArgs) -> LibraryArgs:
@@ -31,8 +44,28 @@ def library_args(args: QuantizationArgs) -> LibraryArgs:
         symmetric=args.symmetric,
         strategy=args.strategy,
         group_size=args.group_size,
+        block_structure=list(args.block_structure) if args.block_structure else None,
         dynamic=args.dynamic,
+        scale_dtype=SCALE_DTYPES.get(args.scale_dtype),
     )
+
+
+def library_params(
+    weight: Tensor, args: QuantizationArgs, shrink: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the library makes of a weight's ranges, all shrunk: scale (a float), zero point, global scale."""
+    rows, columns = weight.shape
+    height = {"tensor": rows, "block": 128}.get(args.strategy, 1)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -rows % height))
+    blocks = padded.unflatten(0, (-1, height)).unflatten(2, (-1, args.columns or columns)).transpose(1, 2)
+    low, high = blocks.flatten(2).amin(-1), blocks.flatten(2).amax(-1)
+    global_scale = None
+    if args.strategy == "tensor_group":
+        global_scale = generate_gparam(low.amin().reshape(1), high.amax().reshape(1))
+    scale, zero_point = calculate_qparams(low * shrink, high * shrink, library_args(args), global_scale)
+    if args.strategy == "tensor":
+        scale, zero_point = scale.flatten(), zero_point.flatten()
+    return scale, zero_point, global_scale
 
 
 def all_codes(args: QuantizationArgs) -> Tensor:
@@ -40,15 +73,39 @@ def all_codes(args: QuantizationArgs) -> Tensor:
     if args.type == "int":
         low, high = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1)
         return torch.arange(low, high, dtype=torch.float64)
+    if args.num_bits == 4:
+        positive = torch.tensor(FLOAT4_NUMBERS, dtype=torch.float64)
+        return torch.cat([-positive, positive]).unique()
     bits = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
     return bits[bits.isfinite()].unique()
 
 
-def restored(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """(code - zero_point) * scale in float64, [out, in]."""
-    size = codes.shape[1] // scale.shape[1]
-    shift = 0.0 if zero_point is None else zero_point.double().repeat_interleave(size, 1)
-    return (codes.double() - shift) * scale.double().repeat_interleave(size, 1)
+def spread(
+    params: QuantizationParams, args: QuantizationArgs, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point of every weight of a matrix [out, in], float64."""
+    rows, columns = shape
+    scale = params.scale.double()
+    if args.scale_dtype == "E8M0":
+        scale = 2.0 ** (scale - 127)
+    if params.global_scale is not None:
+        scale = scale / params.global_scale.double()
+    scale = scale.view(-1, columns // (args.columns or columns))
+
+    def to_weights(values: Tensor) -> Tensor:
+        tall = values.repeat_interleave(
+            rows if args.strategy == "tensor" else 128 if args.block_structure else 1, 0
+        )
+        return tall[:rows].repeat_interleave(columns // values.shape[1], 1)
+
+    zero_point = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.double()
+    return to_weights(scale), to_weights(zero_point)
+
+
+def restored(codes: Tensor, params: QuantizationParams, args: QuantizationArgs) -> Tensor:
+    """(code - zero_point) * step in float64, [out, in]."""
+    step, zero_point = spread(params, args, (codes.shape[0], codes.shape[1]))
+    return (codes.double() - zero_point) * step
 
 
 def correlated_inputs(tokens: int, features: int, seed: int = 0) -> Tensor:

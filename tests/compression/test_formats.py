@@ -12,18 +12,19 @@ from torch import Tensor
 
 from compression.checkpoint.formats import decode, encode, quantization_config
 from compression.methods.rtn import rtn
+from compression.params import QuantizationParams
 from compression.planning import plan
-from compression.quantizer import QuantizationParams, QuantizedWeight, code_dtype, minmax_params
+from compression.quantizer import QuantizedWeight, code_dtype, fixed_input_scale, minmax_params
 from compression.recipe import DatasetSpec, Recipe
-from compression.schemes import SCHEMES, Scheme
+from compression.schemes import SCHEMES, Scheme, get_scheme
 from compression.shards import stored_tensors
 from tests.compression.fake_checkpoints import fake_llama
-from tests.compression.grids import WEIGHTS, all_codes
+from tests.compression.grids import SCALE_DTYPES, WEIGHTS, all_codes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 TORCH_DTYPES = {
-    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
 }  # fmt: skip
 
 
@@ -34,14 +35,20 @@ def quantized(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype) -> Qu
     return rtn(weight, scheme.weights, minmax_params(weight, scheme.weights, dtype))
 
 
+def fixed_input(scheme: Scheme, dtype: torch.dtype) -> Tensor | None:
+    if scheme.fixed_input is None or scheme.input_activations is None:
+        return None
+    return fixed_input_scale(torch.tensor(3.5), scheme.input_activations, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("rows", [9, 13, 40])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", [*WEIGHTS, "NVFP4"])
 def test_the_library_decompresses_what_the_engine_meant(name: str, rows: int, dtype: torch.dtype) -> None:
-    scheme = WEIGHTS[name]
-    columns = 2 * scheme.weights.group_size if scheme.weights.group_size else 101
+    scheme = WEIGHTS.get(name) or get_scheme(name)
+    columns = 2 * scheme.weights.columns if scheme.weights.columns else 101
     weight = quantized(scheme, rows, columns, dtype)
-    tensors = encode("model.layers.0.mlp.up_proj", weight, scheme)
+    tensors = encode("model.layers.0.mlp.up_proj", weight, scheme, fixed_input(scheme, dtype))
     for loaded in DTYPE_NAMES:
         back = decode("model.layers.0.mlp.up_proj", tensors, scheme, loaded)
         assert back.dtype == loaded
@@ -50,11 +57,11 @@ def test_the_library_decompresses_what_the_engine_meant(name: str, rows: int, dt
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("rows", [5, 64])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", [*WEIGHTS, "NVFP4"])
 def test_the_plan_knows_what_is_written(name: str, rows: int, dtype: torch.dtype) -> None:
-    scheme = WEIGHTS[name]
-    columns = 3 * scheme.weights.group_size if scheme.weights.group_size else 100
-    tensors = encode("a", quantized(scheme, rows, columns, dtype), scheme)
+    scheme = WEIGHTS.get(name) or get_scheme(name)
+    columns = 3 * scheme.weights.columns if scheme.weights.columns else 100
+    tensors = encode("a", quantized(scheme, rows, columns, dtype), scheme, fixed_input(scheme, dtype))
     planned = stored_tensors(scheme, (rows, columns), DTYPE_NAMES[dtype])
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == {
         f"a.{suffix}": (TORCH_DTYPES[spec.dtype], spec.shape) for suffix, spec in planned.items()
@@ -106,7 +113,11 @@ def recipe(**step: object) -> Recipe:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_readers_parse_the_config(scheme: str, tmp_path: Path) -> None:
-    made = plan(fake_llama(tmp_path / "model"), recipe(type="rtn", scheme=scheme, observer="minmax"))
+    made = plan(
+        fake_llama(tmp_path / "model"),
+        recipe(type="rtn", scheme=scheme, observer="minmax"),
+        dataset=DatasetSpec(texts=("text",)),
+    )
     written = quantization_config(made)
     parsed = QuantizationConfig.model_validate(written)
     group = parsed.config_groups["group_0"]
@@ -117,6 +128,8 @@ def test_readers_parse_the_config(scheme: str, tmp_path: Path) -> None:
     assert group.weights.num_bits == planned.weights.num_bits
     assert group.weights.group_size == planned.weights.group_size
     assert group.weights.symmetric == planned.weights.symmetric
+    assert group.weights.strategy == planned.weights.strategy
+    assert group.weights.scale_dtype == SCALE_DTYPES.get(planned.weights.scale_dtype)
     assert (group.input_activations is None) == (planned.input_activations is None)
     assert parsed.ignore == list(made.ignore)
     assert "model.layers.0.mlp.down_proj" in parsed.ignore

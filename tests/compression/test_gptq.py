@@ -13,9 +13,10 @@ from torch import Tensor
 from compression.errors import NumericalError
 from compression.methods.gptq import GPTQResult, dampened_cholesky, gptq
 from compression.methods.rtn import rtn
-from compression.quantizer import QuantizationParams, minmax_params
+from compression.params import QuantizationParams
+from compression.quantizer import minmax_params
 from compression.schemes import QuantizationArgs
-from tests.compression.grids import WEIGHTS, all_codes, correlated_inputs, restored
+from tests.compression.grids import BY_ROW, WEIGHTS, all_codes, correlated_inputs, restored, spread
 
 
 def problem(rows: int, columns: int, seed: int, tokens: int = 400) -> tuple[Tensor, Tensor]:
@@ -29,11 +30,7 @@ def reference(
     weight: Tensor, gram: Tensor, args: QuantizationArgs, params: QuantizationParams, *, static: bool
 ) -> Tensor:
     """Algorithm 1, one column after the other, in float64: the dequantized weight [out, in]."""
-    size = args.group_size or weight.shape[1]
-    scales = params.scale.double().repeat_interleave(size, 1)
-    shifts = torch.zeros_like(scales)
-    if params.zero_point is not None:
-        shifts = params.zero_point.double().repeat_interleave(size, 1)
+    scales, shifts = spread(params, args, (weight.shape[0], weight.shape[1]))
     grid = all_codes(args)
 
     order = gram.diagonal().argsort(descending=True, stable=True) if static else torch.arange(len(gram))
@@ -58,7 +55,7 @@ def proxy_loss(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
 
 
 def back(result: GPTQResult) -> Tensor:
-    return restored(result.weight.codes, *result.weight.params)
+    return restored(result.weight.codes, result.weight.params, result.weight.args)
 
 
 @pytest.mark.parametrize("actorder", ["static", None])
@@ -67,7 +64,7 @@ def test_loss_is_the_references(name: str, actorder: Literal["static"] | None) -
     args = WEIGHTS[name].weights
     for seed in range(3):
         weight, gram = problem(40, 128 if "128" in name else 160, seed)
-        if weight.shape[1] % (args.group_size or 1):
+        if weight.shape[1] % (args.columns or 1):
             weight, gram = problem(40, 192, seed)
         params = minmax_params(weight, args, torch.bfloat16)
         result = gptq(weight, gram, args, params, actorder=actorder)
@@ -75,7 +72,7 @@ def test_loss_is_the_references(name: str, actorder: Literal["static"] | None) -
         loss, least = proxy_loss(weight, back(result), gram), proxy_loss(weight, expected, gram)
         assert loss == pytest.approx(least, rel=1e-3)
         assert ((back(result) - expected).abs() < 1e-4).double().mean() > 0.995
-        assert loss < 0.9 * proxy_loss(weight, restored(rtn(weight, args, params).codes, *params), gram)
+        assert loss < 0.9 * proxy_loss(weight, restored(rtn(weight, args, params).codes, params, args), gram)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 48, 1000])
@@ -91,7 +88,7 @@ def test_block_size_changes_speed_only(block_size: int) -> None:
     )
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", BY_ROW)
 def test_stacked_parts_are_solved_as_if_alone(name: str) -> None:
     args = WEIGHTS[name].weights
     weight, gram = problem(96, 256, 7)
@@ -199,7 +196,7 @@ def test_nothing_makes_nan(
     seed: int,
 ) -> None:
     args = WEIGHTS[name].weights
-    columns = (args.group_size or 24) * groups
+    columns = (args.columns or 24) * groups
     x = correlated_inputs(tokens, columns, seed) * 10.0**input_exponent
     x[:, :dead_columns] = 0.0
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**weight_exponent

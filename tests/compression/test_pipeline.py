@@ -50,6 +50,13 @@ CHOICES = [
     ("W8A16", "gptq"),
     ("W4A8", "gptq"),
     ("W4AFP8", "gptq"),
+    ("FP8", "rtn"),
+    ("FP8_BLOCK", "gptq"),
+    ("MXFP8", "rtn"),
+    ("MXFP4A16", "gptq"),
+    ("MXFP4", "rtn"),
+    ("NVFP4A16", "rtn"),
+    ("NVFP4", "gptq"),
 ]
 
 
@@ -146,12 +153,12 @@ def test_tensors_that_are_not_compressed_are_the_source_s_byte_for_byte(
         assert torch.equal(written[name].view(torch.uint8), original[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "NVFP4"])
 def test_a_run_goes_on_where_it_was_cut_and_gives_the_same_bytes(
     scheme: str, tiny_texts: Path, tmp_path: Path
 ) -> None:
     source = tiny_model(tmp_path / "model", layers=4)
-    run(source, tmp_path / "whole", tiny_texts, scheme)
+    whole = run(source, tmp_path / "whole", tiny_texts, scheme)
 
     def killed_at(layer: int) -> None:
         def on_event(event: Event) -> None:
@@ -170,6 +177,7 @@ def test_a_run_goes_on_where_it_was_cut_and_gives_the_same_bytes(
     assert [e.layer for e in events if isinstance(e, LayerSolved)] == [3]
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     assert len(resumed.modules) == 4 * 7
+    assert resumed.evaluation == whole.evaluation
     assert not resumed.bytes_may_differ
 
 

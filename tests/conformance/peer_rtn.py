@@ -2,7 +2,9 @@
 
     python peer_rtn.py < jobs.json
 
-jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null}, ...]
+jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null, "tokens"}, ...]
+
+tokens: rows of token ids to calibrate on, null where nothing is learned from data.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
-SAMPLES, LENGTH = 4, 64
-
 
 def run(job: dict[str, Any]) -> None:
     scheme = preset_name_to_scheme(job["scheme"], ["Linear"])
@@ -29,10 +29,10 @@ def run(job: dict[str, Any]) -> None:
     recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
     data: dict[str, Any] = {}
-    if job["method"] == "gptq":
-        rows = [[(row * 31 + position) % 300 for position in range(LENGTH)] for row in range(SAMPLES)]
-        dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * LENGTH] * SAMPLES})
-        data = {"dataset": dataset, "num_calibration_samples": SAMPLES, "max_seq_length": LENGTH}
+    if rows := job["tokens"]:
+        masks = [[1] * len(row) for row in rows]
+        dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
+        data = {"dataset": dataset, "num_calibration_samples": len(rows), "max_seq_length": len(rows[0])}
     oneshot(model=model, recipe=recipe, output_dir=job["output"], **data)
 
 
