@@ -30,7 +30,7 @@ def submit(
         Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Calibration text: a .jsonl or .txt file.", **_What)
+        str | None, typer.Option(help="Calibration text: a .jsonl, .parquet, .csv or .txt file.", **_What)
     ] = None,
     method: Annotated[
         str | None,
@@ -52,8 +52,8 @@ def submit(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave as they are; can be repeated.", **_How)
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Field with the text.", **_Data)] = None,
-    messages_column: Annotated[str | None, typer.Option(help="Field with chat messages.", **_Data)] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text.", **_Data)] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column with chat messages.", **_Data)] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="512 unless given.", **_Data)] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens; 2048 unless given.", **_Data)] = None,
     packing: Annotated[

@@ -34,10 +34,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")
-    result.add_argument("--dataset", help=".jsonl or .txt file to calibrate and evaluate on")
-    result.add_argument("--text-column")
+    result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file to calibrate and evaluate on")
+    result.add_argument("--text-column", help="column with the text; found unless given")
+    result.add_argument("--messages-column", help="column with chat messages")
     result.add_argument("--num-calibration-samples", type=int, default=defaults.num_calibration_samples)
     result.add_argument("--max-seq-length", type=int, default=defaults.max_seq_length)
+    result.add_argument(
+        "--no-packing", action="store_true", help="one truncated document a sample, not a block of several"
+    )
     result.add_argument("--seed", type=int, default=defaults.seed)
     result.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     result.add_argument("--activation-budget-bytes", type=int, default=ACTIVATION_BUDGET_BYTES)
@@ -61,10 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         dataset = None
         if options.dataset is not None:
-            dataset = DatasetSpec(path=options.dataset, text_column=options.text_column)
+            dataset = DatasetSpec(
+                path=options.dataset,
+                text_column=options.text_column,
+                messages_column=options.messages_column,
+            )
         calibration = Calibration(
             num_calibration_samples=options.num_calibration_samples,
             max_seq_length=options.max_seq_length,
+            packing=not options.no_packing,
             seed=options.seed,
         )
         evaluation = Evaluation(enabled=not options.no_evaluation, num_samples=options.num_evaluation_samples)

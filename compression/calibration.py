@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from compression.documents import Document, Messages, dataset_digest, open_documents
+from compression.columns import Document, Messages
+from compression.documents import dataset_digest, open_documents
 from compression.errors import SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.report import DataReport

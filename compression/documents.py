@@ -1,6 +1,6 @@
-"""The dataset as a sequence of documents: a .jsonl or .txt file, or texts given in the request.
+"""The dataset as a sequence of documents: a .jsonl, .parquet, .csv or .txt file, or texts of the request.
 
-A file is read once to check every line and to note where the documents are; after that only those that are
+A file is read once to check every row and to note where the documents are; after that only those that are
 drawn are read again. So memory does not grow with the file. Neither torch nor transformers is imported here.
 """
 
@@ -9,26 +9,26 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
+import tempfile
+import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from compression.columns import Column, Document, invalid, json_name
 from compression.errors import SourceError
 from compression.recipe import DatasetSpec
+from compression.tables import csv_documents, parquet_documents
 
-TEXT_COLUMNS = ("text", "content", "prompt")
-"""Where a .jsonl file's text is looked for when no column is named; the first that exists."""
-
-Messages = list[dict[str, Any]]
-Document = str | Messages
-"""Plain text, or the messages of one conversation."""
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
 
 def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
     """The documents that are not empty, in the order of the dataset.
 
-    Raises SourceError: dataset_not_found, dataset_format_unsupported, dataset_invalid (with the line number),
+    Raises SourceError: dataset_not_found, dataset_format_unsupported, dataset_invalid (with the line or row),
     text_column_missing, dataset_empty.
     """
     documents: Sequence[Document]
@@ -106,8 +106,7 @@ class _JSONLines:
     """One JSON object a line; the text, or the messages, in one of its fields."""
 
     def __init__(self, dataset: DatasetSpec) -> None:
-        self._messages = dataset.messages_column is not None
-        self._column = dataset.messages_column or dataset.text_column
+        self._column = Column(dataset)
 
     def spans(self, lines: Iterator[bytes]) -> Iterator[tuple[int, int, int]]:
         begin = 0
@@ -118,35 +117,14 @@ class _JSONLines:
             begin = end
 
     def parse(self, raw: bytes, line: int) -> Document | None:
+        where = f"Line {line}"
         try:
             row = json.loads(raw)
         except ValueError as error:  # UnicodeDecodeError is one
-            raise _invalid(line, f"is not JSON: {error}") from None
+            raise invalid(where, f"is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise _invalid(line, f"holds {_json_name(row)}, not an object")
-        column = self._column_of(row, line)
-        value = row[column]
-        if value is None:
-            return None
-        if self._messages:
-            return _checked_messages(value, column, line)
-        if not isinstance(value, str):
-            raise _invalid(line, f"has {_json_name(value)}, not text, in {column!r}")
-        return value if value.strip() else None
-
-    def _column_of(self, row: dict[str, Any], line: int) -> str:
-        """The column named in the request, or the first known one of the first row, for all rows."""
-        if self._column is None:
-            self._column = next((name for name in TEXT_COLUMNS if name in row), None)
-        if self._column is None or self._column not in row:
-            wanted = repr(self._column) if self._column else " or ".join(map(repr, TEXT_COLUMNS))
-            there = ", ".join(map(repr, row)) or "none"
-            raise SourceError(
-                "text_column_missing",
-                f"Line {line} of the dataset has no column {wanted}; it has {there}.",
-                "Name the column with text_column, or messages_column for conversations.",
-            )
-        return self._column
+            raise invalid(where, f"holds {json_name(row)}, not an object")
+        return self._column.document(row, where)
 
 
 class _Paragraphs:
@@ -169,19 +147,47 @@ class _Paragraphs:
         return _decoded(raw, line).strip() or None
 
 
+class _SpooledDocuments(Sequence[Document]):
+    """Documents of a format in which no row can be read alone, copied to a file that has no name."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self._descriptor, name = tempfile.mkstemp()
+        weakref.finalize(self, os.close, self._descriptor)
+        os.unlink(name)
+        self._ends = array("Q", [0])
+        with open(self._descriptor, "wb", closefd=False) as file:
+            for document in documents:
+                size = file.write(json.dumps(document).encode())
+                self._ends.append(self._ends[-1] + size)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        begin, end = self._ends[index], self._ends[index + 1]
+        return json.loads(os.pread(self._descriptor, end - begin, begin))
+
+
 def _open_file(path: Path, dataset: DatasetSpec) -> Sequence[Document]:
-    form = _JSONLines(dataset) if _existing(path).suffix.lower() == ".jsonl" else _Paragraphs()
     try:
-        return _FileDocuments(path, form)
-    except OSError as error:
+        match _existing(path).suffix.lower():
+            case ".jsonl":
+                return _FileDocuments(path, _JSONLines(dataset))
+            case ".parquet":
+                return _SpooledDocuments(parquet_documents(path, Column(dataset)))
+            case ".csv":
+                return _SpooledDocuments(csv_documents(path, Column(dataset)))
+            case _:
+                return _FileDocuments(path, _Paragraphs())
+    except (PermissionError, FileNotFoundError) as error:
         raise SourceError("dataset_not_found", f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _existing(path: Path) -> Path:
-    if path.suffix.lower() not in (".jsonl", ".txt"):
+    if path.suffix.lower() not in SUFFIXES:
         raise SourceError(
             "dataset_format_unsupported",
-            f"{path.name} is neither a .jsonl nor a .txt file.",
+            f"{path.name} is not a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file.",
             "Write one JSON object a line to a .jsonl file, or plain text to a .txt file.",
         )
     if not path.is_file():
@@ -189,24 +195,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _checked_messages(value: Any, column: str, line: int) -> Messages | None:
-    good = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
-    if not good:
-        raise _invalid(line, f"has no list of messages with roles in {column!r}")
-    return value or None
-
-
 def _decoded(raw: bytes, line: int) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise _invalid(line, f"is not UTF-8: {error.reason}") from None
-
-
-def _invalid(line: int, what: str) -> SourceError:
-    return SourceError("dataset_invalid", f"Line {line} of the dataset {what}.")
-
-
-def _json_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+        raise invalid(f"Line {line}", f"is not UTF-8: {error.reason}") from None

@@ -309,9 +309,10 @@ class Recipe(_Frozen):
 class DatasetSpec(_Frozen):
     """Where calibration text comes from. Exactly one of `path` and `texts`.
 
-    path: a local .jsonl or .txt file (one document a line of JSON; a text file is split at blank lines).
-    text_column: the JSON field that holds the text; by default the first there is of text, content, prompt.
-    messages_column: a field with chat messages, to which the model's chat template is applied.
+    path: a local .jsonl, .parquet, .csv or .txt file (one document a line of JSON or a row; a text file is
+    split at blank lines). text_column: the column that holds the text; by default the first there is of text,
+    content, messages, prompt. messages_column: a column with chat messages, each with a role, to which the
+    model's chat template is applied.
     """
 
     path: str | None = None

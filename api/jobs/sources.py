@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from compression.documents import SUFFIXES
 from compression.errors import PlanError, Problem
 from compression.recipe import DatasetSpec
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _MAX_ENTRIES = 10_000
+_KINDS = f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
 
 
 def resolve_model(model: str, roots: Sequence[Path]) -> Path:
@@ -36,7 +38,8 @@ def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path]) -> DatasetSpec:
     """The same dataset with its path resolved.
 
     Raises:
-        PlanError: `path_not_allowed`, or `dataset_not_found` for what is not a file below a root.
+        PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root, or
+            `dataset_format_unsupported`.
     """
     if dataset.path is None:
         return dataset
@@ -45,9 +48,12 @@ def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path]) -> DatasetSpec:
         raise PlanError(_not_allowed(dataset.path, "Give an absolute path.", pointer))
     file = _resolve(dataset.path, roots, pointer)
     if not file.is_file():
-        hint = "Give a .jsonl or .txt file, or the texts themselves under `texts`."
+        hint = f"Give {_KINDS}, or the texts themselves under `texts`."
         message = f"There is no dataset file {dataset.path!r}."
         raise PlanError(Problem("dataset_not_found", message, hint, pointer))
+    if file.suffix.lower() not in SUFFIXES:
+        message = f"{file.name} is of another kind."
+        raise PlanError(Problem("dataset_format_unsupported", message, f"Give {_KINDS}.", pointer))
     return dataset.model_copy(update={"path": str(file)})
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -53,9 +54,10 @@ def test_byte_order_mark(tmp_path: Path) -> None:
         ({"prompt": "p", "content": "c", "text": "t"}, "t"),
         ({"prompt": "p", "content": "c"}, "c"),
         ({"prompt": "p", "title": "x"}, "p"),
+        ({"prompt": "p", "messages": [{"role": "user", "content": "p"}]}, [{"role": "user", "content": "p"}]),
     ],
 )
-def test_the_default_column(tmp_path: Path, row: dict[str, str], expected: str) -> None:
+def test_the_default_column(tmp_path: Path, row: dict[str, Any], expected: object) -> None:
     assert list(open_documents(spec(tmp_path / "a.jsonl", json.dumps(row)))) == [expected]
 
 
@@ -128,8 +130,8 @@ def test_no_file_or_another_kind_of_file(tmp_path: Path) -> None:
     assert refused(DatasetSpec(path=str(tmp_path / "none.jsonl"))).code == "dataset_not_found"
     (tmp_path / "folder.txt").mkdir()
     assert refused(DatasetSpec(path=str(tmp_path / "folder.txt"))).code == "dataset_not_found"
-    error = refused(spec(tmp_path / "a.parquet", b"PAR1"))
-    assert (error.code, "a.parquet" in error.message) == ("dataset_format_unsupported", True)
+    error = refused(spec(tmp_path / "a.arrow", b"ARROW1"))
+    assert (error.code, "a.arrow" in error.message) == ("dataset_format_unsupported", True)
 
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:

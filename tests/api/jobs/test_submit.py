@@ -168,6 +168,8 @@ class TestRefused:
         assert pointers(refused(server, dataset=str(server.model))) == {"/dataset": "dataset_not_found"}
         assert pointers(refused(server, dataset="/etc/passwd")) == {"/dataset": "path_not_allowed"}
         assert pointers(refused(server, dataset="texts.jsonl")) == {"/dataset": "path_not_allowed"}
+        weights = str(server.model / "model.safetensors")
+        assert pointers(refused(server, dataset=weights)) == {"/dataset": "dataset_format_unsupported"}
 
     def test_schemes_and_methods(self, server: Server) -> None:
         assert pointers(refused(server, scheme="W5A16")) == {"/scheme": "unknown_scheme"}
