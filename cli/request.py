@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from compression.peer_recipe import load_recipe_yaml
+
 
 class BadOptions(Exception):
     """Options that contradict each other or a file that is not what its option takes."""
@@ -104,9 +106,9 @@ def _group_size(text: str | None) -> int | str | None:
 
 
 def _recipe(path: Path) -> Any:
-    """A recipe file: YAML, of which JSON is a part."""
+    """A recipe file, ours or LLM Compressor's: YAML, of which JSON is a part."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_recipe_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadOptions(f"--recipe {path}: {error}") from error
 

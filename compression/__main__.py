@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compression.errors import CompressionError
 from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
 from compression.memory import ACTIVATION_BUDGET_BYTES
+from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import PRUNING, QUANTIZING, Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
 from compression.schemes import SCHEMES, SPARSE_SCHEMES
@@ -27,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser("python -m compression", description=__doc__)
     result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
-    result.add_argument("--scheme", required=True, help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument("--scheme", help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
+    what.add_argument("--recipe", help="a recipe file, Bitmill's or LLM Compressor's, instead of a scheme")
     result.add_argument(
         "--method", choices=[*QUANTIZING, *PRUNING], help="default: gptq for int and fp4 weights with data"
     )
@@ -55,14 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when the run failed, with its code on stderr; 2 for bad options."""
     options = parser().parse_args(argv)
     try:
-        recipe = Recipe.from_short(
-            options.scheme,
-            method=options.method,
-            has_dataset=options.dataset is not None,
-            observer=options.observer,
-            group_size=options.group_size,
-            ignore=options.ignore,
-        )
+        recipe = _recipe(options)
         dataset = None
         if options.dataset is not None:
             dataset = DatasetSpec(
@@ -86,6 +83,20 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     sys.stdout.write(json.dumps(_summary(report, Path(options.output_dir)), indent=2) + "\n")
     return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    of_scheme = {name: getattr(options, name) for name in ("observer", "group_size", "ignore")}
+    if options.recipe is None:
+        has_dataset = options.dataset is not None
+        return Recipe.from_short(options.scheme, method=options.method, has_dataset=has_dataset, **of_scheme)
+    given = [name for name, value in (("method", options.method), *of_scheme.items()) if value is not None]
+    if given:
+        parser().error(f"--recipe says all of it: leave out --{given[0].replace('_', '-')}")
+    try:
+        return Recipe.model_validate(load_recipe_yaml(Path(options.recipe).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser().error(f"--recipe {options.recipe}: {error}")
 
 
 def _run(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.events import OnEvent
+from compression.peer_recipe import load_recipe_yaml
 from compression.pipeline import compress
 from compression.recipe import (
     AWQStep,
@@ -33,7 +34,7 @@ WandaPruningModifier = WandaStep
 def oneshot(
     model: str | Path,
     dataset: str | dict[str, Any] | DatasetSpec | None,
-    recipe: Recipe | Sequence[Any],
+    recipe: Recipe | Sequence[Any] | str | Path,
     output_dir: str | Path,
     max_seq_length: int = 2048,
     num_calibration_samples: int = 512,
@@ -45,13 +46,17 @@ def oneshot(
 ) -> Report:
     """Compress `model` with `recipe` and write the checkpoint to `output_dir`: `compress` under known names.
 
-    recipe: a Recipe, or a list of steps (GPTQStep(scheme=...), ..., or mappings with a `type`).
+    recipe: a Recipe, a list of steps (GPTQStep(scheme=...), ..., or mappings with a `type`), or a file with a
+    recipe, Bitmill's or LLM Compressor's.
 
     Raises:
+        OSError, yaml.YAMLError: a recipe file that cannot be read.
         pydantic.ValidationError: a recipe or dataset that is not well formed.
         CompressionError: as `compress`.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.model_validate(load_recipe_yaml(Path(recipe).read_text(encoding="utf-8")))
+    elif not isinstance(recipe, Recipe):
         recipe = Recipe.model_validate({"steps": list(recipe)})
     return compress(
         model,

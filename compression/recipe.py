@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compression.errors import PlanError, Problem
+from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
 from compression.schemes import get_scheme, sparse_fields
 
 Observer = Literal["minmax", "mse", "imatrix", "gram"]
@@ -174,17 +175,6 @@ Step = Annotated[QuantizingStep | PruningStep | SmoothingStep, Field(discriminat
 QUANTIZING, PRUNING = ("gptq", "rtn", "awq"), ("sparsegpt", "wanda", "magnitude")
 """The methods of the short form: what makes a scheme, and what makes a sparse one."""
 
-STEP_ALIASES = {
-    "AWQModifier": "awq",
-    "GPTQModifier": "gptq",
-    "QuantizationModifier": "rtn",
-    "SmoothQuantModifier": "smoothquant",
-    "SparseGPTModifier": "sparsegpt",
-    "WandaPruningModifier": "wanda",
-}
-"""LLM Compressor's class names, accepted wherever a step's type is read."""
-
-
 _OF_AWQ = frozenset({"type", *AWQStep.model_fields})
 
 
@@ -192,7 +182,7 @@ def _written_out(step: Any) -> list[Any]:
     """A step as people write it -> the steps it stands for. AWQ with a scheme: AWQ, then round to nearest."""
     if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         return [step]
-    step = {**step, "type": STEP_ALIASES.get(step["type"], step["type"])}
+    step = {**step, "type": STEP_TYPES.get(step["type"], step["type"])}
     if step["type"] != "awq" or "scheme" not in step:
         return [step]
     own = {key: value for key, value in step.items() if key in _OF_AWQ}
@@ -214,6 +204,8 @@ class Recipe(_Frozen):
     def _aliases(cls, value: Any) -> Any:
         if isinstance(value, list | tuple):
             value = {"steps": value}
+        elif isinstance(value, dict) and is_peer_recipe(value):
+            value = {"steps": peer_steps(value)}
         if isinstance(value, dict) and isinstance(value.get("steps"), list | tuple):
             return {**value, "steps": [part for step in value["steps"] for part in _written_out(step)]}
         return value

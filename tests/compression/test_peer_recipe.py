@@ -1,0 +1,171 @@
+"""Recipe files of LLM Compressor: what it wrote itself, what people write, and what has no counterpart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from compression import Evaluation, Recipe, oneshot
+from compression.__main__ import main
+from compression.peer_recipe import load_recipe_yaml
+
+WRITTEN = """\
+default_stage:
+  default_modifiers:
+    GPTQModifier:
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights:
+            num_bits: 4
+            type: int
+            symmetric: true
+            group_size: 64
+            strategy: group
+            block_structure: null
+            dynamic: false
+            actorder: !!python/object/apply:compressed_tensors.quantization.quant_args.ActivationOrdering [
+              static]
+            scale_dtype: null
+            zp_dtype: null
+            observer: memoryless_minmax
+            observer_kwargs: {}
+          input_activations: null
+          output_activations: null
+          format: null
+      targets: [Linear]
+      ignore: [lm_head]
+      bypass_divisibility_checks: false
+      requires_calibration_data: true
+      block_size: 128
+      dampening_frac: 0.01
+      actorder: static
+      batched_quantization: auto
+"""
+"""Saved by LLM Compressor 0.14 beside a checkpoint."""
+
+
+def read(text: str) -> Recipe:
+    return Recipe.model_validate(load_recipe_yaml(text))
+
+
+def one(name: str, **fields: Any) -> dict[str, Any]:
+    return {"default_stage": {"default_modifiers": {name: fields}}}
+
+
+def test_one_that_it_wrote() -> None:
+    ours = {"type": "gptq", "scheme": "W4A16", "group_size": 64, "observer": "minmax"}
+    assert read(WRITTEN) == Recipe.model_validate([ours])
+
+
+def test_one_as_people_write_it() -> None:
+    written = read(
+        """
+        quant_stage:
+          quant_modifiers:
+            SmoothQuantModifier: {smoothing_strength: 0.8}
+            GPTQModifier: {scheme: W8A8, targets: Linear, ignore: [lm_head], actorder: weight}
+        """
+    )
+    smooth = {"type": "smoothquant", "smoothing_strength": 0.8}
+    assert written == Recipe.model_validate([smooth, {"type": "gptq", "scheme": "W8A8"}])
+
+
+def test_modifiers_alone_and_schemes_for_targets() -> None:
+    written = read(
+        """
+        AWQModifier: {duo_scaling: both}
+        QuantizationModifier:
+          ignore: [lm_head]
+          scheme: {FP8_DYNAMIC: ["re:.*down_proj"], W4A16_ASYM: [Linear]}
+        """
+    )
+    rounding = [
+        {"type": "rtn", "scheme": "FP8_DYNAMIC", "targets": ["re:.*down_proj"]},
+        {"type": "rtn", "scheme": "W4A16_ASYM"},
+    ]
+    assert written == Recipe.model_validate([{"type": "awq", "duo_scaling": "both"}, *rounding])
+
+
+def test_pruning_stages_come_in_order() -> None:
+    document = {
+        "sparsity_stage": {
+            "SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", "ignore": ["lm_head"]}
+        },
+        "quantization_stage": {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}},
+    }
+    sparse = {"type": "sparsegpt", "mask_structure": "2:4"}
+    assert Recipe.model_validate(document) == Recipe.model_validate(
+        [sparse, {"type": "rtn", "scheme": "FP8_DYNAMIC"}]
+    )
+
+
+def test_what_it_would_compress_is_not_left_out_silently() -> None:
+    (step,) = Recipe.model_validate(one("GPTQModifier", scheme="W4A16")).steps
+    assert step.model_dump()["ignore"] == ()
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        (one("QuIPModifier", rotations=["v"]), "QuIPModifier has no counterpart"),
+        (one("SmoothQuantModifier", mappings=[["re:.*q_proj"], "re:.*norm"]), "mappings"),
+        (one("SmoothQuantModifier", algorithm="log_equalization"), "algorithm"),
+        (one("GPTQModifier", scheme="W4A16", actorder="group"), "actorder 'group'"),
+        (one("GPTQModifier", scheme="W4A16", observer="entropy"), "observer 'entropy'"),
+        (one("SparseGPTModifier", sparsity=0.5, sparsity_profile="owl"), "sparsity_profile"),
+        (
+            one("QuantizationModifier", config_groups={"g": {"weights": {"num_bits": 5}}}),
+            "none of the schemes",
+        ),
+        ({"default_stage": None}, "holds no fields"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(document: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Recipe.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    "tag", ["os.system ['true']", "compressed_tensors.x ['a', 'b']", "compressed_tensors.x [[]]"]
+)
+def test_python_objects_are_not_made(tag: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        load_recipe_yaml(f"GPTQModifier: {{scheme: !!python/object/apply:{tag}}}")
+
+
+def test_oneshot_takes_the_file(tiny_llama: Path, tiny_texts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(WRITTEN)
+    report = oneshot(
+        model=tiny_llama,
+        dataset=str(tiny_texts),
+        recipe=str(recipe),
+        output_dir=tmp_path / "out",
+        max_seq_length=64,
+        num_calibration_samples=4,
+        evaluation=Evaluation(enabled=False),
+    )
+    assert {(row.method, row.scheme, row.group_size) for row in report.modules} == {("gptq", "W4A16", 64)}
+    written = Recipe.model_validate(load_recipe_yaml((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert written == read(WRITTEN)
+
+
+def test_the_command_line_takes_the_file_and_nothing_beside_it(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text("QuantizationModifier: {scheme: FP8_DYNAMIC, ignore: [lm_head]}")
+    options = [str(tiny_llama), "--output-dir", str(out), "--recipe", str(recipe)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*options, "--method", "rtn"])
+    assert "leave out --method" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*options[:-1], str(tmp_path / "nothing.yaml")])
+    assert "nothing.yaml" in capsys.readouterr().err
+    assert main(options) == 0
+    assert (out / "config.json").exists()
