@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -173,7 +173,8 @@ class Streams:
     def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
         """What calibration batches, which wait at the layer's entry, would hand to a group as things are."""
         assert self._calibration is not None  # the plan refuses smoothing without a dataset
-        return _Timed(self._calibration.rehearsed(layer, group), self._clock)
+        inputs = cast("Iterable[Tensor]", self._calibration.rehearsed(layer, group))  # of linears, no experts
+        return _Timed(inputs, self._clock)
 
     def renew_inputs(self, fold: FoldPlan) -> None:
         """Make the inputs of a group anew, as its norm, which has changed, makes them."""
