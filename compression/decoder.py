@@ -76,7 +76,8 @@ class Decoder:
 
     @property
     def intermediate_size(self) -> int:
-        return self.sizes["inner"]
+        """The widest of an MLP's and an expert's."""
+        return max(self.sizes.get(name, 0) for name in ("inner", "expert_inner", "shared_inner"))
 
     def shape(self, linear: LinearSpec) -> tuple[int, int]:
         """(out, in)."""

@@ -123,9 +123,9 @@ class Plan:
     names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
     not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
     quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
-    estimated peak. experts_at_once: of how many experts Gram matrices are held together, 0 without experts.
-    disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden
-    states, 0 where they stay in memory.
+    estimated peak. experts_at_once: of how many experts Gram matrices are held together, 0 without experts or
+    data. disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden states, 0
+    where they stay in memory.
     """
 
     source: Path

@@ -58,6 +58,7 @@ CHOICES = [
 FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 UNPACKED_BY_PEER = ("W4A8", "W4AFP8")
 """It gives each 4-bit code a byte (int-quantized); we pack them, as vLLM has kernels that read them so."""
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 IDS = [f"{scheme}-{group_size or 'preset'}" for scheme, group_size in CHOICES]
 
 
@@ -84,12 +85,15 @@ def job(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> Path:
-    """Two models, and what the peer makes of them, in one process."""
+    """The models, and what the peer makes of them, in one process."""
     folder = tmp_path_factory.mktemp("peer")
     for name, dtype in DTYPES.items():
         tiny_model(folder / name, dtype=dtype)
+    for model_type in WITH_EXPERTS:
+        tiny_model(folder / model_type, model_type, dtype=torch.float32)
     jobs = [job(folder, dtype, "rtn", *choice, tiny_texts) for dtype in DTYPES for choice in CHOICES]
     jobs.append(job(folder, "bfloat16", "gptq", "W4A16", None, tiny_texts))
+    jobs += [job(folder, model_type, "rtn", "W4A16", None, tiny_texts) for model_type in WITH_EXPERTS]
     subprocess.run(
         [str(PYTHON), str(Path(__file__).with_name("peer_rtn.py"))],
         input=json.dumps(jobs),
@@ -190,6 +194,16 @@ def share_scales(tensors: dict[str, Tensor], source: dict[str, Tensor]) -> None:
                 tensors[f"{parent}.{leaf}.weight_scale"] = largest
                 weight = source[f"{parent}.{leaf}.weight"].float() / largest.float()
                 tensors[f"{parent}.{leaf}.weight"] = weight.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("model_type", WITH_EXPERTS)
+def test_experts_have_the_peers_names_and_tensors(
+    folder: Path, tiny_texts: Path, tmp_path: Path, model_type: str
+) -> None:
+    ours, theirs = both(folder, tiny_texts, tmp_path, model_type, "W4A16", None)
+    assert any(".experts.0." in name for name in ours)
+    unequal = [name for name, tensor in ours.items() if not torch.equal(raw(tensor), raw(theirs[name]))]
+    assert not unequal
 
 
 @pytest.mark.parametrize(("scheme", "group_size"), CHOICES, ids=IDS)

@@ -24,19 +24,24 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
     "cohere2": {"sliding_window": 8, "sliding_window_pattern": 2, "logit_scale": 0.5},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
-    "mixtral": {"num_local_experts": 4, "intermediate_size": 128},
+    "mixtral": {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 3},
     "qwen3_moe": {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [1],
+        "hidden_size": 128, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+        "mlp_only_layers": [1],
     },
     "qwen2_moe": {
-        "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+        "hidden_size": 128, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
     },
-    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "olmoe": {
+        "hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_experts": 3,
+        "num_experts_per_tok": 2,
+    },
     "deepseek_v3": {
-        "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "hidden_size": 128, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
         "moe_intermediate_size": 128, "first_k_dense_replace": 1, "q_lora_rank": 128, "kv_lora_rank": 128,
         "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
+        "num_key_value_heads": 4,
     },
 }  # fmt: skip
 """By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
