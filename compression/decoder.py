@@ -9,7 +9,8 @@ from math import prod
 from typing import Any
 
 from compression.errors import Problem
-from compression.families import FAMILIES, ExpertsSpec, Family, Groups, GroupSpec, LinearSpec
+from compression.families import FAMILIES
+from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec
 
 LM_HEAD = "lm_head"
 MAX_EXPERTS = 4096

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.errors import PlanError, Problem
-from compression.families import ExpertsSpec
+from compression.structure import ExpertsSpec
 
 Stage = Literal["gate_up", "down"]
 """Linears of an expert that read one tensor."""

@@ -8,91 +8,7 @@ imported from Transformers; a test compares this module with its modeling code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-LM_HEAD = "lm_head"
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """One linear of a layer. out, inp: names of sizes. bias: "always", a config key that decides, or "".
-
-    gate: whether it weighs what another linear makes; gates are never compressed.
-    """
-
-    name: str
-    out: str
-    inp: str
-    bias: str = ""
-    gate: bool = False
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Linears that read the same tensor.
-
-    norm: the module whose output that is, "" where it is none, or where others read it as well. producer: a
-    linear whose last output rows are multiplied into that tensor channel by channel, so that they can be
-    scaled for it (v_proj for o_proj, up_proj for down_proj); "" where there is none. experts: the module of
-    which they are one expert, "" where they are none.
-    """
-
-    linears: tuple[LinearSpec, ...]
-    norm: str = ""
-    producer: str = ""
-    experts: str = ""
-
-
-Groups = tuple[GroupSpec, ...]
-"""A layer's groups in forward order."""
-
-
-@dataclass(frozen=True)
-class ExpertsSpec:
-    """The experts of a layer: modules "0", "1", ... of the module `name`, as many as the size "experts".
-
-    router: the module that chooses among them. gate_up: an expert's linears that read the tokens routed to
-    it, in the order gate, up. down: its linear that reads act(gate) * up.
-    """
-
-    name: str
-    router: str
-    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
-    down: str = "down_proj"
-
-    def groups(self, count: int) -> Groups:
-        """The experts one by one, all of the first stage before all of the second: none waits for another."""
-        stages = (
-            [LinearSpec(name, "expert_inner", "hidden") for name in self.gate_up],
-            [LinearSpec(self.down, "hidden", "expert_inner")],
-        )
-        return tuple(
-            GroupSpec(
-                tuple(replace(linear, name=f"{self.name}.{expert}.{linear.name}") for linear in stage),
-                experts=self.name,
-            )
-            for stage in stages
-            for expert in range(count)
-        )
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """The layers of a family that have experts in place of the MLP.
-
-    groups, others: as in Family, of such a layer. dense: the config keys that say which layers are no such
-    layers: first_k_dense_replace, mlp_only_layers, decoder_sparse_step.
-    """
-
-    groups: tuple[GroupSpec | ExpertsSpec, ...]
-    others: Mapping[str, tuple[str, ...]]
-    dense: tuple[str, ...] = ()
-
-    @property
-    def experts(self) -> ExpertsSpec:
-        return next(group for group in self.groups if isinstance(group, ExpertsSpec))
+from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec, Sparse
 
 
 def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
@@ -182,39 +98,6 @@ _LATENT_NORMS = (
     | _norms("self_attn.q_a_layernorm", shape=("q_lora",))
     | _norms("self_attn.kv_a_layernorm", shape=("kv_lora",))
 )
-
-
-@dataclass(frozen=True)
-class Family:
-    """The structure of one model type.
-
-    groups, others: of a layer, under its prefix; sizes by name. optional: others that are there when a config
-    key is true. sparse: the layers that have experts, where there are any. norm_offset: what norms add to
-    their weight before they multiply with it. outside: tensors in no layer, lm_head apart. sizes: further
-    sizes, each a sum of products of config keys. aliases: config keys under another name. defaults: what
-    Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
-    heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
-    names another key) for this table to hold.
-    """
-
-    architecture: str
-    groups: Groups
-    others: Mapping[str, tuple[str, ...]]
-    optional: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    sparse: Sparse | None = None
-    sizes: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    norm_offset: int = 0
-    layers_prefix: str = "model.layers."
-    embedding: str = "model.embed_tokens.weight"
-    outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _norms("model.norm"))
-    intermediate_key: str = "intermediate_size"
-
-    def linears(self) -> list[LinearSpec]:
-        """A dense layer's linears in forward order."""
-        return [linear for group in self.groups for linear in group.linears]
 
 
 FAMILIES: dict[str, Family] = {

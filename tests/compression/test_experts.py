@@ -18,12 +18,13 @@ from compression.errors import PlanError
 from compression.events import Event, LayerSolved
 from compression.expert_grams import ExpertGrams
 from compression.experts import Experts, Routed, unfuse
-from compression.families import FAMILIES, ExpertsSpec
+from compression.families import FAMILIES
 from compression.forward import ExpertsInputs, Forwards
 from compression.gram import Gram, fill_up
 from compression.memory import ParkedTokens, expert_gram_bytes
 from compression.model import StreamedModel
 from compression.report import Report
+from compression.structure import ExpertsSpec
 from tests.compression.plans import codes, problems_of
 from tests.support.models import tiny_model
 
