@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> Path:
 
 
 class TestModel:
-    @pytest.mark.parametrize("model_type", ["gpt2", "deepseek_v3", None, 7])
+    @pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", None, 7])
     def test_other_architectures_are_refused_by_name(self, tmp_path: Path, model_type: Any) -> None:
         problem = problem_of(fake_llama(tmp_path / "model", model_type=model_type))
         assert problem.code == "unsupported_architecture"

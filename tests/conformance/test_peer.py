@@ -59,6 +59,8 @@ FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 UNPACKED_BY_PEER = ("W4A8", "W4AFP8")
 """It gives each 4-bit code a byte (int-quantized); we pack them, as vLLM has kernels that read them so."""
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
+NAMED_BY_PEER = {"mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
+"""It names every family's experts so; we leave them the names of the source, which vLLM's Mixtral reads."""
 IDS = [f"{scheme}-{group_size or 'preset'}" for scheme, group_size in CHOICES]
 
 
@@ -129,6 +131,8 @@ def both(
     if scheme in UNPACKED_BY_PEER:
         their_config = json.loads(json.dumps(their_config).replace("int-quantized", "pack-quantized"))
         theirs = pack_codes(theirs, get_scheme(scheme).weights.num_bits)
+    for their_name, our_name in NAMED_BY_PEER.get(dtype, {}).items():
+        theirs = {name.replace(f".{their_name}.", f".{our_name}."): t for name, t in theirs.items()}
     assert our_config == their_config
     assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {
         name: (t.dtype, t.shape) for name, t in theirs.items()
