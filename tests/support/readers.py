@@ -42,6 +42,9 @@ def _load(folder: Path) -> nn.Module:
         # compressed-tensors 0.20 expects unpacked zero points of a compressed model, against its own format
         quantization["dequantize"] = True
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    if any(group["weights"].get("scale_dtype") for group in groups):
+        model.hf_quantizer.compressor.decompress_model(model)
+        nn.Module.float(model)  # compressed-tensors makes bfloat16 of these, whatever the model is in
     for name, module in model.named_modules():
         if name.endswith(".fc1"):  # OPT flattens the batch there; the library takes each number for a token
             module.register_forward_pre_hook(lambda _module, args: (args[0][None],))
