@@ -38,6 +38,7 @@ class JobOptions:
     evaluation: bool = True
     num_evaluation_samples: int | None = None
     max_perplexity_ratio: float | None = None
+    require: str | None = None
     device_class: str | None = None
     priority: int | None = None
     name: str | None = None
@@ -72,6 +73,7 @@ def body(options: JobOptions) -> dict[str, Any]:
             enabled=None if options.evaluation else False, num_samples=options.num_evaluation_samples
         ),
         quality_gate=_given(max_perplexity_ratio=options.max_perplexity_ratio),
+        require=options.require,
         resources=_given(device_class=options.device_class),
         priority=options.priority,
         name=options.name,

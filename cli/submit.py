@@ -65,6 +65,9 @@ def submit(
     max_perplexity_ratio: Annotated[
         float | None, typer.Option(help="Fail the job if perplexity rises by more than this factor.", **_Data)
     ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="vllm: refuse what vLLM has no kernels for.", **_Run)
+    ] = None,
     device_class: Annotated[str | None, typer.Option(help="any, cpu or cuda.", **_Run)] = None,
     priority: Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.", **_Run)] = None,
     name: Annotated[str | None, typer.Option(help="A name for people.", **_Run)] = None,
@@ -100,6 +103,7 @@ def submit(
         evaluation=evaluation,
         num_evaluation_samples=num_evaluation_samples,
         max_perplexity_ratio=max_perplexity_ratio,
+        require=require,
         device_class=device_class,
         priority=priority,
         name=name,

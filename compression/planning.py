@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from compression import checks, memory
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
@@ -27,6 +28,7 @@ from compression.memory import (
 )
 from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.served import NOT_SERVED
 from compression.shards import assign_shards, stored_layer
 from compression.treatment import Linear, Treatment, treat
 
@@ -42,8 +44,11 @@ def plan(
     calibration: Calibration = Calibration(),
     evaluation: Evaluation = Evaluation(),
     activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
+    require: Literal["vllm"] | None = None,
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
+
+    require "vllm": what its kernels do not take is a problem, otherwise a warning.
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
@@ -66,6 +71,8 @@ def plan(
         problems += checks.tensor_problems(checkpoint, decoder, expected)
     treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
     problems += treatment.problems
+    if require == "vllm":
+        problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
     problems += checks.smoothing_problems(recipe, decoder)
     calibrates = has_data and recipe.needs_data
     if problems:

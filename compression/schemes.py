@@ -17,6 +17,8 @@ ScaleDtype = Literal["F8_E4M3", "E8M0"]
 
 SERVED_GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM has weight-only kernels for, the largest first."""
+SERVED_BITS = (4, 8)
+"""Widths of int weights that they take."""
 
 
 _LARGEST_FLOAT = {4: 6.0, 8: 448.0}

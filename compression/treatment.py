@@ -9,6 +9,7 @@ from compression.decoder import LM_HEAD
 from compression.errors import Problem
 from compression.recipe import PruningStep, QuantizingStep, Recipe
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
+from compression.served import unserved
 from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
 
@@ -84,6 +85,12 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
         schemes[number] = _resolve(number, step, columns, result)
         if any(linear.experts for linear, (index, _) in chosen if index == number):
             result.problems += _expert_problems(number, schemes[number])
+        fused = [
+            [linear.shape[0] for linear, _ in members]
+            for members in _fused(chosen)
+            if members[0][1] == number and len(members) > 1
+        ]
+        result.warnings += unserved(number, schemes[number], fused)
     for number, pruning in recipe.pruning.items():
         result.problems += _structure_problems(
             number, pruning, {linear.shape[1] for linear, index in any_step if index == number}
@@ -160,20 +167,28 @@ def _structure_problems(number: int, step: PruningStep, widths: set[int]) -> lis
     ]
 
 
-def _fused_problems(chosen: Sequence[tuple[Linear, tuple[int | None, str]]]) -> list[Problem]:
-    """vLLM makes one matrix of a module's linears that read one input, and one of all experts of a layer: one
-    step treats them all, or none."""
-    groups: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
+_Chosen = Sequence[tuple[Linear, tuple[int | None, str]]]
+
+
+def _fused(chosen: _Chosen) -> list[list[tuple[Linear, int | None]]]:
+    """Linears that vLLM makes one matrix of, a module's that read one input, or all experts of a layer; each
+    with the step it has."""
+    groups: dict[tuple[str, str], list[tuple[Linear, int | None]]] = {}
     for linear, (step, _) in chosen:
         module = linear.name.rpartition(".")[0]
         together = (linear.experts, "") if linear.experts else (linear.group, module)
-        groups.setdefault(together, []).append((linear.name, step))
-    split = [members for members in groups.values() if len({step for _, step in members}) > 1]
+        groups.setdefault(together, []).append((linear, step))
+    return list(groups.values())
+
+
+def _fused_problems(chosen: _Chosen) -> list[Problem]:
+    """One step treats all linears that vLLM fuses, or none does."""
+    split = [members for members in _fused(chosen) if len({step for _, step in members}) > 1]
     if not split:
         return []
     members = split[0]
-    compressed = [name for name, step in members if step is not None]
-    kept = [name for name, step in members if step is None]
+    compressed = [linear.name for linear, step in members if step is not None]
+    kept = [linear.name for linear, step in members if step is None]
     how = f"{_some(compressed)} compressed, {_some(kept)} not" if kept else _some(compressed)
     return [
         Problem(
@@ -214,15 +229,6 @@ def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: 
                 "group_size_does_not_divide",
                 f"group_size {size} does not divide every target's input ({_listed(misfits)}); {usable}.",
                 f'Use group_size {fitting[0]} or "auto".' if fitting else 'Use group_size "auto".',
-                pointer,
-            )
-        )
-    if size not in SERVED_GROUP_SIZES:
-        result.warnings.append(
-            Problem(
-                "not_served_by_vllm",
-                f"vLLM has no kernel for group_size {size}.",
-                "It runs 128, 64, 32 and one scale per channel.",
                 pointer,
             )
         )

@@ -70,6 +70,7 @@ class JobSubmit(BaseModel):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     quality_gate: QualityGate | None = None
+    require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
     resources: Resources = Resources()
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
     name: str | None = Field(default=None, max_length=200, pattern=_PRINTABLE)

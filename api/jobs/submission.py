@@ -61,6 +61,7 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
             calibration=body.calibration,
             evaluation=body.evaluation,
             activation_budget_bytes=settings.activation_budget_bytes,
+            require=body.require,
         )
     except PlanError as error:
         raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error

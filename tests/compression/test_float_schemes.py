@@ -19,7 +19,7 @@ from compression.recipe import Recipe
 from compression.schemes import get_scheme
 from compression.solve import solve
 from compression.streams import Group
-from tests.compression.fake_checkpoints import SMOLLM2, fake_llama
+from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
 from tests.compression.grids import correlated_inputs, library_args
 from tests.compression.plans import DATA, FEW, problem_of, recipe
 
@@ -152,8 +152,18 @@ class TestPlan:
         assert "576" in problem.message
         assert problem.pointer == "/recipe/steps/0/scheme"
 
-    def test_outputs_that_blocks_do_not_divide_are_not(self, tmp_path: Path) -> None:
-        assert plan(fake_llama(tmp_path / "model"), recipe("FP8_BLOCK"))  # k_proj has 64 rows
+    def test_outputs_that_blocks_do_not_divide_are_not_served(self, tmp_path: Path) -> None:
+        made = plan(fake_llama(tmp_path / "model"), recipe("FP8_BLOCK"))  # k_proj has 64 rows
+        assert [warning.code for warning in made.warnings] == ["not_served_by_vllm"]
+        assert "64 outputs" in made.warnings[0].message
+        whole = fake_llama(tmp_path / "whole", {**TINY, "hidden_size": 256, "num_attention_heads": 2})
+        assert plan(whole, recipe("FP8_BLOCK")).warnings == ()
+
+    def test_three_bits_are_not_served_and_can_be_refused(self, tmp_path: Path) -> None:
+        folder = fake_llama(tmp_path / "model")
+        assert [warning.code for warning in plan(folder, recipe("W3A16")).warnings] == ["not_served_by_vllm"]
+        assert problem_of(folder, recipe("W3A16"), require="vllm").code == "not_served_by_vllm"
+        assert plan(folder, recipe("W4A16"), require="vllm")
 
     @pytest.mark.parametrize("scheme", ["FP8", "FP8_BLOCK", "MXFP4", "NVFP4A16"])
     def test_readers_fix_the_group_size(self, scheme: str, tmp_path: Path) -> None:

@@ -191,6 +191,10 @@ class TestRefused:
         in_recipe = refused(server, scheme=None, recipe={"steps": recipe})
         assert list(pointers(in_recipe)) == ["/recipe/steps/0/group_size"]
 
+    def test_what_vllm_does_not_run_is_refused_where_that_is_required(self, server: Server) -> None:
+        problem = refused(server, scheme="W3A16", require="vllm")
+        assert pointers(problem) == {"/scheme": "not_served_by_vllm"}
+
     def test_gptq_without_data(self, server: Server) -> None:
         assert "/dataset" in pointers(refused(server, method="gptq", dataset=None))
 
