@@ -52,6 +52,9 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
         if get_scheme(step.scheme).fixed_input
     ]
     learning: list[tuple[str, str]] = [(recipe.smoothing.type, "/dataset")] if recipe.smoothing else []
+    if recipe.kv_cache_step is not None:
+        pointer = f"/recipe/steps/{recipe.kv_cache_step}/kv_cache_scheme"
+        learning.append(("The scale of the KV cache", pointer))
     learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
     for number, step in recipe.quantizing.items():
         if step.type == "gptq":
@@ -171,6 +174,22 @@ def router_warnings(recipe: Recipe, decoder: Decoder) -> list[Problem]:
             "experts_not_smoothed",
             "The norm in front of experts also feeds their router, whose choice scales in it would change: "
             "experts are not smoothed, the linears behind other norms are.",
+        )
+    ]
+
+
+def cache_problems(recipe: Recipe, decoder: Decoder, attention: str | None) -> list[Problem]:
+    """Scales of keys and values, for a model of which readers would not find them."""
+    step = recipe.kv_cache_step
+    if step is None or attention is not None:
+        return []
+    return [
+        Problem(
+            "kv_cache_not_supported",
+            f"{decoder.family.architecture} has no k_proj or qkv_proj, by which readers find the attention "
+            "modules whose keys and values are cached.",
+            "Leave kv_cache_scheme out.",
+            f"/recipe/steps/{step}/kv_cache_scheme",
         )
     ]
 

@@ -397,6 +397,12 @@ class Forwards:
         return visit
 
 
+def running_stream() -> Stream | None:
+    """The stream whose batch passes through the model here; None in a rehearsal, and outside of streams."""
+    batch = greenlet.getcurrent()
+    return batch.stream if isinstance(batch, _Batch) else None
+
+
 def _not_shared(name: str, group: str) -> PlanError:
     return PlanError(
         Problem(

@@ -108,9 +108,11 @@ def compress(
                     stored = read_infos(read_header(journal.folder / shard.file).values())
                     model.set_weights(_decode(layer.modules, stored))
                     model.set_parameters({key: stored[key] for key in layer.folded})
+                streams.pass_calibration(layer)
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
                 stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
+                stored.update(streams.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
                     shard = write_shard(journal.folder / layer.shard, {**stored, **copied})

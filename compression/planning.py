@@ -29,7 +29,7 @@ from compression.memory import (
 from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.served import NOT_SERVED
-from compression.shards import assign_shards, stored_layer
+from compression.shards import assign_shards, attention_linear, stored_layer
 from compression.treatment import Linear, Treatment, treat
 
 METADATA_BYTES = 1 << 20
@@ -74,13 +74,15 @@ def plan(
     if require == "vllm":
         problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
     problems += checks.smoothing_problems(recipe, decoder)
+    problems += checks.cache_problems(recipe, decoder, attention_linear(decoder))
     calibrates = has_data and recipe.needs_data
     if problems:
         raise PlanError(*problems)
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
     modules = _module_plans(checkpoint, decoder, treatment)
-    layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing)
+    caches = recipe.kv_cache_step is not None
+    layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing, caches=caches)
     stored = [stored_layer(checkpoint, layer) for layer in layers]
     stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
     output_bytes = sum(map(file_size, stored))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.layout import TensorSpec
 from compression.errors import Problem
 from compression.memory import MemoryEstimate
 from compression.recipe import Calibration, Evaluation, Recipe
@@ -88,11 +89,23 @@ class LinearFoldPlan:
 
 
 @dataclass(frozen=True)
+class CachePlan:
+    """Scales of a layer's keys and values: attention: module under whose name they are stored, in `dtype`."""
+
+    attention: str
+    dtype: str
+
+    def stored(self) -> dict[str, TensorSpec]:
+        """What is on disk, by full name."""
+        return {f"{self.attention}.{kind}_scale": TensorSpec(self.dtype, (1,)) for kind in ("k", "v")}
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file.
 
     folds: the norms that change, by the group that reads them. linear_folds: the linears whose rows are
-    scaled for the sake of others, in forward order.
+    scaled for the sake of others, in forward order. cache: None where keys and values stay.
     """
 
     index: int
@@ -101,7 +114,8 @@ class LayerPlan:
     copied: tuple[str, ...]
     shard: str
     folds: Mapping[str, FoldPlan]
-    linear_folds: tuple[LinearFoldPlan, ...]
+    linear_folds: tuple[LinearFoldPlan, ...] = ()
+    cache: CachePlan | None = None
 
     @property
     def folded(self) -> tuple[str, ...]:

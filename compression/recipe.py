@@ -39,16 +39,31 @@ class _TargetedStep(_Frozen):
         return (value,) if isinstance(value, str) else value
 
 
+class KVCacheScheme(_Frozen):
+    """How a server caches keys and values, in the words of LLM Compressor's kv_cache_scheme.
+
+    What vLLM takes from a checkpoint: fp8, a scale for a layer's keys and one for its values, from data.
+    """
+
+    num_bits: Literal[8] = 8
+    type: Literal["float"] = "float"
+    strategy: Literal["tensor"] = "tensor"
+    symmetric: Literal[True] = True
+    dynamic: Literal[False] = False
+
+
 class _QuantizationStep(_TargetedStep):
     """What every quantizing step has.
 
     scheme: a preset of `compression.schemes`. group_size: overrides the scheme's; "auto" takes the largest of
-    128, 64, 32 that divides every target's input, else one scale per channel.
+    128, 64, 32 that divides every target's input, else one scale per channel. kv_cache_scheme: of the whole
+    model, so one step of a recipe at most has it.
     """
 
     scheme: str
     group_size: GroupSize | None = None
     observer: Observer | None = None
+    kv_cache_scheme: KVCacheScheme | None = None
 
     @field_validator("scheme")
     @classmethod
@@ -220,6 +235,8 @@ class Recipe(_Frozen):
             raise ValueError("awq needs a scheme, or a step after it that quantizes, such as rtn or gptq")
         if self.quantizing and self.pruning and max(self.pruning) > min(self.quantizing):
             raise ValueError("steps that prune come before those that quantize")
+        if sum(step.kv_cache_scheme is not None for step in self.quantizing.values()) > 1:
+            raise ValueError("kv_cache_scheme belongs to one step: it is of the whole model")
         return self
 
     @classmethod
@@ -273,6 +290,11 @@ class Recipe(_Frozen):
         return {number: step for number, step in enumerate(self.steps) if isinstance(step, PruningStep)}
 
     @property
+    def kv_cache_step(self) -> int | None:
+        """Position of the step that says how keys and values are cached."""
+        return next((n for n, step in self.quantizing.items() if step.kv_cache_scheme is not None), None)
+
+    @property
     def representation(self) -> str:
         """What weights become, by the names of schemes: "W4A16", "SPARSE_2OF4+W8A8"."""
         names = [step.representation for step in self.pruning.values()]
@@ -284,6 +306,7 @@ class Recipe(_Frozen):
         """Whether any step cannot be solved without calibration data."""
         return (
             self.smoothing is not None
+            or self.kv_cache_step is not None
             or any(step.type != "magnitude" for step in self.pruning.values())
             or any(
                 step.type == "gptq"

@@ -136,6 +136,9 @@ _PRESETS = (
     Scheme("NVFP4", _NVFP4, _NVFP4_LOCAL, "nvfp4-pack-quantized"),
 )
 
+KV_CACHE = _FP8_TENSOR
+"""How keys and values are cached where a recipe says so: one scale for a layer's keys, one for its values."""
+
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _PRESETS}
 
 ALIASES: dict[str, str] = {

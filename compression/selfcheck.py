@@ -3,19 +3,20 @@ was meant."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationConfig
 
 from compression.checkpoint.formats import decode, quantization_config
 from compression.checkpoint.headers import TensorInfo, read_header
+from compression.checkpoint.layout import TensorSpec
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.errors import PlanError, Problem, SelfCheckError
 from compression.model import StreamedModel
 from compression.plans import ModulePlan, Plan
 from compression.report import ModuleReport
-from compression.shards import stored_tensors
+from compression.shards import stored_layer, stored_tensors
 from compression.solve import sha256_of
 
 
@@ -63,23 +64,17 @@ def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
     meant = {row.name: row.dequantized_sha256 for row in rows}
     for layer in plan.layers:
         header = read_header(folder / layer.shard)
-        _check_names(header, layer.modules, layer.unquantized, plan)
+        _check_names(header, stored_layer(plan.checkpoint, layer))
         for module in layer.modules:
             infos = [header[name] for name in _stored_names(module)]
             weight = decode(module.name, read_infos(infos), module.scheme, TORCH_DTYPES[module.dtype])
             if sha256_of(weight) != meant[module.name]:
                 raise _failed(module.name, "reads back as another weight than the one that was solved")
     for file, keys in plan.outside:
-        _check_names(read_header(folder / file), (), keys, plan)
+        _check_names(read_header(folder / file), {key: plan.checkpoint.tensors[key].spec for key in keys})
 
 
-def _check_names(
-    header: dict[str, TensorInfo], modules: Sequence[ModulePlan], others: Sequence[str], plan: Plan
-) -> None:
-    expected = {key: plan.checkpoint.tensors[key].spec for key in others}
-    for module in modules:
-        specs = stored_tensors(module.scheme, module.shape, module.dtype)
-        expected |= {f"{module.name}.{suffix}": spec for suffix, spec in specs.items()}
+def _check_names(header: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec]) -> None:
     for name in sorted(expected.keys() | header.keys()):
         written = header[name].spec if name in header else None
         if written != expected.get(name):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.decoder import LM_HEAD, Decoder, LayerShape
-from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
+from compression.plans import CachePlan, FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import AWQStep, SmoothingStep
 from compression.schemes import Scheme
 
@@ -55,10 +55,13 @@ def assign_shards(
     modules: Sequence[ModulePlan],
     unknown: Sequence[str],
     smoothing: SmoothingStep | None,
+    *,
+    caches: bool = False,
 ) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
     """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest.
 
-    smoothing: the recipe's step that folds scales, which decides what they are folded into.
+    smoothing: the recipe's step that folds scales, which decides what they are folded into. caches: keys and
+    values get scales.
     """
     outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
     if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
@@ -83,8 +86,22 @@ def assign_shards(
         keys |= {key for fold in folds.values() for key in fold.keys}
         keys |= {key for fold in linear_folds for key in fold.keys}
         copied = tuple(prefix + name for name in shape.tensors if prefix + name not in keys)
-        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds))
+        cache = _cache(checkpoint, decoder, prefix) if caches else None
+        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds, cache))
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
+
+
+def attention_linear(decoder: Decoder) -> str | None:
+    """Name in a layer of the linear that makes the keys, by itself or with the queries and values."""
+    names = [linear.name for linear in decoder.family.linears()]
+    return next((name for name in names if name.rpartition(".")[2] in ("k_proj", "qkv_proj")), None)
+
+
+def _cache(checkpoint: Checkpoint, decoder: Decoder, prefix: str) -> CachePlan:
+    linear = attention_linear(decoder)
+    assert linear is not None  # the plan refuses other models
+    name = prefix + linear
+    return CachePlan(name.rpartition(".")[0], checkpoint.tensors[f"{name}.weight"].dtype)
 
 
 def _folds(
@@ -140,4 +157,4 @@ def stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSp
     for module in layer.modules:
         tensors = stored_tensors(module.scheme, module.shape, module.dtype)
         specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
-    return specs
+    return specs | (layer.cache.stored() if layer.cache else {})

@@ -25,6 +25,7 @@ from compression.expert_grams import ExpertGrams, ExpertInputs
 from compression.experts import Experts
 from compression.forward import ExpertsInputs, Forwards, Stream
 from compression.gram import Gram, Precision, accumulate_gram
+from compression.kv_cache import KVCache
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
@@ -104,6 +105,7 @@ class Streams:
         self._compressed: Stream | None = None
         self._spill: Spill | None = None
         self._forwards: Forwards | None = None
+        self._cache: KVCache | None = None
         if blocks is None:
             return
         if plan.spill_bytes:
@@ -117,10 +119,14 @@ class Streams:
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
         experts = {m.group: m.experts for m in modules if m.experts}
         self._forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
+        if attentions := [layer.cache.attention for layer in plan.layers if layer.cache]:
+            self._cache = KVCache(map(model.module.get_submodule, attentions))
         stream = partial(self._forwards.stream, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
             self._calibration = stream(batches, quantize_activations=False)
+            if self._cache:
+                self._cache.learns_from = self._calibration
         if blocks.evaluation:
             self._split = blocks.split
             vocabulary = model.module.config.get_text_config().vocab_size
@@ -181,16 +187,27 @@ class Streams:
         assert self._calibration is not None  # the plan refuses smoothing without a dataset
         self._calibration.renew_inputs(fold.group, self._model.module.get_submodule(fold.norm))
 
-    def pass_compressed(self, layer: LayerPlan, stored: Mapping[str, Tensor]) -> None:
-        """Send what sees compressed weights on to the next layer; to be called once they are in.
+    def pass_calibration(self, layer: LayerPlan) -> dict[str, Tensor]:
+        """Send the calibration stream on to the next layer; to be called once compressed weights are in.
 
-        stored: the layer's tensors as they are on disk, which also say how its activations are quantized.
+        Returns what only this pass shows: the scales of the layer's keys and values, by their names on disk.
         """
         with self._clock.phase("forward"):
             if self._calibration:
                 self._calibration.run_through(layer.index)
+            if self._cache and layer.cache:
+                return self._cache.learned(layer.cache)
+            return {}
+
+    def pass_compressed(self, layer: LayerPlan, stored: Mapping[str, Tensor]) -> None:
+        """Send the compressed stream on to the next layer.
+
+        stored: the layer's tensors as they are on disk, which also say how its activations are quantized.
+        """
         with self._clock.phase("evaluate"):
             if self._compressed and self._forwards:
+                if self._cache and layer.cache:
+                    self._cache.use(layer.cache, stored)
                 self._forwards.fixed_inputs = {
                     m.name: stored[f"{m.name}.{m.scheme.fixed_input}"].to(self._model.device)
                     for m in layer.modules

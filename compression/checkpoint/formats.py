@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compression.quantizer import QuantizedWeight
 from compression.recipe import GPTQStep, QuantizingStep
-from compression.schemes import QuantizationArgs, Scheme
+from compression.schemes import KV_CACHE, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     from compression.plans import Plan
@@ -104,8 +104,8 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
     groups = {
         f"group_{index}": {
             "targets": ["Linear"] if len(modules) == 1 else names,
-            "weights": _args_dict(scheme.weights, plan.recipe.quantizing[step]),
-            "input_activations": _args_dict(scheme.input_activations, None),
+            "weights": _weights_dict(scheme.weights, plan.recipe.quantizing[step]),
+            "input_activations": _activations_dict(scheme.input_activations),
             "output_activations": None,
             "format": scheme.format,
         }
@@ -117,7 +117,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": list(plan.ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if plan.recipe.kv_cache_step is None else _args_dict(KV_CACHE),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},
@@ -129,18 +129,24 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
 _OBSERVER_NAMES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imatrix": "imatrix_mse"}
 """Our observers under the library's names. It has none for gram; readers do not use the field."""
 
-
 _SCALE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "E8M0": torch.uint8}
 
 
-def _args_dict(args: QuantizationArgs | None, step: QuantizingStep | None) -> dict[str, Any] | None:
-    """One kind of tensor in the config; `step` solved it, None for activations."""
+def _weights_dict(args: QuantizationArgs, step: QuantizingStep) -> dict[str, Any]:
+    observer = _OBSERVER_NAMES.get(step.observer or "")
+    return _args_dict(args, observer, step.actorder if isinstance(step, GPTQStep) else None)
+
+
+def _activations_dict(args: QuantizationArgs | None) -> dict[str, Any] | None:
     if args is None:
         return None
-    if step is not None:
-        observer = _OBSERVER_NAMES.get(step.observer or "")
-    else:
-        observer = None if args.dynamic is True else "static_minmax"
+    return _args_dict(args, None if args.dynamic is True else "static_minmax")
+
+
+def _args_dict(
+    args: QuantizationArgs, observer: str | None = None, actorder: str | None = None
+) -> dict[str, Any]:
+    """One kind of tensor in the config."""
     return {
         "num_bits": args.num_bits,
         "type": args.type,
@@ -149,7 +155,7 @@ def _args_dict(args: QuantizationArgs | None, step: QuantizingStep | None) -> di
         "group_size": args.group_size,
         "block_structure": list(args.block_structure) if args.block_structure else None,
         "dynamic": args.dynamic,
-        "actorder": step.actorder if isinstance(step, GPTQStep) else None,
+        "actorder": actorder,
         "observer": observer,
         "observer_kwargs": {},
         "scale_dtype": str(_SCALE_DTYPES[args.scale_dtype]) if args.scale_dtype else None,

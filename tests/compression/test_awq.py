@@ -171,6 +171,7 @@ def folded_only(planned: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]
                     folded = fold(here, group, weights, gram, model, streams, step)
                     weights, done = folded.weights, done | ({group.name} if folded.done else set())
                 model.set_weights(dict(zip(names, weights, strict=True)))
+            streams.pass_calibration(layer)
             streams.pass_compressed(layer, {})
             model.drop_layer(layer.index)
         measured = streams.compare()

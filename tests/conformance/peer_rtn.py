@@ -2,7 +2,8 @@
 
     python peer_rtn.py < jobs.json
 
-jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null, "tokens"}, ...]
+jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null, "tokens",
+        "kv_cache_scheme"}, ...]
 
 tokens: rows of token ids to calibrate on, null where nothing is learned from data.
 """
@@ -13,7 +14,7 @@ import json
 import sys
 from typing import Any
 
-from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -26,7 +27,8 @@ def run(job: dict[str, Any]) -> None:
     if job["group_size"] is not None:
         scheme.weights.group_size = job["group_size"]
     modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[job["method"]]
-    recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    cache = job["kv_cache_scheme"] and QuantizationArgs.model_validate(job["kv_cache_scheme"])
+    recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"], kv_cache_scheme=cache)
     model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
     data: dict[str, Any] = {}
     if rows := job["tokens"]:
