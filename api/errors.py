@@ -7,7 +7,7 @@ ApiError            status, code, message, hint, problems
 ├── Conflict        409  not_cancellable, not_retryable
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
-└── Unavailable     503  not_ready
+└── Unavailable     503  not_ready, hub_unreachable
 """
 
 from __future__ import annotations

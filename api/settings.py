@@ -1,4 +1,5 @@
-"""All configuration, read once. Nothing else in Bitmill reads the environment."""
+"""All configuration, read once. Nothing else in Bitmill reads the environment, but for the variables of the
+Hub (compression/hub/environment.py)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compression.errors import CompressionError
-from compression.events import Event, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
+from compression.events import Event, FetchProgress, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import PRUNING, QUANTIZING, Calibration, DatasetSpec, Evaluation, Recipe
@@ -27,7 +27,11 @@ def parser() -> argparse.ArgumentParser:
     """Options and their defaults; the same words as in the REST body and in Python."""
     defaults = Calibration()
     result = argparse.ArgumentParser("python -m compression", description=__doc__)
-    result.add_argument("source", metavar="SOURCE", help="folder with config.json and safetensors files")
+    result.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder with config.json and safetensors files, or owner/name[@revision] on the Hub",
+    )
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
     what = result.add_mutually_exclusive_group(required=True)
     what.add_argument("--scheme", help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
@@ -38,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")
-    result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file to calibrate and evaluate on")
+    result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file, or a name on the Hub")
+    result.add_argument("--dataset-config", help="part of a dataset on the Hub")
+    result.add_argument("--dataset-split", help="split of it; train unless given")
     result.add_argument("--text-column", help="column with the text; found unless given")
     result.add_argument("--messages-column", help="column with chat messages")
     result.add_argument("--num-calibration-samples", type=int, default=defaults.num_calibration_samples)
@@ -62,11 +68,14 @@ def main(argv: list[str] | None = None) -> int:
         recipe = _recipe(options)
         dataset = None
         if options.dataset is not None:
-            dataset = DatasetSpec(
-                path=options.dataset,
-                text_column=options.text_column,
-                messages_column=options.messages_column,
-            )
+            told = DatasetSpec.model_validate(options.dataset)
+            details = {
+                "config": options.dataset_config,
+                "split": options.dataset_split,
+                "text_column": options.text_column,
+                "messages_column": options.messages_column,
+            }
+            dataset = DatasetSpec.model_validate({**told.model_dump(), **details})
         calibration = Calibration(
             num_calibration_samples=options.num_calibration_samples,
             max_seq_length=options.max_seq_length,
@@ -118,8 +127,12 @@ def _run(
 
         def show(event: Event) -> None:
             match event:
+                case PhaseChanged("plan"):
+                    progress.update(bar, description="plan", total=None, completed=0, note="")
                 case PhaseChanged(phase):
                     progress.update(bar, description=phase)
+                case FetchProgress(_, name, done, total):
+                    progress.update(bar, total=total, completed=done, note=name)
                 case LayerSolved(layer, total, error):
                     note = "" if error is None else f"relative error {error:.2e}"
                     progress.update(bar, total=total, completed=layer + 1, note=note)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compression.errors import SourceError
-from compression.recipe import DatasetSpec
 
 KNOWN_COLUMNS = ("text", "content", "messages", "prompt")
 """Where documents are looked for when no column is named; the first that exists."""
@@ -23,9 +22,9 @@ class Column:
     where: how a row is called in errors, such as "Line 3".
     """
 
-    def __init__(self, dataset: DatasetSpec) -> None:
-        self._name = dataset.messages_column or dataset.text_column
-        self._messages = dataset.messages_column is not None
+    def __init__(self, text_column: str | None, messages_column: str | None) -> None:
+        self._name = messages_column or text_column
+        self._messages = messages_column is not None
 
     @property
     def holds_messages(self) -> bool:
@@ -76,6 +75,18 @@ def json_name(value: Any) -> str:
     """What kind of JSON a value is, for people."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def without_nulls(value: Any) -> Any:
+    """Messages without the fields that they do not have: a table has every field in every row."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: item for key, item in message.items() if item is not None}
+        if isinstance(message, dict)
+        else message
+        for message in value
+    ]
 
 
 def _checked_messages(value: Any, column: str, where: str) -> Messages | None:

@@ -19,10 +19,8 @@ from typing import Any, Protocol
 
 from compression.columns import Column, Document, invalid, json_name
 from compression.errors import SourceError
-from compression.recipe import DatasetSpec
+from compression.recipe import DATASET_SUFFIXES, DatasetSpec
 from compression.tables import csv_documents, parquet_documents
-
-SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
 
 def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
@@ -35,8 +33,8 @@ def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
     if dataset.texts is not None:
         documents = [text for text in dataset.texts if text.strip()]
     else:
-        assert dataset.path is not None  # DatasetSpec: exactly one of the two
-        documents = _open_file(Path(dataset.path), dataset)
+        assert dataset.path is not None  # what is on the Hub was made a file
+        documents = _open_file(Path(dataset.path), Column(dataset.text_column, dataset.messages_column))
     if not documents:
         raise SourceError("dataset_empty", "The dataset holds no text.", "Give at least one document.")
     return documents
@@ -105,8 +103,8 @@ class _FileDocuments(Sequence[Document]):
 class _JSONLines:
     """One JSON object a line; the text, or the messages, in one of its fields."""
 
-    def __init__(self, dataset: DatasetSpec) -> None:
-        self._column = Column(dataset)
+    def __init__(self, column: Column) -> None:
+        self._column = column
 
     def spans(self, lines: Iterator[bytes]) -> Iterator[tuple[int, int, int]]:
         begin = 0
@@ -168,15 +166,15 @@ class _SpooledDocuments(Sequence[Document]):
         return json.loads(os.pread(self._descriptor, end - begin, begin))
 
 
-def _open_file(path: Path, dataset: DatasetSpec) -> Sequence[Document]:
+def _open_file(path: Path, column: Column) -> Sequence[Document]:
     try:
         match _existing(path).suffix.lower():
             case ".jsonl":
-                return _FileDocuments(path, _JSONLines(dataset))
+                return _FileDocuments(path, _JSONLines(column))
             case ".parquet":
-                return _SpooledDocuments(parquet_documents(path, Column(dataset)))
+                return _SpooledDocuments(parquet_documents(path, column))
             case ".csv":
-                return _SpooledDocuments(csv_documents(path, Column(dataset)))
+                return _SpooledDocuments(csv_documents(path, column))
             case _:
                 return _FileDocuments(path, _Paragraphs())
     except (PermissionError, FileNotFoundError) as error:
@@ -184,10 +182,10 @@ def _open_file(path: Path, dataset: DatasetSpec) -> Sequence[Document]:
 
 
 def _existing(path: Path) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in DATASET_SUFFIXES:
         raise SourceError(
             "dataset_format_unsupported",
-            f"{path.name} is not a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file.",
+            f"{path.name} is not a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file.",
             "Write one JSON object a line to a .jsonl file, or plain text to a .txt file.",
         )
     if not path.is_file():

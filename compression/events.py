@@ -38,6 +38,17 @@ class PhaseChanged(Event):
 
 
 @dataclass(frozen=True)
+class FetchProgress(Event):
+    """What of a model (bytes) or of a dataset (rows) has come from the Hub. total: None where unknown."""
+
+    type: ClassVar[str] = "fetch_progress"
+    what: Literal["model", "dataset"]
+    name: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True)
 class PlanResolved(Event):
     """The resolved plan, which a later attempt must obey to give the same bytes: the journal's first line."""
 

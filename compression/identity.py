@@ -14,8 +14,10 @@ from compression.plans import Plan
 
 def source_digests(plan: Plan) -> dict[str, str]:
     """sha256 of every weight file and of config.json, by name."""
-    files = [*plan.checkpoint.weight_files, plan.checkpoint.folder / "config.json"]
-    return {path.name: _digest(path) for path in files}
+    checkpoint = plan.checkpoint
+    files = dict(zip(checkpoint.weight_names, checkpoint.weight_files, strict=True))
+    files["config.json"] = checkpoint.folder / "config.json"
+    return {name: _digest(path) for name, path in files.items()}
 
 
 def resolve(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
 from compression.selfcheck import check_against_model, check_files
 from compression.solve import solve
+from compression.sources import Sources, fetch, local
 from compression.streams import Streams
 
 
@@ -57,6 +59,9 @@ def compress(
 ) -> Report:
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
+    `source` may also be the name of a model on the Hub, `owner/name` or `owner/name@revision`; it is planned
+    from its headers, and downloaded if it can be compressed. The text comes from there as `dataset` says.
+
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
     arguments. `activation_budget_bytes` bounds what batches hold in memory between layers: above it they lie
     in a scratch file beside the output. `on_event` hears of every phase and layer. `self_check` reads every
@@ -67,20 +72,29 @@ def compress(
     """
     emit = on_event or (lambda _event: None)
     clock = Clock()
+    planned = partial(
+        make_plan,
+        recipe=recipe,
+        calibration=calibration,
+        evaluation=evaluation,
+        activation_budget_bytes=activation_budget_bytes,
+    )
+    sources = local(source, dataset)
+    if sources is None:
+        emit(PhaseChanged("fetch"))
+        with clock.phase("fetch"):
+            planned(
+                source, dataset=dataset
+            )  # what cannot succeed is refused before anything large is fetched
+            sources = fetch(source, dataset, calibration, evaluation, emit)
+    dataset = sources.dataset
     emit(PhaseChanged("plan"))
     with clock.phase("plan"):
-        plan = make_plan(
-            source,
-            recipe,
-            dataset=dataset,
-            calibration=calibration,
-            evaluation=evaluation,
-            activation_budget_bytes=activation_budget_bytes,
-        )
+        plan = planned(sources.folder, name=sources.name, dataset=dataset)
         for warning in plan.warnings:
             emit(WarningRaised(warning.code, warning.message))
         journal = Journal.open(Path(output_dir))
-        arithmetic = _begin(plan, dataset, device, journal, emit)
+        arithmetic = _begin(plan, sources, device, journal, emit)
         model = StreamedModel(
             plan.checkpoint,
             plan.layers_prefix,
@@ -155,14 +169,14 @@ def compress(
     return report
 
 
-def _begin(
-    plan: Plan, dataset: DatasetSpec | None, device: str, journal: Journal, emit: OnEvent
-) -> Arithmetic:
+def _begin(plan: Plan, sources: Sources, device: str, journal: Journal, emit: OnEvent) -> Arithmetic:
     """Resolve the plan, or obey the one that an interrupted run of the same work resolved."""
     digests = source_digests(plan)
-    data = None if dataset is None else dataset_digest(dataset)
+    data = None if sources.dataset is None else dataset_digest(sources.dataset)
     here = machine.choose(device, _stored_dtype(plan))
     header = resolve(plan, digests, data, here)
+    if sources.origins:
+        header["origins"] = sources.origins
     if journal.header and journal.header["work_key"] != header["work_key"]:
         emit(WarningRaised("started_over", "The interrupted run here was of other work; it is begun anew."))
     elif journal.header:

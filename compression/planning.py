@@ -30,6 +30,7 @@ from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.served import NOT_SERVED
 from compression.shards import assign_shards, attention_linear, stored_layer
+from compression.sources import headers_of
 from compression.treatment import Linear, Treatment, treat
 
 METADATA_BYTES = 1 << 20
@@ -40,6 +41,7 @@ def plan(
     source: str | Path,
     recipe: Recipe,
     *,
+    name: str | None = None,
     dataset: DatasetSpec | None = None,
     calibration: Calibration = Calibration(),
     evaluation: Evaluation = Evaluation(),
@@ -48,17 +50,20 @@ def plan(
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
 
-    require "vllm": what its kernels do not take is a problem, otherwise a warning.
+    source: a folder, or a model's name on the Hub, of which only headers are fetched. name: what the model is
+    called; by default as its folder, or as on the Hub. require "vllm": what its kernels do not take is a
+    problem, otherwise a warning.
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
-            checkpoint's files has the codes of `read_checkpoint`.
+            checkpoint's files has the codes of `read_checkpoint`; what the Hub refuses, those of `HubClient`.
     """
     has_data = dataset is not None
     recipe = checks.with_observers(recipe, has_data)
     problems = checks.recipe_problems(recipe, has_data)
     try:
-        checkpoint = read_checkpoint(source)
+        folder, own_name = headers_of(source)
+        checkpoint = read_checkpoint(folder)
     except SourceError as error:
         raise PlanError(Problem(error.code, error.message, error.hint, "/model"), *problems) from error
     warnings: list[Problem] = []
@@ -95,7 +100,8 @@ def plan(
         spill_bytes = activation_bytes(decoder.hidden_size, COMPUTE_ITEMSIZE, parked)
     at_once = _experts_at_once(decoder, parked, activation_budget_bytes if spill_bytes else 0)
     return Plan(
-        source=Path(source),
+        source=folder,
+        name=name or own_name,
         checkpoint=checkpoint,
         recipe=recipe,
         calibration=calibration,

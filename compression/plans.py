@@ -133,16 +133,17 @@ class LayerPlan:
 class Plan:
     """Everything that headers and recipe decide.
 
-    recipe: with every step's observer written out. layers_prefix: what stands before a layer's number in
-    names. outside: shard file and keys of what is in no layer, and of `unknown` tensors, which the model does
-    not have and which are copied. kept: linears that stay as they are; ignore: names of all that are not
-    quantized. output_bytes: exact size of all shards. calibrates: whether a step learns from data. memory:
-    estimated peak. experts_at_once: of how many experts Gram matrices are held together, 0 without experts or
-    data. disk_bytes: what a run needs in its output folder; spill_bytes: the part of it for hidden states, 0
-    where they stay in memory.
+    name: what the model is called. recipe: with every step's observer written out. layers_prefix: what stands
+    before a layer's number in names. outside: shard file and keys of what is in no layer, and of `unknown`
+    tensors, which the model does not have and which are copied. kept: linears that stay as they are; ignore:
+    names of all that are not quantized. output_bytes: exact size of all shards. calibrates: whether a step
+    learns from data. memory: estimated peak. experts_at_once: of how many experts Gram matrices are held
+    together, 0 without experts or data. disk_bytes: what a run needs in its output folder; spill_bytes: the
+    part of it for hidden states, 0 where they stay in memory.
     """
 
     source: Path
+    name: str
     checkpoint: Checkpoint
     recipe: Recipe
     calibration: Calibration
@@ -167,9 +168,9 @@ class Plan:
     calibrates: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON for people and programs; no path of this machine but the model folder's own name."""
+        """JSON for people and programs; no path of this machine."""
         return {
-            "source": self.source.name,
+            "source": self.name,
             "model_type": self.model_type,
             "architecture": self.architecture,
             "recipe": self.recipe.model_dump(mode="json"),

@@ -63,7 +63,7 @@ def _card(plan: Plan, report: Report) -> str:
     methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
     totals = report.totals
     lines = [
-        f"# {plan.source.name}, compressed",
+        f"# {plan.name}, compressed",
         "",
         f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
         f"{compression.__version__}, in the compressed-tensors format that Transformers and vLLM load.",
@@ -89,7 +89,7 @@ def _card(plan: Plan, report: Report) -> str:
     lines += [
         "",
         "```",
-        f"vllm serve ./{plan.source.name}",
+        f"vllm serve ./{plan.name}",
         "```",
         "",
         "recipe.yaml holds the recipe, bitmill.json the plan and a report of every module. "

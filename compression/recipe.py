@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compression.errors import PlanError, Problem
+from compression.hub.presets import PRESETS
+from compression.hub.references import HubRef
 from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
 from compression.schemes import get_scheme, sparse_fields
 
@@ -321,16 +323,27 @@ class Recipe(_Frozen):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
 
+DATASET_SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
+"""Of local files that text is read from."""
+
+
 class DatasetSpec(_Frozen):
-    """Where calibration text comes from. Exactly one of `path` and `texts`.
+    """Where calibration text comes from. Exactly one of `path`, `hub` and `texts`.
 
     path: a local .jsonl, .parquet, .csv or .txt file (one document a line of JSON or a row; a text file is
-    split at blank lines). text_column: the column that holds the text; by default the first there is of text,
-    content, messages, prompt. messages_column: a column with chat messages, each with a role, to which the
-    model's chat template is applied.
+    split at blank lines). hub: the name of a preset (c4, open_platypus, ultrachat_200k, wikitext), or
+    `owner/name`, or either with `@revision`; config and split: which part of it; by default what the preset
+    says, else `train` of the only config.
+
+    text_column: the column that holds the text; by default the first there is of text, content, messages,
+    prompt. messages_column: a column with chat messages, each with a role, to which the model's chat template
+    is applied.
     """
 
     path: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None
     texts: tuple[str, ...] | None = None
     text_column: str | None = None
     messages_column: str | None = None
@@ -338,15 +351,30 @@ class DatasetSpec(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+        """A string is a file's path if it looks like one, else a name on the Hub if it can be one."""
+        if not isinstance(value, str):
+            return value
+        is_file = value.startswith(("/", ".", "~")) or value.lower().endswith(DATASET_SUFFIXES)
+        return {"path" if is_file or not _is_on_hub(value) else "hub": value}
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSpec:
-        if (self.path is None) == (self.texts is None):
-            raise ValueError("give exactly one of path and texts")
+        if sum(source is not None for source in (self.path, self.hub, self.texts)) != 1:
+            raise ValueError("give exactly one of path, hub and texts")
+        if self.hub is None and (self.config is not None or self.split is not None):
+            raise ValueError("config and split are parts of a dataset on the Hub: give hub")
+        if self.hub is not None and not _is_on_hub(self.hub):
+            raise ValueError(
+                f"hub is owner/name or one of {', '.join(PRESETS)}, either with @revision or without"
+            )
         if self.text_column is not None and self.messages_column is not None:
             raise ValueError("give at most one of text_column and messages_column")
         return self
+
+
+def _is_on_hub(text: str) -> bool:
+    """Whether a text can be a dataset's name on the Hub."""
+    return HubRef.parse(text) is not None or text.partition("@")[0] in PRESETS
 
 
 class Calibration(_Frozen):

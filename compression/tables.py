@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compression.columns import Column, Document, invalid
+from compression.columns import Column, Document, invalid, without_nulls
 from compression.errors import SourceError
 
 _ROWS_AT_ONCE = 256
@@ -32,7 +32,7 @@ def parquet_documents(path: Path, column: Column) -> Iterator[Document]:
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    document = column.document({name: _without_nulls(value)}, f"Row {number}")
+                    document = column.document({name: without_nulls(value)}, f"Row {number}")
                     if document is not None:
                         yield document
     except (PermissionError, FileNotFoundError):
@@ -56,17 +56,6 @@ def _check_type(found: Any, name: str, path: Path, column: Column) -> None:
         good, wanted = any(is_text(found) for is_text in texts), "text"
     if not good and not types.is_null(found):
         raise invalid(path.name, f"has {found}, not {wanted}, in {name!r}")
-
-
-def _without_nulls(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [
-        {key: item for key, item in message.items() if item is not None}
-        if isinstance(message, dict)
-        else message
-        for message in value
-    ]
 
 
 def csv_documents(path: Path, column: Column) -> Iterator[Document]:

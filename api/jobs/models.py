@@ -56,7 +56,7 @@ def _enum(kind: type[StrEnum]) -> Enum:
 class Job(Base):
     """One compression, as asked for and as far as it came.
 
-    model: as the caller wrote it; source: the folder it resolved to.
+    model: as the caller wrote it; source: the folder or the commit it resolved to.
     recipe, dataset, calibration, evaluation: JSON of the classes in `compression.recipe`.
     quality_gate: {"max_perplexity_ratio": float}, held against the report by the worker.
     plan: what submission found out (`Plan.to_dict`).

@@ -39,7 +39,7 @@ class Resources(BaseModel):
 
 
 def _accept_string_dataset(schema: dict[str, Any]) -> None:
-    """A dataset may be a string: the path of `DatasetSpec`, which its validator reads."""
+    """A dataset may be a string: a path or a name on the Hub, which `DatasetSpec` tells apart."""
     schema["properties"]["dataset"]["anyOf"].insert(0, {"type": "string"})
 
 
@@ -57,7 +57,9 @@ class JobSubmit(BaseModel):
     )
 
     model: str = Field(
-        min_length=1, max_length=4096, description="A folder below one of the server's local roots."
+        min_length=1,
+        max_length=4096,
+        description="A folder below one of the server's local roots, or owner/name[@revision] on the Hub.",
     )
     dataset: DatasetSpec | None = Field(default=None, description="Calibration text.")
     scheme: str | None = Field(default=None, max_length=100)
@@ -126,7 +128,7 @@ class JobRead(BaseModel):
     layers_done: int
     layers_total: int
     model: str
-    dataset: str | None = Field(description="The dataset's path, or how many inline texts there are.")
+    dataset: str | None = Field(description="The dataset's path or name, or how many inline texts there are.")
     scheme: str
     method: str
     recipe: Recipe

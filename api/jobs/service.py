@@ -180,7 +180,7 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         labels=body.labels,
         priority=body.priority,
         model=body.model,
-        source=str(plan.source),
+        source=planned.source,
         dataset_label=_dataset_label(body.dataset),
         scheme=plan.recipe.representation,
         method="+".join(step.type for step in plan.recipe.steps),
@@ -218,7 +218,7 @@ def _found(job: Job | None, job_id: str) -> Job:
 def _dataset_label(dataset: DatasetSpec | None) -> str | None:
     if dataset is None:
         return None
-    return dataset.path or f"{len(dataset.texts or ())} inline texts"
+    return dataset.path or dataset.hub or f"{len(dataset.texts or ())} inline texts"
 
 
 def _body_digest(body: JobSubmit) -> str:

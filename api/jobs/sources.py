@@ -1,29 +1,51 @@
-"""Models and datasets on this machine: only below the configured roots, after resolving links."""
+"""Models and datasets: on the Hub, or on this machine below the configured roots, after resolving links."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from compression.documents import SUFFIXES
-from compression.errors import PlanError, Problem
-from compression.recipe import DatasetSpec
+from api.errors import Unavailable
+from compression.errors import PlanError, Problem, SourceError
+from compression.hub.client import HubClient
+from compression.hub.environment import HubEnvironment
+from compression.hub.headers import header_folder
+from compression.hub.references import HubRef
+from compression.hub.snapshots import cached_commit, fetch_model
+from compression.hub.streaming import HubDataset
+from compression.recipe import DATASET_SUFFIXES, DatasetSpec
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*")
+_HUB_RETRY_SECONDS = 30
 _MAX_ENTRIES = 10_000
-_KINDS = f"a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+_KINDS = f"a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file"
 
 
-def resolve_model(model: str, roots: Sequence[Path]) -> Path:
-    """The real folder of a model.
+@dataclass(frozen=True)
+class ModelSource:
+    """source: what the worker is told, a real path or a name on the Hub at a commit. folder: what is planned
+    from; for a model on the Hub it has the headers only. name: what the model is called."""
+
+    source: str
+    folder: Path
+    name: str
+
+
+def resolve_model(model: str, roots: Sequence[Path], hub: HubEnvironment) -> ModelSource:
+    """Where a model is.
 
     Raises:
         PlanError: `path_not_allowed` for what is not below a root, whether or not it exists, or has a link
-            inside that leaves the roots; `model_not_found` for a Hub id and for what is not there.
+            inside that leaves the roots; `model_not_found` for what is not there; `hub_...` for what the Hub
+            does not give.
+        Unavailable: `hub_unreachable`.
     """
     pointer = "/model"
+    if ref := HubRef.parse(model):
+        return _model_on_hub(ref, hub)
     if not model.startswith("/"):
         raise PlanError(_not_a_path(model, pointer))
     folder = _resolve(model, roots, pointer)
@@ -31,16 +53,31 @@ def resolve_model(model: str, roots: Sequence[Path]) -> Path:
         hint = "Give the folder that holds config.json and the safetensors files."
         raise PlanError(Problem("model_not_found", f"There is no model folder {model!r}.", hint, pointer))
     check_links(folder, roots)
-    return folder
+    return ModelSource(str(folder), folder, folder.name)
 
 
-def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path]) -> DatasetSpec:
-    """The same dataset with its path resolved.
+def _model_on_hub(ref: HubRef, hub: HubEnvironment) -> ModelSource:
+    try:
+        if hub.offline:
+            folder = fetch_model(ref, hub, lambda _done, _total: None)
+            return ModelSource(str(ref.at(folder.name)), folder, ref.name)
+        with HubClient(hub) as client:
+            commit = client.commit("model", ref)
+            return ModelSource(str(commit.ref), header_folder(client, commit, hub), ref.name)
+    except SourceError as error:
+        raise _refusal(error, "/model") from error
+
+
+def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path], hub: HubEnvironment) -> DatasetSpec:
+    """The same dataset with its path resolved, or its revision on the Hub.
 
     Raises:
-        PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root, or
-            `dataset_format_unsupported`.
+        PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root,
+            `dataset_format_unsupported`, or `hub_...` for what the Hub does not give.
+        Unavailable: `hub_unreachable`.
     """
+    if dataset.hub is not None:
+        return _dataset_on_hub(dataset, hub)
     if dataset.path is None:
         return dataset
     pointer = "/dataset"
@@ -51,10 +88,32 @@ def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path]) -> DatasetSpec:
         hint = f"Give {_KINDS}, or the texts themselves under `texts`."
         message = f"There is no dataset file {dataset.path!r}."
         raise PlanError(Problem("dataset_not_found", message, hint, pointer))
-    if file.suffix.lower() not in SUFFIXES:
+    if file.suffix.lower() not in DATASET_SUFFIXES:
         message = f"{file.name} is of another kind."
         raise PlanError(Problem("dataset_format_unsupported", message, f"Give {_KINDS}.", pointer))
     return dataset.model_copy(update={"path": str(file)})
+
+
+def _dataset_on_hub(dataset: DatasetSpec, hub: HubEnvironment) -> DatasetSpec:
+    assert dataset.hub is not None
+    ref = HubDataset.of(dataset).ref
+    try:
+        if hub.offline:
+            commit = cached_commit("dataset", ref, hub)
+        else:
+            with HubClient(hub) as client:
+                commit = client.commit("dataset", ref).ref.revision
+    except SourceError as error:
+        raise _refusal(error, "/dataset") from error
+    return dataset.model_copy(update={"hub": f"{dataset.hub.partition('@')[0]}@{commit}"})
+
+
+def _refusal(error: SourceError, pointer: str) -> PlanError | Unavailable:
+    """What a submission is answered when the Hub does not give what it names."""
+    if error.code == "hub_unreachable":
+        headers = {"Retry-After": str(_HUB_RETRY_SECONDS)}
+        return Unavailable(error.code, error.message, error.hint, headers=headers)
+    return PlanError(Problem(error.code, error.message, error.hint, pointer))
 
 
 def check_links(folder: Path, roots: Sequence[Path]) -> None:
@@ -95,7 +154,7 @@ def _not_allowed(path: str, hint: str, pointer: str) -> Problem:
 
 
 def _not_a_path(model: str, pointer: str) -> Problem:
-    if _HUB_ID.fullmatch(model):
-        hint = "This server has no access to the Hub: give the absolute path of a folder below a local root."
+    if _NAME.fullmatch(model):
+        hint = "Names on the Hub have an owner, as in owner/name; folders are named by their absolute path."
         return Problem("model_not_found", f"There is no model {model!r} on this server.", hint, pointer)
     return _not_allowed(model, "Give the absolute path of a folder below a local root.", pointer)

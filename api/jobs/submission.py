@@ -13,6 +13,7 @@ from api.jobs.schemas import JobSubmit
 from api.jobs.sources import resolve_dataset, resolve_model
 from api.settings import Settings
 from compression.errors import PlanError, Problem
+from compression.hub.environment import HubEnvironment
 from compression.planning import plan
 from compression.plans import Plan
 from compression.recipe import DatasetSpec, Recipe
@@ -23,19 +24,22 @@ _STEP = re.compile(r"/recipe/steps/\d+/")
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """What a submission became. dataset: with its path resolved."""
+    """What a submission became. source: what the worker is told. dataset: with path or revision resolved."""
 
     body: JobSubmit
+    source: str
     dataset: DatasetSpec | None
     plan: Plan
 
 
 def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
-    """Plan a submission. Reads headers only; takes no database.
+    """Plan a submission. Reads headers only, for a model on the Hub over the network; takes no database.
 
     Raises:
         Unprocessable: it cannot succeed; with every problem that could be found.
+        Unavailable: `hub_unreachable`.
     """
+    hub = HubEnvironment.read()
     problems: list[Problem] = []
     recipe = source = dataset = None
     try:
@@ -43,11 +47,11 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
     except PlanError as error:
         problems += error.problems
     try:
-        source = resolve_model(body.model, settings.local_roots)
+        source = resolve_model(body.model, settings.local_roots, hub)
     except PlanError as error:
         problems += error.problems
     try:
-        dataset = body.dataset and resolve_dataset(body.dataset, settings.local_roots)
+        dataset = body.dataset and resolve_dataset(body.dataset, settings.local_roots, hub)
     except PlanError as error:
         problems += error.problems
     problems += _gate_problems(body)
@@ -55,8 +59,9 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
         raise Unprocessable(*problems)
     try:
         planned = plan(
-            source,
+            source.folder,
             recipe,
+            name=source.name,
             dataset=dataset,
             calibration=body.calibration,
             evaluation=body.evaluation,
@@ -65,7 +70,7 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
         )
     except PlanError as error:
         raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
-    return PlannedJob(body, dataset, planned)
+    return PlannedJob(body, source.source, dataset, planned)
 
 
 def _recipe(body: JobSubmit) -> Recipe:

@@ -75,12 +75,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder. `folder` and all files are resolved paths; `other_files` is relative to the folder."""
+    """A model folder. `folder` and all files are resolved paths. `weight_names` are the names that the weight
+    files have in the folder; `other_files` are relative to it."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     weight_files: tuple[Path, ...]
+    weight_names: tuple[str, ...]
     other_files: tuple[str, ...]
 
     @property
@@ -107,10 +109,11 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
             )
         folder = folder.resolve(strict=True)
         config = _read_config(folder)
-        weight_files, weight_map = _weight_files(folder)
+        names, weight_map = _weight_names(folder)
+        weight_files = tuple(resolve_inside(folder, name) for name in names)
         tensors = _read_headers(weight_files)
         _check_index(weight_map, tensors)
-        return Checkpoint(folder, config, tensors, weight_files, _other_files(folder))
+        return Checkpoint(folder, config, tensors, weight_files, names, _other_files(folder))
     except OSError as error:
         raise SourceError(
             "source_unreadable", f"The model folder cannot be read: {error.strerror or error}."
@@ -118,7 +121,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """The real path of a file of the (resolved) folder.
+    """The real path of a file of the (resolved) folder. Links of the Hub's cache lead to its `blobs`.
 
     Raises:
         SourceError: `unsafe_link` when it leads out of the folder, or nowhere.
@@ -127,13 +130,22 @@ def resolve_inside(folder: Path, name: str) -> Path:
         path = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError):
         path = None
-    if path is None or not path.is_relative_to(folder):
+    if path is None or not (path.is_relative_to(folder) or _is_blob(folder, path)):
         raise SourceError(
             "unsafe_link",
             f"{name} is a link that leads {'nowhere' if path is None else 'out of the model folder'}.",
             "Replace links by the files themselves (cp -rL).",
         )
     return path
+
+
+def _is_blob(folder: Path, path: Path) -> bool:
+    """Whether `folder` is <cache>/<repository>/snapshots/<commit> and the file lies where its links lead: in
+    <repository>/blobs, or in <cache>/blobs, which repositories share."""
+    if folder.parent.name != "snapshots":
+        return False
+    repository = folder.parent.parent
+    return path.parent == repository / "blobs" or path.is_relative_to(repository.parent / "blobs")
 
 
 @contextmanager
@@ -290,10 +302,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder, "config.json", MAX_CONFIG_BYTES, "config_invalid")
 
 
-def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+def _weight_names(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     """The safetensors files, sorted, and the index's map of tensor to file (empty for a single file)."""
     if os.path.lexists(folder / SINGLE_FILE):
-        return (resolve_inside(folder, SINGLE_FILE),), {}
+        return (SINGLE_FILE,), {}
     if not os.path.lexists(folder / INDEX_FILE):
         _no_weights(folder)
     weight_map = _read_json(folder, INDEX_FILE, MAX_HEADER_BYTES, "index_invalid").get("weight_map")
@@ -315,7 +327,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
             f"{len(missing)} of {len(names)} weight files are missing: {_some(missing)}.",
             "Download them again.",
         )
-    return tuple(resolve_inside(folder, name) for name in sorted(names)), weight_map
+    return tuple(sorted(names)), weight_map
 
 
 def _is_plain(name: str) -> bool:

@@ -9,7 +9,10 @@ _IMPORT_ALL = """
 import importlib, pkgutil, sys
 
 class Blocker:
-    names = {"torch", "transformers", "datasets", "accelerate", "compressed_tensors", "safetensors", "numpy"}
+    names = {
+        "torch", "transformers", "datasets", "accelerate", "compressed_tensors", "safetensors", "numpy",
+        "huggingface_hub", "pyarrow", "tqdm",
+    }
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ImportError(f"{name} is blocked")

@@ -1,0 +1,89 @@
+"""A model's headers without its weights, for planning before anything is downloaded.
+
+What comes out is a folder that `read_checkpoint` reads like any other: config and index are whole, all other
+files have their real size and, where they are safetensors files, their real header. The rest is a hole that
+takes no room on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from compression.checkpoint.headers import INDEX_FILE, MAX_CONFIG_BYTES, MAX_HEADER_BYTES
+from compression.errors import SourceError
+from compression.hub.client import HubClient, HubCommit, HubFile
+from compression.hub.environment import HubEnvironment
+from compression.hub.selection import wanted_files
+
+_FIRST_BYTES = 64 << 10
+"""Holds most headers, so that most take one request."""
+_THREADS = 16
+_MAX_FILES = 2_000
+"""Of weights. More would keep a request waiting for minutes."""
+
+
+def header_folder(client: HubClient, commit: HubCommit, environment: HubEnvironment) -> Path:
+    """The folder, kept under HF_HOME: a commit's headers never change.
+
+    Raises SourceError: what HubClient and `wanted_files` raise.
+    """
+    owner, _, name = commit.ref.id.partition("/")
+    folder = environment.home / "bitmill" / "headers" / f"{owner}--{name}" / commit.ref.revision
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _fill(building, client, commit)
+        building.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another process was first
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _fill(folder: Path, client: HubClient, commit: HubCommit) -> None:
+    def read_index() -> bytes:
+        return client.read(commit, INDEX_FILE, 0, MAX_HEADER_BYTES)
+
+    def fetch(file: HubFile) -> None:
+        _write(folder / file.name, file.size, _beginning(client, commit, file))
+
+    files = wanted_files(commit, read_index)
+    if len(files) > _MAX_FILES:
+        raise SourceError(
+            "too_many_files",
+            f"{commit.ref.id!r} has {len(files)} files; at most {_MAX_FILES} are planned from the Hub.",
+            "Download the model, and give its folder.",
+        )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fetch, files))
+
+
+def _beginning(client: HubClient, commit: HubCommit, file: HubFile) -> bytes:
+    """What planning reads of a file."""
+    if file.name == "config.json":
+        return client.read(commit, file.name, 0, MAX_CONFIG_BYTES)
+    if file.name == INDEX_FILE:
+        return client.read(commit, file.name, 0, MAX_HEADER_BYTES)
+    if not file.name.endswith(".safetensors") or file.size < 8:
+        return b""
+    begin = client.read(commit, file.name, 0, min(file.size, _FIRST_BYTES))
+    header = 8 + struct.unpack("<Q", begin[:8].ljust(8, b"\0"))[0]
+    end = min(header, file.size, 8 + MAX_HEADER_BYTES)
+    if end > len(begin):
+        begin += client.read(commit, file.name, len(begin), end)
+    return begin[:end]
+
+
+def _write(path: Path, size: int, beginning: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(beginning)
+        os.truncate(file.fileno(), max(size, len(beginning)))

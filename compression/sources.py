@@ -1,0 +1,109 @@
+"""Where a job's model and text are: on this machine, or on the Hub, from where they are brought here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from compression.events import FetchProgress, OnEvent
+from compression.hub.client import HubClient
+from compression.hub.environment import HubEnvironment
+from compression.hub.headers import header_folder
+from compression.hub.references import HubRef
+from compression.hub.rows import fetch_rows
+from compression.hub.snapshots import fetch_model
+from compression.recipe import Calibration, DatasetSpec, Evaluation
+
+_EVENT_SECONDS = 2.0
+"""Between two events of one download."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run works on. name: what the model is called. origins: where on the Hub what is from there came
+    from: {"model" or "dataset": {"hub", "revision"}}."""
+
+    folder: Path
+    name: str
+    dataset: DatasetSpec | None
+    origins: dict[str, dict[str, str]]
+
+
+def hub_reference(source: str | Path) -> HubRef | None:
+    """The model on the Hub that a source names; None for a folder. A folder that exists comes first."""
+    if isinstance(source, Path) or Path(source).is_dir():
+        return None
+    return HubRef.parse(source)
+
+
+def local(source: str | Path, dataset: DatasetSpec | None) -> Sources | None:
+    """The sources of a job that has nothing on the Hub, else None."""
+    if hub_reference(source) is not None or (dataset is not None and dataset.hub is not None):
+        return None
+    return Sources(Path(source), Path(source).name, dataset, {})
+
+
+def headers_of(source: str | Path) -> tuple[Path, str]:
+    """A folder to plan from, the model's own or one with the headers of a model on the Hub; the model's name.
+
+    Raises SourceError: what HubClient and `wanted_files` raise.
+    """
+    ref = hub_reference(source)
+    if ref is None:
+        return Path(source), Path(source).name
+    environment = HubEnvironment.read()
+    if environment.offline:
+        return fetch_model(ref, environment, lambda _done, _total: None), ref.name
+    with HubClient(environment) as client:
+        return header_folder(client, client.commit("model", ref), environment), ref.name
+
+
+def fetch(
+    source: str | Path,
+    dataset: DatasetSpec | None,
+    calibration: Calibration,
+    evaluation: Evaluation,
+    on_event: OnEvent,
+) -> Sources:
+    """Have everything on this machine. `on_event` hears of it now and then; what it raises ends the fetching.
+
+    Raises SourceError: what `fetch_model` and `fetch_rows` raise.
+    """
+    environment = HubEnvironment.read()
+    origins = {}
+    folder, name = Path(source), Path(source).name
+    if ref := hub_reference(source):
+        folder, name = fetch_model(ref, environment, _Teller(on_event, "model", str(ref)).bytes), ref.name
+        origins["model"] = {"hub": ref.id, "revision": folder.name}
+    if dataset is not None and dataset.hub is not None:
+        teller = _Teller(on_event, "dataset", dataset.hub)
+        dataset, found = fetch_rows(dataset, calibration, evaluation, environment, teller.rows)
+        origins["dataset"] = {"hub": found.id, "revision": found.revision}
+    return Sources(folder, name, dataset, origins)
+
+
+class _Teller:
+    """Events about one download, of which there are many more steps than anyone wants to hear of."""
+
+    def __init__(self, on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> None:
+        self._on_event = on_event
+        self._what = what
+        self._name = name
+        self._told_at = time.monotonic()
+        self._told = -1
+
+    def bytes(self, done: int, total: int) -> None:
+        """So many bytes of so many."""
+        self._tell(done, total)
+
+    def rows(self, done: int) -> None:
+        """So many rows."""
+        self._tell(done, None)
+
+    def _tell(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if done != self._told and (now - self._told_at >= _EVENT_SECONDS or done == total):
+            self._told, self._told_at = done, now
+            self._on_event(FetchProgress(self._what, self._name, done, total))
