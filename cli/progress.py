@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from cli.formats import seconds_text
+from cli.formats import bytes_text, seconds_text
 
 POLL_SECONDS = 0.4
 Event = dict[str, Any]
@@ -62,6 +62,8 @@ def sentence(event: Event) -> str | None:
             return f"layer {data['layer'] + 1}/{data['layers_total']}{_details(data)}"
         case "layer_replayed":
             return f"layer {data['layer'] + 1}/{data['layers_total']}  was finished before"
+        case "fetch_progress":
+            return f"fetching {data['what']} {data['name']}: {_amount(data)}"
         case "warning":
             return f"warning {data['code']}: {data['message']}"
         case "attempt_ended" if data["outcome"] != "succeeded":
@@ -70,6 +72,12 @@ def sentence(event: Event) -> str | None:
         case "attempt_started" if event["attempt"] > 1:
             return f"attempt {event['attempt']} goes on"
     return None
+
+
+def _amount(data: dict[str, Any]) -> str:
+    if data["what"] == "dataset":
+        return f"{data['done']} rows"
+    return f"{bytes_text(data['done'])} of {bytes_text(data['total'])}"
 
 
 def _details(data: dict[str, Any]) -> str:
@@ -139,6 +147,8 @@ class Bar:
                 self._layer(data, _details(data))
             case "layer_replayed":
                 self._layer(data, "  was finished before")
+            case "fetch_progress":
+                self._progress.update(self._task, details=f"  {data['name']}: {_amount(data)}")
             case _:
                 line = sentence(event)
                 if line is not None:

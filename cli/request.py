@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 
 from compression.peer_recipe import load_recipe_yaml
+from compression.recipe import DatasetSpec
+
+_OPTION_OF = {"config": "dataset-config", "split": "dataset-split"}
 
 
 class BadOptions(Exception):
@@ -24,6 +27,8 @@ class JobOptions:
     dataset: str | None = None
     text_column: str | None = None
     messages_column: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
     scheme: str | None = None
     method: str | None = None
     observer: str | None = None
@@ -94,12 +99,19 @@ def _server_path(text: str) -> str:
 
 
 def _dataset(options: JobOptions) -> dict[str, Any] | None:
-    columns = _given(text_column=options.text_column, messages_column=options.messages_column)
+    details = _given(
+        config=options.dataset_config,
+        split=options.dataset_split,
+        text_column=options.text_column,
+        messages_column=options.messages_column,
+    )
     if options.dataset is None:
-        if columns:
-            raise BadOptions("--text-column and --messages-column describe a --dataset, and none is given.")
+        if details:
+            names = ", ".join(f"--{_OPTION_OF.get(name, name.replace('_', '-'))}" for name in details)
+            raise BadOptions(f"{names} describe a --dataset, and none is given.")
         return None
-    return {"path": _server_path(options.dataset), **columns}
+    told = DatasetSpec.model_validate(_server_path(options.dataset))
+    return {**told.model_dump(include={"path", "hub"}, exclude_none=True), **details}
 
 
 def _group_size(text: str | None) -> int | str | None:

@@ -22,7 +22,12 @@ _Run = {"rich_help_panel": "The job"}
 
 
 def submit(
-    model: Annotated[str, typer.Argument(help="Folder of the model, below one of the server's local roots.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder below one of the server's local roots, or owner/name[@revision] on the Hub."
+        ),
+    ],
     scheme: Annotated[
         str | None, typer.Option(help=f"{', '.join([*SCHEMES, *SPARSE_SCHEMES])}.", **_What)
     ] = None,
@@ -30,7 +35,10 @@ def submit(
         Path | None, typer.Option(help="YAML or JSON file, instead of a scheme.", **_What)
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Calibration text: a .jsonl, .parquet, .csv or .txt file.", **_What)
+        str | None,
+        typer.Option(
+            help="Calibration text: a .jsonl, .parquet, .csv or .txt file, or a name on the Hub.", **_What
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -54,6 +62,10 @@ def submit(
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.", **_Data)] = None,
     messages_column: Annotated[str | None, typer.Option(help="Column with chat messages.", **_Data)] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Part of a dataset on the Hub.", **_Data)] = None,
+    dataset_split: Annotated[
+        str | None, typer.Option(help="Split of it; train unless given.", **_Data)
+    ] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(help="512 unless given.", **_Data)] = None,
     max_seq_length: Annotated[int | None, typer.Option(help="Tokens; 2048 unless given.", **_Data)] = None,
     packing: Annotated[
@@ -89,6 +101,8 @@ def submit(
         dataset=dataset,
         text_column=text_column,
         messages_column=messages_column,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
         scheme=scheme,
         method=method,
         observer=observer,
@@ -171,7 +185,7 @@ def print_result(job: dict[str, Any], report: dict[str, Any]) -> None:
     """The table of a succeeded job, where its checkpoint is, and how to serve it."""
     from cli.summary import table
 
-    folder = f"{Path(job['model']).name}-{job['scheme']}"
+    folder = f"{job['plan']['source']}-{job['scheme']}"
     out().print(table(job, report))
     out().print("The checkpoint is in the server's store. Fetch and serve it with:")
     out().print(f"  bitmill download {job['id']} --output-dir {folder}", markup=False)

@@ -1,4 +1,4 @@
-"""The supervisor's handle on one engine process: start it, read its messages, watch its memory, end it."""
+"""The supervisor's handle on an engine or fetching process: start it, hear it, watch its memory, end it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compression.hub.environment import CACHE_VARIABLES
 from worker.runner import EngineSpec
 
 RUNNER = (sys.executable, "-P", "-m", "worker.runner")  # -P: nothing is imported from the scratch folder
+FETCHER = (sys.executable, "-P", "-m", "worker.fetcher")
 CANCEL_GRACE_SECONDS = 3.0
 EXIT_GRACE_SECONDS = 10.0  # between the last message and the end of the process: torch tears down slowly
 
@@ -24,6 +26,11 @@ PASSED_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+    *CACHE_VARIABLES,
+)  # fmt: skip
+NETWORK_VARIABLES = (
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
 
 
@@ -37,24 +44,37 @@ def engine_environment(scratch: Path, environment: Mapping[str, str] = os.enviro
     return {**passed, **own}
 
 
+def fetcher_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The fetching process's whole environment: the engine's, the network, and the Hub with its token."""
+    network = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("HF_") or name.upper() in NETWORK_VARIABLES
+    }
+    offline = {"HF_HUB_OFFLINE": environment.get("HF_HUB_OFFLINE", "0")}
+    return {**engine_environment(scratch, environment), **network, **offline}
+
+
 class EngineProcess:
     """One running engine, leader of its own process group.
 
     Create it in a thread that outlives it: the kernel kills the engine when that thread ends.
     """
 
-    def __init__(self, spec: EngineSpec, scratch: Path) -> None:
+    def __init__(
+        self, spec: EngineSpec, scratch: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         specification = scratch / "spec.json"
         specification.write_text(spec.model_dump_json())
         self._log_path = scratch / "engine.log"
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [*RUNNER, str(specification)],
+                [*command, str(specification)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=scratch,
-                env=engine_environment(scratch),
+                env=environment,
                 start_new_session=True,
             )
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

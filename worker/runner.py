@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from compression.errors import CompressionError
-from compression.events import Event
+from compression.events import Event, OnEvent
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
@@ -32,11 +33,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class EngineSpec(BaseModel):
-    """One compression with everything local: `source` is a checkpoint folder, `dataset.path` a local file."""
+    """One compression. `source` is a checkpoint folder or, like `dataset.hub`, a name on the Hub at a commit:
+    then `worker.fetcher` has put it into the cache before."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Path
+    source: str | Path
     recipe: Recipe
     dataset: DatasetSpec | None = None
     calibration: Calibration = Calibration()
@@ -46,41 +48,51 @@ class EngineSpec(BaseModel):
     output_dir: Path
 
 
-def main(arguments: list[str]) -> int:
-    """Run the specification in the file arguments[0]; 0 when it succeeded, 1 when it failed with a reason."""
+Work = Callable[[EngineSpec, OnEvent], dict[str, Any]]
+"""What a process is there for; gives data of its last message."""
+
+
+def main(arguments: list[str], work: Work) -> int:
+    """Work on the specification in the file arguments[0]; 0 for a success, 1 for a failure with a reason."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_supervisor(control=sys.stdin.fileno())
     messages = _claim_stdout()
     spec = EngineSpec.model_validate_json(Path(arguments[0]).read_bytes())
-    outcome = run(spec, messages)
+    outcome = run(spec, messages, work)
     _write(messages, outcome)
     return 0 if outcome["type"] == "succeeded" else 1
 
 
-def run(spec: EngineSpec, messages: IO[str]) -> dict[str, Any]:
-    """Compress, writing events as they come. Returns the last message, with this process's peak memory."""
+def run(spec: EngineSpec, messages: IO[str], work: Work) -> dict[str, Any]:
+    """Work, writing events as they come. Returns the last message, with this process's peak memory."""
 
     def forward(event: Event) -> None:
         _write(messages, event.to_dict())
 
     try:
-        import compression  # inside the try: a broken installation is a reason too
-
-        report = compression.compress(
-            spec.source,
-            spec.recipe,
-            spec.output_dir,
-            dataset=spec.dataset,
-            calibration=spec.calibration,
-            evaluation=spec.evaluation,
-            device=spec.device,
-            activation_budget_bytes=spec.activation_budget_bytes,
-            on_event=forward,
-        )
+        data = work(spec, forward)
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
         return {"type": "failed", "data": {**explain(error), "peak_host_bytes": peak_host_bytes()}}
-    return {"type": "succeeded", "data": {"report": report.to_dict(), "peak_host_bytes": peak_host_bytes()}}
+    return {"type": "succeeded", "data": {**data, "peak_host_bytes": peak_host_bytes()}}
+
+
+def compress(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
+    """The engine's work: {"report"}."""
+    import compression  # when `run` looks: a broken installation is a reason too
+
+    report = compression.compress(
+        spec.source,
+        spec.recipe,
+        spec.output_dir,
+        dataset=spec.dataset,
+        calibration=spec.calibration,
+        evaluation=spec.evaluation,
+        device=spec.device,
+        activation_budget_bytes=spec.activation_budget_bytes,
+        on_event=on_event,
+    )
+    return {"report": report.to_dict()}
 
 
 def explain(error: Exception) -> dict[str, str]:
@@ -147,4 +159,4 @@ def _write(messages: IO[str], message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], compress))

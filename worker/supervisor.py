@@ -1,6 +1,6 @@
 """One attempt at one claimed job, from the lease to its end.
 
-    fetch      what earlier attempts finished, from the store
+    fetch      what earlier attempts finished, from the store; what is on the Hub, by a process of its own
     plan, compress, verify      the engine, in its own process; every finished layer goes to the store
     upload     the output, then the row that publishes it
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from sqlalchemy.orm import Session
 from api.artifacts.store import work_key
 from api.jobs import leases
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
-from api.jobs.models import AttemptOutcome, Job
+from api.jobs.models import AttemptOutcome, Job, JobLayer
 from compression.errors import CompressionError
 from compression.events import PARTIAL_SUFFIX
+from compression.sources import local
 from worker import upload
 from worker.context import WorkerContext
-from worker.engine import EngineProcess
+from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
 from worker.resume import restore
 from worker.runner import EngineSpec
@@ -159,16 +162,24 @@ class _Attempt:
         with self._database.write() as session:
             leases.set_phase(session, self._lease, "fetch")
             layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
-        if self._job.resolved_plan is None:
-            return
-        lost = restore(self._store, self._job.resolved_plan, layers, self._partial)
+        if self._job.resolved_plan is not None:
+            self._restore(self._job.resolved_plan, layers)
+        if local(self._spec.source, self._spec.dataset) is None:
+            self._run(EngineProcess(self._spec, self._folder, FETCHER, fetcher_environment(self._folder)))
+
+    def _restore(self, resolved_plan: dict[str, Any], layers: Sequence[JobLayer]) -> None:
+        lost = restore(self._store, resolved_plan, layers, self._partial)
         self._digests = {row.entry["file"]: row.sha256 for row in layers if row.layer not in lost}
         if lost:
             self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
 
     def _compress(self) -> dict[str, Any]:
+        return self._run(EngineProcess(self._spec, self._folder, RUNNER, engine_environment(self._folder)))
+
+    @cached_property
+    def _spec(self) -> EngineSpec:
         job = self._job
-        spec = EngineSpec.model_validate(
+        return EngineSpec.model_validate(
             {
                 "source": job.source,
                 "recipe": job.recipe,
@@ -180,7 +191,9 @@ class _Attempt:
                 "output_dir": self._output,
             }
         )
-        engine = EngineProcess(spec, self._folder)
+
+    def _run(self, engine: EngineProcess) -> dict[str, Any]:
+        """See a process through to its end; its report, if it makes one."""
         try:
             return self._supervise(engine)
         except (CancelRequested, ShuttingDown, AttemptFailed):
@@ -219,6 +232,8 @@ class _Attempt:
         if message["type"] == "layer_solved":
             self._keep_layer(data)
             return
+        if message["type"] == "phase_changed" and data["phase"] == "fetch":
+            return  # the engine finds in the cache what was fetched for it, in the phase of that name
         with self._database.write() as session:
             if message["type"] == "phase_changed":
                 leases.set_phase(session, self._lease, data["phase"])
@@ -291,7 +306,10 @@ class _Attempt:
             return report
         is_memory = data["code"] == "out_of_memory"
         outcome = AttemptOutcome.OUT_OF_MEMORY if is_memory else AttemptOutcome.FAILED
-        raise AttemptFailed(outcome, data["code"], f"{data['message']} {data['hint']}".strip())
+        message_and_hint = f"{data['message']} {data['hint']}".strip()
+        raise AttemptFailed(
+            outcome, data["code"], message_and_hint, retryable=data["code"] == "hub_unreachable"
+        )
 
     def _hold_to_quality_gate(self, report: dict[str, Any]) -> None:
         if self._job.quality_gate is None:
