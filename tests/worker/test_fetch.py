@@ -57,7 +57,7 @@ def test_a_job_from_the_hub_succeeds_and_says_where_it_came_from(
     assert (job.status, job.error_message) == (JobStatus.SUCCEEDED, None)
     phases = [event["phase"] for event in told if event["type"] == "phase_changed"]
     assert phases == ["fetch", "plan", "compress", "verify", "upload"]
-    fetched = [event for event in told if event["type"] == "fetch_progress"]
+    fetched = [event for event in told if event["type"] == "fetch_progress" and event["what"] == "model"]
     assert fetched[-1]["done"] == fetched[-1]["total"] > 0
     assert job.resolved_plan is not None
     assert job.resolved_plan["origins"] == {
