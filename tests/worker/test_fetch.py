@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import undefer_group
 
 from api.jobs import events
 from api.jobs.models import Job, JobStatus
@@ -46,7 +47,8 @@ def run(worker: WorkerContext, job_id: str) -> tuple[Job, list[dict[str, Any]]]:
     look(worker, Presence(worker))
     with worker.database.read() as session:
         told = events.page(session, job_id, 0, 100)
-        return session.get_one(Job, job_id), [{"type": event.type, **event.data} for event in told]
+        job = session.get_one(Job, job_id, options=[undefer_group("work")])
+        return job, [{"type": event.type, **event.data} for event in told]
 
 
 def test_a_job_from_the_hub_succeeds_and_says_where_it_came_from(
