@@ -22,7 +22,7 @@ from compression.methods.rtn import rtn
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.planning import plan
 from compression.quantizer import minmax_params
-from compression.recipe import Recipe
+from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES
 from tests.support.models import tiny_model
 
@@ -129,11 +129,15 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: st
 def test_the_planned_size_is_the_written_size_to_the_byte(
     tmp_path: Path, model_type: str, scheme: str
 ) -> None:
+    preset = SCHEMES[scheme]
+    whole_groups = preset.weights.columns is not None and not preset.takes_group_size
+    sizes = {"hidden": 256, "intermediate": 384} if whole_groups else {"hidden": 192, "intermediate": 224}
     folder = tiny_model(
-        tmp_path / "model", model_type, hidden=192, intermediate=224, heads=3, kv_heads=1, tokenizer=False
+        tmp_path / "model", model_type, **sizes, heads=sizes["hidden"] // 64, kv_heads=1, tokenizer=False
     )
-    group_size = 32 if SCHEMES[scheme].weights.strategy == "group" else None
-    made = plan(folder, Recipe.from_short(scheme, has_dataset=False, group_size=group_size))
+    group_size = 32 if preset.takes_group_size else None
+    recipe = Recipe.from_short(scheme, method="rtn", has_dataset=True, group_size=group_size)
+    made = plan(folder, recipe, dataset=DatasetSpec(texts=("some text",)))
     tensors = read_tensors(made.checkpoint, made.checkpoint.tensors)
     size = 0
     for layer in made.layers:
@@ -143,7 +147,11 @@ def test_the_planned_size_is_the_written_size_to_the_byte(
             args = module.scheme.weights
             weight = tensors[module.key].float()
             params = minmax_params(weight, args, TORCH_DTYPES[module.dtype])
-            stored |= encode(module.name, rtn(weight, args, params), module.scheme)
+            fixed_input = None
+            if name := module.scheme.fixed_input:
+                dtype = torch.float32 if name == "input_global_scale" else TORCH_DTYPES[module.dtype]
+                fixed_input = torch.ones(1, dtype=dtype)
+            stored |= encode(module.name, rtn(weight, args, params), module.scheme, fixed_input)
         size += write_shard(tmp_path / layer.shard, stored).size
     for file, keys in made.outside:
         size += write_shard(tmp_path / file, {key: made.checkpoint.tensors[key] for key in keys}).size
