@@ -73,30 +73,30 @@ def uninterrupted(job: Job, output: Path) -> float:
     return time.monotonic() - began
 
 
-def killed(job: Job, output: Path, *, kills: int, seconds: float, seed: int) -> int:
-    """Kill the run `kills` times, each at a random moment behind a random layer, then let it finish.
+def killed(job: Job, output: Path, *, kills: int, seconds: float, seed: int) -> None:
+    """Kill the run `kills` times between its beginning and its end, then let it finish.
 
-    seconds: what a run of this job takes. One that was finished before its time came is begun anew, from
-    nothing. Returns how many of the kills left a run that had begun and not ended.
+    Each kill comes at a random moment behind a random layer. seconds: what a run of this job takes. One that
+    was finished before its time came is begun anew, from nothing.
     """
-    chance, unfinished = random.Random(seed), 0
+    chance, attempts = random.Random(seed), 0
     journal = output.with_name(output.name + PARTIAL_SUFFIX) / JOURNAL_FILE
-    for _ in range(kills):
+    while kills:
+        attempts += 1
+        assert attempts < 100, "the run is always over before it is killed"
         process = job.start(output)
         behind = chance.randrange(_lines(journal), LAYERS + 1)
         while process.exitcode is None and _lines(journal) < behind:
             time.sleep(0.001)
         process.join(chance.uniform(0, seconds / LAYERS))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            unfinished += journal.exists()
-        else:
-            assert process.exitcode == 0
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if output.exists():
             shutil.rmtree(output)
+        else:
+            kills -= journal.exists()
     uninterrupted(job, output)
-    return unfinished
 
 
 def _lines(journal: Path) -> int:
@@ -107,8 +107,8 @@ def _lines(journal: Path) -> int:
         return 0
 
 
-def outcome(folder: Path, texts: Path, steps: list[dict[str, Any]], *, kills: int, seed: int) -> int:
-    """Kill one run, compare it with another; how many kills left an unfinished run."""
+def compare(folder: Path, texts: Path, steps: list[dict[str, Any]], *, kills: int, seed: int) -> None:
+    """Kill one run, and hold its files against those of another."""
     source = tiny_model(folder / "model", layers=LAYERS, hidden=128, intermediate=256, heads=2, kv_heads=1)
     job = Job(
         source,
@@ -119,9 +119,8 @@ def outcome(folder: Path, texts: Path, steps: list[dict[str, Any]], *, kills: in
     )
     uninterrupted(job, folder / "first")  # the server of processes imports what they need
     seconds = uninterrupted(job, folder / "whole")
-    unfinished = killed(job, folder / "killed", kills=kills, seconds=seconds, seed=seed)
+    killed(job, folder / "killed", kills=kills, seconds=seconds, seed=seed)
     shards = sorted(path.name for path in (folder / "whole").glob("*.safetensors"))
     assert shards == sorted(path.name for path in (folder / "killed").glob("*.safetensors"))
     for name in shards:
         assert (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes(), name
-    return unfinished
