@@ -33,21 +33,18 @@ if TYPE_CHECKING:
     from compression.pipeline import compress
     from compression.planning import plan
     from compression.plans import Plan
-    from compression.recipe import (
+    from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+    from compression.report import Report
+    from compression.schemes import SCHEMES, Scheme, get_scheme
+    from compression.steps import (
         AWQStep,
-        Calibration,
-        DatasetSpec,
-        Evaluation,
         GPTQStep,
         MagnitudeStep,
-        Recipe,
         RTNStep,
         SmoothQuantStep,
         SparseGPTStep,
         WandaStep,
     )
-    from compression.report import Report
-    from compression.schemes import SCHEMES, Scheme, get_scheme
 
 __version__ = "0.1.0"
 
@@ -99,12 +96,12 @@ _HOME = {
     "compression.pipeline": ("compress",),
     "compression.planning": ("plan",),
     "compression.plans": ("Plan",),
-    "compression.recipe": (
-        "AWQStep", "Calibration", "DatasetSpec", "Evaluation", "GPTQStep", "MagnitudeStep", "RTNStep",
-        "Recipe", "SmoothQuantStep", "SparseGPTStep", "WandaStep",
-    ),
+    "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "Recipe"),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),
+    "compression.steps": (
+        "AWQStep", "GPTQStep", "MagnitudeStep", "RTNStep", "SmoothQuantStep", "SparseGPTStep", "WandaStep",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

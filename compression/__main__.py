@@ -16,9 +16,10 @@ from compression.errors import CompressionError
 from compression.events import Event, FetchProgress, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.peer_recipe import load_recipe_yaml
-from compression.recipe import PRUNING, QUANTIZING, Calibration, DatasetSpec, Evaluation, Recipe
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
 from compression.schemes import SCHEMES, SPARSE_SCHEMES
+from compression.steps import PRUNING, QUANTIZING
 
 console = Console(stderr=True)
 

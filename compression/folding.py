@@ -19,7 +19,7 @@ from compression.methods.awq import Rounded, SharedChannels, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
-from compression.recipe import SmoothingStep, SmoothQuantStep
+from compression.steps import SmoothingStep, SmoothQuantStep
 from compression.streams import Group, Streams
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}

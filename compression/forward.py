@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import greenlet
 import torch
@@ -38,92 +38,10 @@ from torch import Tensor, nn
 from compression.errors import PlanError, Problem
 from compression.experts import Routed
 from compression.model import StreamedModel
+from compression.passes import Batch, Entry, Pass, Rehearsal, SharedInput
 from compression.quantizer import fake_quantize
 from compression.schemes import QuantizationArgs
 from compression.spill import Spill, release
-
-
-@dataclass
-class _SharedInput:
-    """The tensor that a group reads in one batch, until its last member has read it.
-
-    norm_input: what the norm was given that made it, where scales are to be folded into that norm.
-    """
-
-    tensor: Tensor
-    norm_input: Tensor | None
-    quantized: Tensor | None
-    readers_left: int
-
-
-class _Pass(greenlet.greenlet):
-    """A run through a part of the model that can park.
-
-    group: before which group it is parked, or before which module of experts. shown: what it hands over
-    there. parks_at: whether to park where the first linear of a group wants its input.
-    """
-
-    def __init__(self, stream: Stream, parks_at: Callable[[str], bool]) -> None:
-        super().__init__()
-        self.stream = stream
-        self.parks_at = parks_at
-        self.group: str | None = None
-        self.shown: Tensor | Routed | None = None
-        self.shared: dict[str, _SharedInput] = {}
-        self.norm_inputs: dict[str, Tensor] = {}
-
-    def park(self) -> None:
-        """Go back to the main loop until it switches here again."""
-        assert self.parent is not None
-        self.parent.switch()
-
-    def show(self, group: str, inputs: Tensor | Routed) -> None:
-        """Park before a group, if that is wanted, its input in hand."""
-        if self.parks_at(group):
-            self.group, self.shown = group, inputs
-            self.park()
-            self.shown = None
-
-
-class _Batch(_Pass):
-    """One batch's forward pass. `layer`: at whose entry it is parked; `entry`: what it gives that layer."""
-
-    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, slot: int) -> None:
-        super().__init__(stream, lambda _group: stream.parks_at_groups)
-        self.module = module
-        self.slot = slot
-        self.tokens = tokens
-        self.layer = -1
-        self.entry: _Entry | None = None
-        self.logits: Tensor | None = None
-
-    def run(self) -> None:
-        self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
-
-
-class _Entry(NamedTuple):
-    """A call of a decoder layer that has not begun yet. Its first argument is the hidden state."""
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden_state(self) -> Tensor:
-        state: Tensor = self.args[0]
-        return state
-
-
-class _Rehearsal(_Pass):
-    """A run of one layer up to one group, whose input it shows, and no further."""
-
-    def __init__(self, batch: _Batch, group: str) -> None:
-        super().__init__(batch.stream, lambda wanted: wanted == group)
-        assert batch.entry is not None
-        self._entry = batch.entry
-
-    def run(self) -> None:
-        self._entry.layer(*self._entry.args, **self._entry.kwargs)
 
 
 @dataclass(frozen=True)
@@ -163,7 +81,7 @@ class Stream:
         self._forwards = forwards
         self._spill = spill
         module = forwards.model.module
-        self._batches = [_Batch(module, tokens, self, spill.new_slot() if spill else 0) for tokens in batches]
+        self._batches = [Batch(module, tokens, self, spill.new_slot() if spill else 0) for tokens in batches]
         self.parks_at_groups = False
         self.quantizes_activations = quantize_activations
         for batch in self._batches:
@@ -200,7 +118,7 @@ class Stream:
             if batch.layer != layer:
                 continue
             self._bring_back(batch)
-            rehearsal = _Rehearsal(batch, group)
+            rehearsal = Rehearsal(batch, group)
             try:
                 rehearsal.switch()
                 if rehearsal.shown is not None:
@@ -236,7 +154,7 @@ class Stream:
             batch.throw(greenlet.GreenletExit)
         self._batches.clear()
 
-    def _resume(self, batches: list[_Batch]) -> None:
+    def _resume(self, batches: list[Batch]) -> None:
         for batch in batches:
             batch.group = None
             self._bring_back(batch)
@@ -247,16 +165,16 @@ class Stream:
                 release(before.hidden_state)
             self._put_away(batch)
 
-    def _put_away(self, batch: _Batch, *, changed: bool = True) -> None:
+    def _put_away(self, batch: Batch, *, changed: bool = True) -> None:
         if self._spill and batch.entry:
             self._spill.put_away(batch.entry.hidden_state, batch.slot, changed=changed)
 
-    def _bring_back(self, batch: _Batch) -> None:
+    def _bring_back(self, batch: Batch) -> None:
         if self._spill and batch.entry:
             self._spill.bring_back(batch.entry.hidden_state, batch.slot)
 
 
-def _same_storage(one: _Entry, other: _Entry | None) -> bool:
+def _same_storage(one: Entry, other: Entry | None) -> bool:
     left, right = (entry and entry.hidden_state.untyped_storage().data_ptr() for entry in (one, other))
     return left == right
 
@@ -344,8 +262,8 @@ class Forwards:
     def _at_layer(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def park(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch = greenlet.getcurrent()
-            if isinstance(batch, _Batch):
-                batch.layer, batch.entry = index, _Entry(module, args, kwargs)
+            if isinstance(batch, Batch):
+                batch.layer, batch.entry = index, Entry(module, args, kwargs)
                 batch.park()
                 batch.entry = None
 
@@ -354,7 +272,7 @@ class Forwards:
     def _at_norm(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             batch = greenlet.getcurrent()
-            if isinstance(batch, _Batch) and batch.stream.parks_at_groups:
+            if isinstance(batch, Batch) and batch.stream.parks_at_groups:
                 batch.norm_inputs[group] = inputs[0]
 
         return keep
@@ -362,7 +280,7 @@ class Forwards:
     def _at_experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def show(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             batch = greenlet.getcurrent()
-            if isinstance(batch, _Pass):
+            if isinstance(batch, Pass):
                 batch.show(name, Routed(inputs[0], inputs[1]))
 
         return show
@@ -374,11 +292,11 @@ class Forwards:
 
         def visit(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
             batch = greenlet.getcurrent()
-            if not isinstance(batch, _Pass):
+            if not isinstance(batch, Pass):
                 return None
             shared = batch.shared.get(group)
             if shared is None:
-                shared = batch.shared[group] = _SharedInput(
+                shared = batch.shared[group] = SharedInput(
                     inputs[0], batch.norm_inputs.pop(group, None), None, self._readers[group]
                 )
                 if parks:
@@ -400,7 +318,7 @@ class Forwards:
 def running_stream() -> Stream | None:
     """The stream whose batch passes through the model here; None in a rehearsal, and outside of streams."""
     batch = greenlet.getcurrent()
-    return batch.stream if isinstance(batch, _Batch) else None
+    return batch.stream if isinstance(batch, Batch) else None
 
 
 def _not_shared(name: str, group: str) -> PlanError:

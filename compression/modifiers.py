@@ -9,19 +9,9 @@ from typing import Any
 from compression.events import OnEvent
 from compression.peer_recipe import load_recipe_yaml
 from compression.pipeline import compress
-from compression.recipe import (
-    AWQStep,
-    Calibration,
-    DatasetSpec,
-    Evaluation,
-    GPTQStep,
-    Recipe,
-    RTNStep,
-    SmoothQuantStep,
-    SparseGPTStep,
-    WandaStep,
-)
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
+from compression.steps import AWQStep, GPTQStep, RTNStep, SmoothQuantStep, SparseGPTStep, WandaStep
 
 AWQModifier = AWQStep
 GPTQModifier = GPTQStep

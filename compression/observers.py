@@ -11,8 +11,8 @@ from torch import Tensor
 from compression.gram import Gram
 from compression.params import QuantizationParams
 from compression.quantizer import minmax_params, search_params
-from compression.recipe import Observer
 from compression.schemes import QuantizationArgs
+from compression.steps import Observer
 
 
 def observe(

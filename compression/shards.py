@@ -11,8 +11,8 @@ from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.decoder import LM_HEAD, Decoder, LayerShape
 from compression.plans import CachePlan, FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
-from compression.recipe import AWQStep, SmoothingStep
 from compression.schemes import Scheme
+from compression.steps import AWQStep, SmoothingStep
 
 MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
 

@@ -18,9 +18,10 @@ from compression.methods.sparsegpt import sparsegpt
 from compression.observers import observe, stack_by_row
 from compression.plans import ModulePlan
 from compression.quantizer import QuantizedWeight, fixed_input_scale, require_finite_weight
-from compression.recipe import MagnitudeStep, PruningStep, QuantizingStep, Recipe, WandaStep
+from compression.recipe import Recipe
 from compression.report import ModuleReport
 from compression.schemes import Scheme
+from compression.steps import MagnitudeStep, PruningStep, QuantizingStep, WandaStep
 
 
 @dataclass(frozen=True)

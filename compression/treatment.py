@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from compression.decoder import LM_HEAD
 from compression.errors import Problem
-from compression.recipe import PruningStep, QuantizingStep, Recipe
+from compression.recipe import Recipe
 from compression.schemes import SERVED_GROUP_SIZES, Scheme, get_scheme
 from compression.served import unserved
+from compression.steps import PruningStep, QuantizingStep
 from compression.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 
 

@@ -11,7 +11,8 @@ from sqlalchemy import inspect
 
 from api.jobs.models import AttemptOutcome, Job, JobStatus
 from compression.errors import PlanError
-from compression.recipe import Calibration, DatasetSpec, Evaluation, GroupSize, Observer, Recipe
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+from compression.steps import GroupSize, Observer
 
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 _TEN_YEARS = 10 * 365 * 86_400

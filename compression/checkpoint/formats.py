@@ -24,8 +24,8 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from compression.quantizer import QuantizedWeight
-from compression.recipe import GPTQStep, QuantizingStep
 from compression.schemes import KV_CACHE, QuantizationArgs, Scheme
+from compression.steps import GPTQStep, QuantizingStep
 
 if TYPE_CHECKING:
     from compression.plans import Plan

@@ -104,11 +104,10 @@ def _save(path: Path, documents: Iterable[Document]) -> None:
     descriptor, building = tempfile.mkstemp(dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
-            count = 0
-            for count, document in enumerate(documents, 1):  # noqa: B007
+            for document in documents:
                 column = "text" if isinstance(document, str) else "messages"
                 file.write(json.dumps({column: document}) + "\n")
-            if not count:
+            if not file.tell():
                 raise SourceError(
                     "dataset_empty", "The dataset holds no text.", "Use another split or column."
                 )

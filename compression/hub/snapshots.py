@@ -133,7 +133,7 @@ def _meter(on_bytes: OnBytes, before: int, total: int) -> type[Any]:
     of files `before` this one included."""
     from tqdm import tqdm
 
-    class Meter(tqdm):  # type: ignore[misc]
+    class Meter(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
             super().__init__(disable=True)
             self._received = initial

@@ -30,7 +30,7 @@ from compression.clock import Clock
 from compression.events import Event, LayerReplayed, LayerSolved
 from compression.folding import fold, fold_linears
 from compression.gram import accumulate_gram
-from compression.methods.awq import Rounded, SharedChannels, awq_scales
+from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
 from compression.model import StreamedModel
 from compression.plans import Plan
 from compression.report import EvaluationReport, Report
@@ -117,9 +117,9 @@ class TestSearch:
         inputs, weight = self.problem()
         gram = accumulate_gram([inputs], precision="float32")
 
-        def error(duo_scaling: object) -> float:
+        def error(duo_scaling: DuoScaling) -> float:
             parts = [Rounded(weight, self.ARGS, torch.float32)]
-            s = awq_scales(parts, gram, duo_scaling=duo_scaling)  # type: ignore[arg-type]
+            s = awq_scales(parts, gram, duo_scaling=duo_scaling)
             difference = reference_rounding((weight * s).double(), self.ARGS) / s - weight
             return float((inputs.double() @ difference.T).square().sum())
 
@@ -147,17 +147,20 @@ class TestSearch:
         assert len(scales.unique()) == 8
 
 
-def folded_only(planned: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
+def planned(source: Path, texts: Path) -> Plan:
+    recipe, dataset = Recipe.model_validate(AWQ), DatasetSpec(path=str(texts))
+    return plan(source, recipe, dataset=dataset, calibration=SMALL, evaluation=FEW)
+
+
+def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
     """The model after all folds, nothing rounded, against the original; and the groups that were folded."""
-    model = StreamedModel(
-        planned.checkpoint, planned.layers_prefix, device="cpu", compute_dtype=torch.float32
-    )
-    blocks = load_blocks(DatasetSpec(path=str(texts)), planned.source, SMALL, FEW, calibrate=True)
+    model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=torch.float32)
+    blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=True)
     arithmetic = machine.choose("cpu", "F32")
-    step, done = planned.recipe.smoothing, set()
+    step, done = made.recipe.smoothing, set()
     assert step is not None
-    with closing(Streams(planned, model, blocks, arithmetic, Path(), Clock())) as streams:
-        for layer in planned.layers:
+    with closing(Streams(made, model, blocks, arithmetic, Path(), Clock())) as streams:
+        for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)
             folds = fold_linears(layer, model, streams, step, "float32")
@@ -195,13 +198,7 @@ def test_folds_leave_the_function_as_it_was(
     model_type: str, dtype: torch.dtype, tiny_texts: Path, tmp_path: Path
 ) -> None:
     source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=dtype))
-    made = plan(
-        source,
-        Recipe.model_validate(AWQ),
-        dataset=DatasetSpec(path=str(tiny_texts)),
-        calibration=SMALL,
-        evaluation=FEW,
-    )
+    made = planned(source, tiny_texts)
     measured, done = folded_only(made, tiny_texts)
     foldable = {m.group for layer in made.layers for m in layer.modules}
     if model_type in ("olmo2", "opt"):
@@ -214,13 +211,7 @@ def test_folds_leave_the_function_as_it_was(
 
 def test_a_wrong_fold_is_undone(tiny_texts: Path, tmp_path: Path) -> None:
     source = with_outliers(tiny_model(tmp_path / "model", dtype=torch.float32))
-    made = plan(
-        source,
-        Recipe.model_validate(AWQ),
-        dataset=DatasetSpec(path=str(tiny_texts)),
-        calibration=SMALL,
-        evaluation=FEW,
-    )
+    made = planned(source, tiny_texts)
     layers = []
     for layer in made.layers:
         attention, mlp = layer.linear_folds

@@ -27,8 +27,9 @@ from torch import Tensor
 from compression import compress
 from compression.calibration import load_blocks
 from compression.params import QuantizationParams
-from compression.recipe import Calibration, DatasetSpec, Evaluation, KVCacheScheme, Recipe
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import QuantizationArgs, get_scheme
+from compression.steps import KVCacheScheme
 from tests.compression.grids import spread
 from tests.support.models import tiny_model
 
