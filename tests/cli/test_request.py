@@ -38,6 +38,10 @@ def test_datasets(options: dict[str, str], sent: dict[str, str]) -> None:
     assert dataset(**options) == sent
 
 
+def test_what_is_required_of_the_result_is_sent() -> None:
+    assert body(JobOptions(model="org/model", require="vllm"))["require"] == "vllm"
+
+
 def test_a_file_that_is_here_is_a_file_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

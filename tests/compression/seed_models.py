@@ -55,10 +55,7 @@ def deepseek_r1(folder: Path) -> Path:
         "hidden_size": hidden,
         "num_hidden_layers": 61,
     }
-    folder.mkdir()
-    write_config(folder, config)
-    write_fake(folder / "model.safetensors", shapes)
-    return folder
+    return _written(folder, config, shapes)
 
 
 def qwen_2_5_vl_7b(folder: Path) -> Path:
@@ -102,6 +99,10 @@ def qwen_2_5_vl_7b(folder: Path) -> Path:
         "hidden_size": hidden,
         "num_hidden_layers": 28,
     }
+    return _written(folder, config, shapes)
+
+
+def _written(folder: Path, config: dict[str, object], shapes: Shapes) -> Path:
     folder.mkdir()
     write_config(folder, config)
     write_fake(folder / "model.safetensors", shapes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from compression import (
 from compression import device as machine
 from compression.calibration import load_blocks
 from compression.clock import Clock
-from compression.events import Event, LayerReplayed, LayerSolved
 from compression.folding import fold, fold_linears
 from compression.gram import accumulate_gram
 from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
@@ -36,6 +36,7 @@ from compression.plans import Plan
 from compression.report import EvaluationReport, Report
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.streams import Streams
+from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 
@@ -244,19 +245,11 @@ def test_it_helps_and_reads_back_as_reported(
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", "qwen2", layers=3)
     steps: list[dict[str, object]] = [{"type": "awq", "n_grid": 3}, {"type": "gptq", **ASYM}]
-    run(source, tmp_path / "whole", tiny_texts, steps)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, LayerSolved) and event.layer == 1:
-            raise KeyboardInterrupt
+    def begin(output: Path, **options: Any) -> Report:
+        return run(source, output, tiny_texts, steps, **options)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "cut", tiny_texts, steps, on_event=stop)
-    events: list[Event] = []
-    run(source, tmp_path / "cut", tiny_texts, steps, on_event=events.append)
-    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
+    interrupted(begin, tmp_path, layer=1)
 
 
 class TestRecipe:

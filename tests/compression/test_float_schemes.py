@@ -22,6 +22,7 @@ from compression.streams import Group
 from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
 from tests.compression.grids import correlated_inputs, library_args
 from tests.compression.plans import DATA, FEW, problem_of, recipe
+from tests.support.models import tiny_model
 
 ATTENTION = {"q_proj": 160, "k_proj": 64, "v_proj": 64}
 
@@ -145,6 +146,17 @@ class TestPlan:
     @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "MXFP8", "MXFP4A16", "NVFP4A16"])
     def test_other_formats_do_not(self, scheme: str, tmp_path: Path) -> None:
         assert not plan(fake_llama(tmp_path / "model"), recipe(scheme)).calibrates
+
+    @pytest.mark.parametrize("scheme", ["FP8", "NVFP4"])
+    def test_experts_that_may_see_no_token_are_refused_what_data_fixes(
+        self, scheme: str, tmp_path: Path
+    ) -> None:
+        folder = tiny_model(tmp_path / "model", "mixtral", tokenizer=False)
+        problem = problem_of(folder, recipe(scheme), dataset=DATA, calibration=FEW)
+        assert problem.code == "experts_need_dynamic_activations"
+        assert problem.pointer == "/recipe/steps/0/scheme"
+        attention = recipe(scheme, ignore=["lm_head", r"re:.*experts.*"])
+        assert plan(folder, attention, dataset=DATA, calibration=FEW).calibrates
 
     def test_inputs_that_blocks_do_not_divide_are_refused(self, tmp_path: Path) -> None:
         problem = problem_of(fake_llama(tmp_path / "model", SMOLLM2), recipe("FP8_BLOCK"))

@@ -15,13 +15,13 @@ from torch import Tensor
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.calibration import load_blocks
 from compression.checkpoint.formats import decode
-from compression.events import Event, LayerReplayed, LayerSolved
 from compression.methods.gptq import gptq
 from compression.methods.masks import keep_by_row, keep_in_groups, keep_largest, magnitude_keep, wanda_keep
 from compression.methods.sparsegpt import sparsegpt
 from compression.quantizer import minmax_params
 from compression.report import Report
 from tests.compression.grids import WEIGHTS, correlated_inputs
+from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 
@@ -213,19 +213,11 @@ def test_pruned_and_quantized_linears_can_be_different_ones(tiny_texts: Path, tm
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", layers=3)
     recipe = Recipe.model_validate([{"type": "sparsegpt"}, {"type": "gptq", "scheme": "W4A16"}])
-    run(source, tmp_path / "whole", tiny_texts, recipe)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, LayerSolved) and event.layer == 1:
-            raise KeyboardInterrupt
+    def begin(output: Path, **options: Any) -> Report:
+        return run(source, output, tiny_texts, recipe, **options)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "cut", tiny_texts, recipe, on_event=stop)
-    events: list[Event] = []
-    run(source, tmp_path / "cut", tiny_texts, recipe, on_event=events.append)
-    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
+    interrupted(begin, tmp_path, layer=1)
 
 
 def test_magnitude_needs_no_data(tmp_path: Path) -> None:

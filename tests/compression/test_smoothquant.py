@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ from compression import (
     oneshot,
     plan,
 )
-from compression.events import Event, LayerReplayed, LayerSolved
 from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
 from compression.report import Report
 from compression.selfcheck import check_against_model
+from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 
 SMOOTH = {"type": "smoothquant", "smoothing_strength": 0.8}
@@ -130,21 +131,12 @@ def test_only_norms_all_of_whose_readers_are_compressed_change(tiny_texts: Path,
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", layers=3)
-    steps = (SMOOTH, {"type": "gptq", "scheme": "W8A8"})
-    run(source, tmp_path / "whole", tiny_texts, *steps)
 
-    def stop(event: Event) -> None:
-        if isinstance(event, LayerSolved) and event.layer == 1:
-            raise KeyboardInterrupt
+    def begin(output: Path, **options: Any) -> Report:
+        return run(source, output, tiny_texts, SMOOTH, {"type": "gptq", "scheme": "W8A8"}, **options)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "cut", tiny_texts, *steps, on_event=stop)
-    events: list[Event] = []
-    report = run(source, tmp_path / "cut", tiny_texts, *steps, on_event=events.append)
-    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
+    report = interrupted(begin, tmp_path, layer=1)
     assert sum(row.smoothed for row in report.modules) == 3 * 5
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
 
 
 def test_the_names_of_llm_compressor(tiny_texts: Path, tmp_path: Path) -> None:

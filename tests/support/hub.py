@@ -90,16 +90,22 @@ class Hub:
         return repository
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.hub = Hub(f"http://127.0.0.1:{self.server_port}")
+
+
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """A Hub on a free port of this machine, with nothing on it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.hub = Hub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
+    server = _Server(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield server.hub  # type: ignore[attr-defined]
+        yield server.hub
     finally:
         server.shutdown()
         server.server_close()
@@ -118,8 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _hub(self) -> Hub:
-        hub: Hub = self.server.hub  # type: ignore[attr-defined]
-        return hub
+        assert isinstance(self.server, _Server)
+        return self.server.hub
 
     def log_message(self, *_: Any) -> None:
         pass
