@@ -8,7 +8,8 @@ the linears under their names on disk:
     mlp.experts   gate_up_proj, down_proj   ─▶   block_sparse_moe.experts.0   w1, w3, w2
                                                  block_sparse_moe.experts.1   w1, w3, w2   ...
 
-The router stays as it is. The function is that of Transformers' eager implementation, bit for bit.
+The router stays as it is. The function is that of Transformers' eager implementation, to the rounding of
+matrix products of another shape.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.errors import PlanError
@@ -72,32 +73,46 @@ def same_bytes(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in shards)
 
 
-def test_taken_apart_they_compute_what_transformers_computes() -> None:
-    """The fused module's own eager code, in both dtypes: the same bits."""
-    spec = ExpertsSpec("mlp.experts", "mlp.gate")
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+def taken_apart(act: str, dtype: torch.dtype, draw: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """What five experts make of forty tokens: fused, by Transformers' own eager code, and taken apart.
 
-        config = Qwen3MoeConfig(
-            hidden_size=32, moe_intermediate_size=48, num_experts=5, num_attention_heads=2, head_dim=16
-        )
-        config._experts_implementation = "eager"
-        layer = Qwen3MoeDecoderLayer(config, 0).to(dtype).eval()
-        fused = layer.mlp.experts
-        for parameter in fused.parameters():
-            parameter.normal_(std=0.2)
-        x, weights = torch.randn(40, 32).to(dtype), torch.rand(40, 2).to(dtype)
-        chosen = torch.stack([torch.randperm(4)[:2] for _ in range(40)])  # the last expert gets nothing
-        expected = fused(x, chosen, weights)
-        unfuse(layer, spec)
-        for number, expert in enumerate(layer.mlp.experts):
-            gate, up = fused.gate_up_proj[number].chunk(2)
-            expert.gate_proj.weight.copy_(gate)
-            expert.up_proj.weight.copy_(up)
-            expert.down_proj.weight.copy_(fused.down_proj[number])
-        assert torch.equal(layer.mlp.experts(x, chosen, weights), expected)
+    act: between their linears. draw: size -> weights, tokens and routing weights.
+    """
+    config = Qwen3MoeConfig(
+        hidden_size=32,
+        moe_intermediate_size=48,
+        num_experts=5,
+        num_attention_heads=2,
+        head_dim=16,
+        hidden_act=act,
+    )
+    config._experts_implementation = "eager"
+    layer = Qwen3MoeDecoderLayer(config, 0).to(dtype).eval()
+    fused = layer.mlp.experts
+    for parameter in fused.parameters():
+        parameter.copy_(draw(*parameter.shape))
+    x, weights = draw(40, 32).to(dtype), draw(40, 2).to(dtype)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(40)])  # the last expert gets nothing
+    expected = fused(x, chosen, weights)
+    unfuse(layer, ExpertsSpec("mlp.experts", "mlp.gate"))
+    for number, expert in enumerate(layer.mlp.experts):
+        gate, up = fused.gate_up_proj[number].chunk(2)
+        expert.gate_proj.weight.copy_(gate)
+        expert.up_proj.weight.copy_(up)
+        expert.down_proj.weight.copy_(fused.down_proj[number])
+    return layer.mlp.experts(x, chosen, weights), expected
+
+
+def test_taken_apart_they_compute_what_transformers_computes() -> None:
+    """Bit for bit where products are exact, on small whole numbers, whatever code a processor chooses for a
+    matrix of this size; to rounding otherwise."""
+    torch.manual_seed(0)
+    ours, theirs = taken_apart("relu", torch.float32, lambda *size: torch.randint(-2, 3, size).float())
+    assert theirs.abs().max() > 100
+    assert torch.equal(ours, theirs)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.bfloat16, 2e-2)):
+        ours, theirs = taken_apart("silu", dtype, lambda *size: torch.randn(size) / 4)
+        assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
 def test_a_layout_that_is_not_known_is_a_plan_mismatch() -> None:
