@@ -1,4 +1,4 @@
-"""Make a random Llama of any size on disk, one layer in memory at a time: for memory measurements.
+"""Make a random Llama or Mixtral of any size on disk, one layer in memory at a time: to measure memory.
 
     python -m benchmarks.random_llama FOLDER --layers 24 [--hidden-size 2048] ...
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compression.checkpoint.writer import Shard, write_file, write_index, write_shard
+from compression.device import DTYPES
 from tests.support.models import tiny_tokenizer
 
 
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--intermediate-size", type=int, default=5632)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; none unless given")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     make(
         options.folder,
@@ -35,60 +39,93 @@ def main() -> None:
         intermediate=options.intermediate_size,
         vocab=options.vocab_size,
         kv_heads=options.kv_heads,
+        experts=options.experts,
+        dtype=options.dtype,
     )
 
 
-def make(folder: Path, *, layers: int, hidden: int, intermediate: int, vocab: int, kv_heads: int) -> Path:
-    """Write config, tokenizer, a shard a layer and one for the rest, in bf16."""
+HEAD_DIM = 64
+
+
+def make(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    vocab: int,
+    kv_heads: int,
+    experts: int = 0,
+    dtype: str = "bfloat16",
+) -> Path:
+    """Write config, tokenizer, a shard a layer and one for the rest.
+
+    experts: makes it a Mixtral with so many in each layer, of which each token goes to two.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    head_dim = 64
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if experts else "llama",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // head_dim,
+        "num_attention_heads": hidden // HEAD_DIM,
         "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "head_dim": HEAD_DIM,
         "vocab_size": vocab,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": dtype,
     }
+    if experts:
+        config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
     write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     tiny_tokenizer().save_pretrained(folder)
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) / math.sqrt(columns)).bfloat16()
+    def tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        return {f"{name}.weight": _random(shape, generator, DTYPES[dtype]) for name, shape in shapes.items()}
 
     shards: list[Shard] = []
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
     for index in range(layers):
-        prefix = f"model.layers.{index}."
-        tensors = {
-            "self_attn.q_proj.weight": matrix(hidden, hidden),
-            "self_attn.k_proj.weight": matrix(kv_heads * head_dim, hidden),
-            "self_attn.v_proj.weight": matrix(kv_heads * head_dim, hidden),
-            "self_attn.o_proj.weight": matrix(hidden, hidden),
-            "mlp.gate_proj.weight": matrix(intermediate, hidden),
-            "mlp.up_proj.weight": matrix(intermediate, hidden),
-            "mlp.down_proj.weight": matrix(hidden, intermediate),
-            "input_layernorm.weight": ones,
-            "post_attention_layernorm.weight": ones,
+        shapes = {
+            f"model.layers.{index}.{name}": shape
+            for name, shape in _layer(hidden, intermediate, kv_heads * HEAD_DIM, experts).items()
         }
         file = folder / f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"
-        shards.append(write_shard(file, {prefix + name: tensor for name, tensor in tensors.items()}))
-    rest = {
-        "model.embed_tokens.weight": matrix(vocab, hidden),
-        "model.norm.weight": ones,
-        "lm_head.weight": matrix(vocab, hidden),
-    }
-    shards.append(write_shard(folder / f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors", rest))
+        shards.append(write_shard(file, tensors(shapes)))
+    rest = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
+    file = folder / f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors"
+    shards.append(write_shard(file, tensors(rest)))
     write_index(folder, shards)
     return folder
+
+
+def _layer(hidden: int, intermediate: int, kv: int, experts: int) -> dict[str, tuple[int, ...]]:
+    """Modules of one layer and the shapes of their weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    wide, narrow = (intermediate, hidden), (hidden, intermediate)
+    if not experts:
+        return shapes | {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": narrow}
+    shapes["block_sparse_moe.gate"] = (experts, hidden)
+    for number in range(experts):
+        name = f"block_sparse_moe.experts.{number}"
+        shapes |= {f"{name}.w1": wide, f"{name}.w3": wide, f"{name}.w2": narrow}
+    return shapes
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1])).to(dtype)
 
 
 if __name__ == "__main__":

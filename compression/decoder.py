@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,7 @@ class Decoder:
     """A family with its sizes: the shapes of one model.
 
     sizes: by the names that the table uses. switches: the config keys that decide about biases and optional
-    tensors. sparse: which layers have experts, None where none has.
+    tensors. sparse: which layers have experts, None where none has. window: of sliding attention, 0 without.
     """
 
     family: Family
@@ -56,6 +57,7 @@ class Decoder:
     tied: bool
     switches: Mapping[str, bool]
     sparse: SparseRule | None = None
+    window: int = 0
 
     @property
     def layers_prefix(self) -> str:
@@ -92,6 +94,11 @@ class Decoder:
         """Whether a layer has experts."""
         return self.sparse is not None and self.sparse.holds(index)
 
+    def kinds(self) -> list[tuple[LayerShape, int]]:
+        """What layers are made of, and how many are made so: dense ones, and those with experts."""
+        counts = Counter(map(self.is_sparse, range(self.num_layers)))
+        return [(self._sparse if sparse else self._dense, count) for sparse, count in counts.items()]
+
     @cached_property
     def _dense(self) -> LayerShape:
         return LayerShape(self.family.groups, self._tensors(self.family.groups, self.family.others))
@@ -126,25 +133,29 @@ class Decoder:
             shapes[f"{LM_HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
-    @property
-    def parked_width(self) -> int:
-        """Numbers a token that a suspended forward holds, at the group where it is most.
+    def parked_width(self, group: GroupSpec) -> int:
+        """Numbers a token that a forward holds which is suspended before a group.
 
-        Residual and normed hidden state always; before the output projection also queries, keys, values and
-        their result; before the down projection also its input. A fused projection's result outlives its
-        parts, as they are views of it. Before experts it holds nothing more.
+        The embedding's output, which the model's frame keeps, and the layer's input always; in attention also
+        the normed input, before the output projection queries, keys, values and their result; after attention
+        the new residual, normed and not, before the down projection also its input. A fused projection's
+        result outlives its parts, as they are views of it.
         """
         sizes = self.sizes
+        hidden, inp = sizes["hidden"], group.linears[0].inp
         outs = {linear.out for linear in self.family.linears()}
-        attention = 2 * (sizes["q"] + sizes["kv"]) + (sizes["qkv"] if "qkv" in outs else 0)
-        if "kv_b" in outs:  # of which values are views
-            attention = 2 * sizes["q"] + sizes["kv_b"] + sizes["attended"]
-        mlp = sizes["inner"] + (sizes["gate_up"] if "gate_up" in outs else 0)
-        if self.family.sparse and not self.family.sparse.dense:
-            mlp = 0
-        if "shared_inner" in sizes:  # beside what the experts have made
-            mlp = max(mlp, sizes["hidden"] + sizes["shared_inner"])
-        return 2 * sizes["hidden"] + max(attention, mlp)
+        beside_experts = hidden if "shared_inner" in sizes else 0  # a shared expert's result, or theirs
+        if group.experts:
+            return 4 * hidden + beside_experts
+        if inp == "shared_inner":
+            return 4 * hidden + beside_experts + sizes["shared_inner"]
+        if inp == "inner":
+            return 4 * hidden + sizes["inner"] + (sizes["gate_up"] if "gate_up" in outs else 0)
+        if inp == "hidden":
+            return 4 * hidden
+        if "kv_b" in outs:  # of which values are views, as one part of the queries is of theirs
+            return 3 * hidden + 3 * sizes["q"] + sizes["kv_b"] + sizes["kv_a"] + sizes["attended"]
+        return 3 * hidden + 2 * (sizes["q"] + sizes["kv"]) + (sizes["qkv"] if "qkv" in outs else 0)
 
     def _sized(self, shapes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(self.sizes[size] for size in shape) for name, shape in shapes.items()}
@@ -209,7 +220,8 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     keys = {linear.bias for linear in family.linears()} | family.optional.keys()
     switches = {key: stated.get(key) is True for key in keys}
     tied = stated.get("tie_word_embeddings") is True
-    return Decoder(family, sizes, layers, tied, switches, sparse)
+    window = stated.get("sliding_window") if stated.get("use_sliding_window", True) else None
+    return Decoder(family, sizes, layers, tied, switches, sparse, window if type(window) is int else 0)
 
 
 def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Problem]) -> SparseRule | None:

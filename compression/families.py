@@ -130,6 +130,7 @@ FAMILIES: dict[str, Family] = {
         _FOUR_NORMS,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
         norm_offset=1,
+        eager=True,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",

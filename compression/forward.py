@@ -140,19 +140,24 @@ class Stream:
                 shared.tensor.copy_(norm(shared.norm_input))
 
     def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the head, one batch at a time: (logits [batch, seq, vocab], tokens [batch, seq])."""
+        """Run the head, one batch at a time: (logits [batch, seq, vocab], tokens [batch, seq]).
+
+        What was yielded is held by nobody else.
+        """
         while self._batches:
-            batch = self._batches.pop(0)
-            self._bring_back(batch)
-            batch.switch()
-            assert batch.logits is not None
-            yield batch.logits, batch.tokens
+            yield self._finished(self._batches.pop(0))
 
     def close(self) -> None:
         """End every batch where it stands and free what it holds."""
         for batch in self._batches:
             batch.throw(greenlet.GreenletExit)
         self._batches.clear()
+
+    def _finished(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self._bring_back(batch)
+        batch.switch()
+        assert batch.logits is not None
+        return batch.logits, batch.tokens
 
     def _resume(self, batches: list[Batch]) -> None:
         for batch in batches:

@@ -1,34 +1,46 @@
 """How much memory a run takes at its peak, item by item, from header shapes.
 
-The engine never holds the whole model (streaming): what counts is what lies outside the layers, a layer or
-two, the work space of one group of linears, and what the suspended forwards hold.
+The engine never holds the whole model (streaming): what counts is what lies outside the layers, a layer, the
+work space of one group of linears, and what the suspended forwards hold. Which of these meet is said by
+phases; the peak is that of the fullest one, for the group of linears that takes most. docs/memory.md shows
+these figures beside measured ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from compression.recipe import Calibration, Evaluation
 
-PROCESS_BYTES = 450 << 20
-"""Resident memory of a process that has imported torch and transformers, before any model."""
+PROCESS_BYTES = 480 << 20
+"""Resident memory of a process that has imported torch and transformers, before any model. Measured."""
+LINEAR_BYTES = 6 << 10
+"""What one linear takes that has no storage: modules, parameters, hooks, its lines in plan and report.
+Measured."""
 CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
-COMPUTE_ITEMSIZE = 4
-"""Bytes of a number in the forward pass: a CPU without native 16-bit products computes in float32, and at
-submission nobody knows which worker will come."""
+LARGEST_ITEMSIZE = 4
+"""Bytes of a number in the forward pass where it is computed in float32, as a CPU without native 16-bit
+products does. At submission nobody knows which worker will come, so jobs are admitted by this one."""
 ACTIVATION_BUDGET_BYTES = 4 << 30
 """What suspended forwards may hold together, unless a caller allows more."""
 BATCH_TOKENS = 4096
 """Tokens that run through the model together while calibrating."""
 CHUNK_TOKENS = 4096
 """Tokens in one matrix product of a Gram. Fixed, so that its bits do not depend on how they were batched."""
-EVALUATION_CHUNK_BYTES = 64 << 20
+LOGITS_IN_A_BATCH = 1 << 24
+"""Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
+COMPARISON_BYTES = 64 << 20
 """Work space of the comparison of two streams of logits: four float32 chunks of 16 MiB."""
 
-Phase = Literal["solve", "forward", "compare"]
+_FLOAT32 = 4
+
+Phase = Literal["embed", "forward", "gram", "solve", "head", "compare"]
+"""embed: tokens become hidden states. forward: a batch runs through a layer. gram: statistics of a group are
+taken. solve: the group is solved, packed and put back. head: lm_head is loaded. compare: logits are."""
+IN_LAYERS: tuple[Phase, ...] = ("forward", "gram", "solve")
 
 
 @dataclass(frozen=True)
@@ -42,15 +54,19 @@ class MemoryItem:
     name: str
     bytes: int
     basis: str
-    phases: tuple[Phase, ...] = ("solve", "forward", "compare")
+    phases: tuple[Phase, ...] = get_args(Phase)
     on_device: bool = True
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The items of a run's peak. Host bytes are those of a run on the CPU, which holds every item."""
+    """The items of a run's peak, with forward passes in numbers of `itemsize` bytes.
+
+    Host bytes are those of a run on the CPU, which holds every item.
+    """
 
     items: tuple[MemoryItem, ...]
+    itemsize: int
 
     @property
     def host_bytes(self) -> int:
@@ -61,11 +77,16 @@ class MemoryEstimate:
         return CUDA_CONTEXT_BYTES + _largest_phase([item for item in self.items if item.on_device])
 
     def to_dict(self) -> dict[str, Any]:
-        items = [
-            {"name": item.name, "bytes": item.bytes, "basis": item.basis, "phases": list(item.phases)}
-            for item in self.items
-        ]
-        return {"host_bytes": self.host_bytes, "gpu_bytes": self.gpu_bytes, "items": items}
+        return {
+            "basis": "exact",
+            "compute_itemsize": self.itemsize,
+            "host_bytes": self.host_bytes,
+            "gpu_bytes": self.gpu_bytes,
+            "items": [
+                {"name": item.name, "bytes": item.bytes, "basis": item.basis, "phases": list(item.phases)}
+                for item in self.items
+            ],
+        }
 
 
 def _largest_phase(items: Sequence[MemoryItem]) -> int:
@@ -74,10 +95,9 @@ def _largest_phase(items: Sequence[MemoryItem]) -> int:
 
 @dataclass(frozen=True)
 class ParkedTokens:
-    """Tokens whose forwards are suspended at the same time.
+    """Tokens whose forwards are suspended at the same time, in blocks of `block`.
 
-    The evaluation's count twice: they flow through the original and through the compressed layers, one
-    block of `block` tokens at a time.
+    The evaluation's count twice: they flow through the original and through the compressed layers.
     """
 
     calibration: int
@@ -94,45 +114,109 @@ class ParkedTokens:
     def total(self) -> int:
         return self.calibration + 2 * self.evaluation
 
+    @property
+    def at_groups(self) -> int:
+        """Those that stop before each group of a layer: statistics are taken from them."""
+        return self.calibration or self.evaluation
+
+    @property
+    def between_layers(self) -> int:
+        """Those that stop between layers only."""
+        return self.total - self.at_groups
+
+    def batches(self, vocab_size: int) -> list[tuple[int, int]]:
+        """(batches, tokens of one) of the calibration, then of both streams of the evaluation."""
+        streams = ((1, self.calibration, BATCH_TOKENS), (2, self.evaluation, LOGITS_IN_A_BATCH // vocab_size))
+        found = []
+        for count, tokens, most in streams:
+            one = min(tokens, max(1, most // self.block) * self.block)
+            found.append((count * -(-tokens // one) if one else 0, one))
+        return found
+
+
+@dataclass(frozen=True)
+class GroupWork:
+    """Linears of one layer that are solved together.
+
+    name: of the first of them, in its layer. rows: of all; largest_rows: of the largest; columns: of their
+    input. width: numbers a token that a forward holds which is suspended before them. methods: types of the
+    steps. folded: numbers of later linears whose weights a fold holds in float32. expert: of an expert.
+    """
+
+    name: str
+    rows: int
+    largest_rows: int
+    columns: int
+    width: int
+    methods: tuple[str, ...]
+    folded: int = 0
+    expert: bool = False
+
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes that decide the peak.
+    """The sizes that decide the peak, in numbers rather than bytes where the compute dtype decides.
 
-    itemsize: bytes of a number in the compute dtype. layer_bytes: the largest layer in its source dtype;
-    layer_output_bytes: the same, compressed. group_elements: numbers in the largest stacked group of linears
-    (rows x columns); group_columns: the most input columns of a group. parked_width: numbers a token that a
-    suspended forward holds. parked: None without a dataset. spills: whether what is parked lies on disk.
-    solves_gram: whether a Gram matrix is factorized. expert_columns: the most input columns of an expert's
-    linear, 0 without experts; experts_at_once: of how many experts Gram matrices are held together.
+    matrix_numbers, matrix_bytes: of the larger of embeddings and lm_head, which are never there together, and
+    as stored. layer_numbers: of the largest layer; layer_output_bytes: the same, compressed. groups: how many
+    there are of each kind. linears: of the whole model. rotary_width: numbers a position in the tables of a
+    rotary embedding. window: of sliding attention, 0 without. eager: whether attention scores are kept whole.
+    parked: None where no token runs. budget_bytes: what suspended forwards may hold. expert_columns: the most
+    input columns of an expert's linear, 0 without experts; experts: in a layer, active_experts: of a
+    token there.
     """
 
-    itemsize: int
-    outside_bytes: int
-    layer_bytes: int
+    matrix_numbers: int
+    matrix_bytes: int
+    layer_numbers: int
     layer_output_bytes: int
-    group_elements: int
-    group_columns: int
-    parked_width: int
+    groups: Mapping[GroupWork, int]
+    linears: int
+    hidden_size: int
     intermediate_size: int
     vocab_size: int
+    heads: int
+    rotary_width: int
+    window: int
+    eager: bool
     parked: ParkedTokens | None
-    spills: bool
-    solves_gram: bool
+    budget_bytes: int
     expert_columns: int = 0
-    experts_at_once: int = 0
+    experts: int = 0
+    active_experts: int = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """What all suspended forwards hold together, in memory; in float32, which is the most."""
+        if self.parked is None:
+            return 0
+        widest = max(group.width for group in self.groups)
+        return _between_and_at(self, self.parked, widest, LARGEST_ITEMSIZE)
 
-def activation_bytes(parked_width: int, itemsize: int, tokens: ParkedTokens) -> int:
-    """Bytes that all suspended forwards hold together."""
-    return parked_width * itemsize * tokens.total
+    @property
+    def spill_bytes(self) -> int:
+        """Hidden states on disk, where that would exceed the budget; 0 where they stay in memory."""
+        if self.parked is None or self.held_bytes <= self.budget_bytes:
+            return 0
+        return self.parked.total * self.hidden_size * LARGEST_ITEMSIZE
+
+    @property
+    def experts_at_once(self) -> int:
+        """Of how many experts Gram matrices are held together; 0 without experts or data.
+
+        They take what the activations that lie on disk would have had; in memory one is enough.
+        """
+        if self.parked is None or not self.experts:
+            return 0
+        budget = self.budget_bytes if self.spill_bytes else 0
+        return experts_at_once(budget, self.expert_columns, self.parked, self.experts)
 
 
 def expert_gram_bytes(columns: int, tokens: ParkedTokens) -> int:
     """Bytes that the statistics of one expert take while a sweep makes them: its Gram, another to fill it up
     with, and the tokens that wait for the next product."""
     waiting = min(CHUNK_TOKENS, max(tokens.calibration, tokens.evaluation))
-    return 4 * (2 * columns**2 + waiting * columns)
+    return _FLOAT32 * (2 * columns**2 + waiting * columns)
 
 
 def experts_at_once(budget_bytes: int, columns: int, tokens: ParkedTokens, experts: int) -> int:
@@ -140,101 +224,162 @@ def experts_at_once(budget_bytes: int, columns: int, tokens: ParkedTokens, exper
     return max(1, min(experts, budget_bytes // expert_gram_bytes(columns, tokens)))
 
 
-def estimate(work: Workload) -> MemoryEstimate:
-    """The itemized peak of one run."""
-    compares = work.parked is not None and work.parked.evaluation > 0
-    copies = 2 if compares else 1
-    items = [
-        MemoryItem("process", PROCESS_BYTES, "interpreter, torch, transformers: measured", on_device=False),
-        MemoryItem("outside the layers", work.outside_bytes, "embeddings, final norm, lm_head as on disk"),
+def estimate(work: Workload, itemsize: int = LARGEST_ITEMSIZE) -> MemoryEstimate:
+    """The itemized peak of one run whose forward passes compute in numbers of `itemsize` bytes."""
+    around = [
+        MemoryItem(
+            "process",
+            PROCESS_BYTES + work.linears * LINEAR_BYTES,
+            f"interpreter, torch, transformers, and {work.linears} linears without storage: measured",
+            on_device=False,
+        ),
         MemoryItem(
             "layer",
-            copies * work.layer_bytes,
-            f"{copies} x the largest layer" + (", original and compressed" if compares else ""),
-            ("solve", "forward"),
+            work.layer_numbers * itemsize,
+            f"the largest, {work.layer_numbers} numbers of {itemsize} bytes",
+            IN_LAYERS,
         ),
-        MemoryItem(
-            "compressed layer",
-            work.layer_output_bytes,
-            "the largest layer as it is written",
-            ("solve", "forward"),
-        ),
-        MemoryItem(
-            "solver",
-            4 * 4 * work.group_elements,
-            "4 float32 copies of the largest stacked group",
-            ("solve",),
-        ),
+        MemoryItem("compressed layer", work.layer_output_bytes, "the largest as it is written", IN_LAYERS),
     ]
-    if work.solves_gram:
-        items.append(
-            MemoryItem(
-                "Gram matrix",
-                3 * 4 * work.group_columns**2,
-                "3 float32 matrices: Gram, factor, work",
-                ("solve",),
-            )
-        )
-    if work.parked is not None and work.experts_at_once:
-        items.append(
-            MemoryItem(
-                "experts' Gram matrices",
-                work.experts_at_once * expert_gram_bytes(work.expert_columns, work.parked)
-                + 4 * work.expert_columns**2,
-                f"of {work.experts_at_once} at once, and of the tokens of all",
-                ("solve",),
-            )
-        )
     if work.parked is not None:
-        items += _activations(work, work.parked)
-    return MemoryEstimate(tuple(items))
+        around += _embedded(work, work.parked, itemsize)
+        if work.parked.evaluation:
+            around += _compared(work, work.parked, itemsize)
+    candidates = [
+        MemoryEstimate((*around, *_group_items(work, group, itemsize)), itemsize) for group in work.groups
+    ]
+    return max(candidates, key=lambda candidate: candidate.host_bytes)
 
 
-def _activations(work: Workload, parked: ParkedTokens) -> list[MemoryItem]:
-    """What the suspended forwards hold, and the batch that runs."""
-    number = work.itemsize * work.parked_width
-    items = []
-    if work.spills:
-        return [
-            MemoryItem(
-                "running batch",
-                min(parked.total, BATCH_TOKENS) * (number + 3 * work.intermediate_size * work.itemsize),
-                f"at most {BATCH_TOKENS} tokens; the others' hidden states are on disk",
-            ),
-            *([_logits(work, parked)] if parked.evaluation else []),
-        ]
-    if parked.calibration:
-        batch = min(parked.calibration, BATCH_TOKENS)
-        items += [
-            MemoryItem(
-                "parked calibration",
-                parked.calibration * number,
-                f"{parked.calibration} tokens x {work.parked_width} numbers",
-                ("solve", "forward"),
-            ),
-            MemoryItem(
-                "running batch",
-                3 * batch * work.intermediate_size * work.itemsize,
-                f"{batch} tokens x 3 intermediates",
-                ("forward",),
-            ),
-        ]
-    if parked.evaluation:
-        items += [
-            MemoryItem(
-                "parked evaluation",
-                2 * parked.evaluation * number,
-                f"2 streams x {parked.evaluation} tokens x {work.parked_width} numbers",
-            ),
-            _logits(work, parked),
-        ]
-    return items
-
-
-def _logits(work: Workload, parked: ParkedTokens) -> MemoryItem:
-    return MemoryItem(
-        "logits",
-        2 * parked.block * work.vocab_size * work.itemsize + EVALUATION_CHUNK_BYTES,
-        f"2 streams x {parked.block} tokens x vocabulary, and 4 float32 chunks",
-        ("compare",),
+def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[MemoryItem]:
+    """What is held while one group's turn comes: batches, statistics and the solver's work space."""
+    yield MemoryItem("solver", *_solver_bytes(group, itemsize, has_gram=work.parked is not None), ("solve",))
+    if group.folded:
+        basis = f"{group.folded} numbers of linears that are still to come, float32"
+        yield MemoryItem("folded weights", group.folded * _FLOAT32, basis, IN_LAYERS)
+    if work.parked is None:
+        return
+    yield from _parked(work, work.parked, group, itemsize)
+    columns = group.columns
+    yield MemoryItem(
+        "Gram matrix", _FLOAT32 * columns**2, f"of the input of {group.name}, float32", ("gram", "solve")
     )
+    chunk = min(CHUNK_TOKENS, work.parked.at_groups)
+    basis = f"{chunk} tokens x {columns}, and an eighth of the Gram matrix"
+    yield MemoryItem("chunk", itemsize * (chunk * columns + columns**2 // 8), basis, ("gram",))
+    if count := work.experts_at_once:
+        yield MemoryItem(
+            "experts' Gram matrices",
+            count * expert_gram_bytes(work.expert_columns, work.parked) + _FLOAT32 * work.expert_columns**2,
+            f"of {count} at once, and of the tokens of all",
+            ("gram", "solve"),
+        )
+
+
+_PACKING_BYTES = 24
+"""A number of a linear that is packed and reported on: what it means, its difference from the weight, and in
+the compressed-tensors library float32 and int32 copies."""
+_PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
+"""A number of a group while masks are made: columns, their originals, masks and results; sorted scores."""
+
+
+def _solver_bytes(group: GroupWork, itemsize: int, *, has_gram: bool) -> tuple[int, str]:
+    """The work space of one group, its Gram matrix apart: bytes, and how they were found.
+
+    All its weights are there in float32, once more stacked where they are several; then the method's own
+    copies; later codes, the weights that were replaced, and one linear after the other being packed.
+    """
+    numbers, largest = group.rows * group.columns, group.largest_rows * group.columns
+    gram = _FLOAT32 * group.columns**2 if has_gram else 0
+    stacked = numbers * _FLOAT32 * (2 if largest < numbers else 1)
+    working = numbers * 5  # scaled, and codes
+    if "gptq" in group.methods:
+        working = max(
+            numbers * 8, numbers * 4 + 2 * gram
+        )  # columns twice; then a Gram to factorize, a factor
+    for method in group.methods:
+        if pruning := _PRUNING_BYTES.get(method):
+            factors = 2 * gram if method == "sparsegpt" else 0
+            working = max(working + numbers * 4, numbers * pruning, numbers * 4 + factors)
+    packing = numbers * (1 + itemsize) + largest * _PACKING_BYTES
+    basis = f"{numbers} numbers of {group.name} and those beside it, by {'+'.join(group.methods)}"
+    return stacked + max(working, packing), basis
+
+
+def _between_and_at(work: Workload, parked: ParkedTokens, width: int, itemsize: int) -> int:
+    """Bytes of tokens between layers, which hold hidden state and embedding, and of those at a group."""
+    return itemsize * (width * parked.at_groups + 2 * work.hidden_size * parked.between_layers)
+
+
+def _parked(work: Workload, parked: ParkedTokens, group: GroupWork, itemsize: int) -> Iterable[MemoryItem]:
+    """What the suspended forwards hold before a group, and the batch that runs."""
+    batches = parked.batches(work.vocab_size)
+    batch = max(tokens for _, tokens in batches)
+    if not work.spill_bytes:
+        yield MemoryItem(
+            "parked batches",
+            _between_and_at(work, parked, group.width, itemsize),
+            f"{parked.at_groups} tokens x {group.width} numbers before {group.name}, "
+            f"{parked.between_layers} x {2 * work.hidden_size} between layers",
+            IN_LAYERS,
+        )
+    else:
+        basis = f"{batch} tokens x {group.width} numbers; the others' hidden states are on disk"
+        yield MemoryItem("rehearsed batch", itemsize * batch * group.width, basis, ("forward", "gram"))
+    tables = sum(count for count, _ in batches) * parked.block * work.rotary_width * itemsize
+    yield MemoryItem(
+        "rotary tables", tables, f"{work.rotary_width} numbers a position of each batch", IN_LAYERS
+    )
+    if masks := _mask_bytes(work, parked, itemsize):
+        yield MemoryItem(
+            "attention masks", masks, f"{parked.block} x {parked.block} of each batch", IN_LAYERS
+        )
+    running = batch * max(2 * work.intermediate_size * itemsize, 3 * work.hidden_size * _FLOAT32)
+    basis = f"{batch} tokens x 2 intermediates, or 3 hidden states in float32"
+    if work.eager:
+        running += batch * work.heads * parked.block * (2 * itemsize + _FLOAT32)
+        basis += ", and 3 copies of the attention scores"
+    yield MemoryItem("running batch", running, basis, ("forward",))
+
+
+def _mask_bytes(work: Workload, parked: ParkedTokens, itemsize: int) -> int:
+    """Masks that each batch's forward holds: two of the compute dtype a sequence where attention is eager;
+    one of booleans for all sequences where a window is not wider than they are long; none otherwise."""
+    kinds = 2 if work.window else 1
+    if work.eager:
+        return kinds * parked.total * parked.block * itemsize
+    if not 0 < work.window <= parked.block:
+        return 0
+    return sum(count for count, _ in parked.batches(work.vocab_size)) * parked.block**2
+
+
+def _embedded(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[MemoryItem]:
+    """Embeddings, and the hidden states that they give."""
+    with_head: tuple[Phase, ...] = ("head", "compare") if parked.evaluation else ()
+    yield MemoryItem(
+        "embeddings or lm_head",
+        work.matrix_numbers * itemsize,
+        f"{work.matrix_numbers} numbers of {itemsize} bytes; one is given back before the other is read",
+        ("embed", *with_head),
+    )
+    if work.matrix_bytes != work.matrix_numbers * itemsize:
+        yield MemoryItem(
+            "the same as stored", work.matrix_bytes, "while converted", ("embed", *with_head[:1])
+        )
+    tokens = parked.total
+    if work.spill_bytes:
+        tokens = max(batch for _, batch in parked.batches(work.vocab_size))
+    basis = f"{tokens} tokens x {work.hidden_size} numbers"
+    yield MemoryItem("first hidden states", tokens * work.hidden_size * itemsize, basis, ("embed",))
+
+
+def _compared(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[MemoryItem]:
+    """The end: what waits before lm_head, and the logits of one batch of both streams."""
+    _, (_, batch) = parked.batches(work.vocab_size)
+    if not work.spill_bytes:
+        basis = f"2 streams x {parked.evaluation} tokens x {work.hidden_size} numbers"
+        last = 2 * parked.evaluation * work.hidden_size * itemsize
+        yield MemoryItem("last hidden states", last, basis, ("head", "compare"))
+    logits = 2 * batch * work.vocab_size * itemsize
+    basis = f"2 streams x {batch} tokens x vocabulary, and 4 float32 chunks"
+    yield MemoryItem("logits", logits + COMPARISON_BYTES, basis, ("compare",))

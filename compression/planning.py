@@ -7,34 +7,27 @@ plans at submission. What cannot succeed is refused here, with every reason at o
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from compression import checks, memory
+from compression import checks
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import file_size
 from compression.decoder import LM_HEAD, Decoder, read_decoder
+from compression.disk import disk_estimate
+from compression.duration import duration
 from compression.errors import PlanError, Problem, SourceError
-from compression.memory import (
-    ACTIVATION_BUDGET_BYTES,
-    COMPUTE_ITEMSIZE,
-    ParkedTokens,
-    Workload,
-    activation_bytes,
-    estimate,
-)
-from compression.plans import LayerPlan, ModulePlan, Plan
+from compression.guide import GuideModel, guide_estimate
+from compression.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
+from compression.plans import ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.served import NOT_SERVED
 from compression.shards import assign_shards, attention_linear, stored_layer
 from compression.sources import headers_of
 from compression.treatment import Linear, Treatment, treat
-
-METADATA_BYTES = 1 << 20
-"""Allowance on disk for config, index, card, recipe and report."""
+from compression.workload import make_workload
 
 
 def plan(
@@ -89,16 +82,13 @@ def plan(
     caches = recipe.kv_cache_step is not None
     layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing, caches=caches)
     stored = [stored_layer(checkpoint, layer) for layer in layers]
-    stored += [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
-    output_bytes = sum(map(file_size, stored))
+    rest = [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
+    output_bytes = sum(map(file_size, [*stored, *rest]))
     compressed = [module for module in modules if module.compressed]
     kept = tuple(module for module in modules if not module.compressed)
-    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates) if has_data else None
-    held = activation_bytes(decoder.parked_width, COMPUTE_ITEMSIZE, parked) if parked else 0
-    spill_bytes = 0
-    if parked and held > activation_budget_bytes:
-        spill_bytes = activation_bytes(decoder.hidden_size, COMPUTE_ITEMSIZE, parked)
-    at_once = _experts_at_once(decoder, parked, activation_budget_bytes if spill_bytes else 0)
+    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates)
+    running = parked if has_data and parked.total else None
+    work = make_workload(checkpoint, decoder, layers, stored, recipe, running, activation_budget_bytes)
     return Plan(
         source=folder,
         name=name or own_name,
@@ -119,15 +109,19 @@ def plan(
             *treatment.warnings,
             *checks.dense_warnings(recipe),
             *checks.router_warnings(recipe, decoder),
-            *checks.spill_warnings(held, activation_budget_bytes, spill_bytes),
+            *checks.spill_warnings(work.held_bytes, activation_budget_bytes, work.spill_bytes),
             *checks.unknown_warnings(unknown),
         ),
-        memory=estimate(
-            _workload(checkpoint, decoder, layers, compressed, parked, calibrates, spill_bytes > 0, at_once)
+        workload=work,
+        guide=guide_estimate(_guide_model(checkpoint, decoder), recipe, calibration),
+        disk=disk_estimate(
+            output_bytes=output_bytes,
+            copied_bytes=_copied_bytes(checkpoint),
+            copied_files=len(checkpoint.other_files),
+            linears=work.linears,
+            spill_bytes=work.spill_bytes,
         ),
-        experts_at_once=at_once,
-        disk_bytes=output_bytes + _copied_bytes(checkpoint) + METADATA_BYTES + spill_bytes,
-        spill_bytes=spill_bytes,
+        duration=duration(decoder, recipe, work, moved_bytes=checkpoint.weight_bytes + 2 * output_bytes),
         source_bytes=checkpoint.weight_bytes,
         output_bytes=output_bytes,
         parameters=sum(info.spec.elements for info in checkpoint.tensors.values()),
@@ -218,54 +212,13 @@ def _ignored(
     return tuple(names)
 
 
-def _workload(
-    checkpoint: Checkpoint,
-    decoder: Decoder,
-    layers: Sequence[LayerPlan],
-    compressed: Sequence[ModulePlan],
-    parked: ParkedTokens | None,
-    calibrates: bool,
-    spills: bool,
-    experts_at_once: int,
-) -> Workload:
-    """The sizes that decide the peak memory."""
-    tensors = checkpoint.tensors
-    group_elements: Counter[str] = Counter()
-    for module in compressed:
-        group_elements[module.group] += math.prod(module.shape)
-    return Workload(
-        itemsize=COMPUTE_ITEMSIZE,
-        outside_bytes=sum(tensors[key].nbytes for key in decoder.outside_tensors()),
-        layer_bytes=max(
-            sum(tensors[layer.prefix + name].nbytes for name in decoder.layer(layer.index).tensors)
-            for layer in layers
-        ),
-        layer_output_bytes=max(
-            sum(spec.nbytes for spec in stored_layer(checkpoint, layer).values()) for layer in layers
-        ),
-        group_elements=max(group_elements.values()),
-        group_columns=max(module.shape[1] for module in compressed),
-        parked_width=decoder.parked_width,
-        intermediate_size=decoder.intermediate_size,
-        vocab_size=decoder.vocab_size,
-        parked=parked,
-        spills=spills,
-        solves_gram=calibrates,
-        expert_columns=_expert_columns(decoder),
-        experts_at_once=experts_at_once,
+def _guide_model(checkpoint: Checkpoint, decoder: Decoder) -> GuideModel:
+    return GuideModel.of(
+        checkpoint.tensors,
+        layers_prefix=decoder.layers_prefix,
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
     )
-
-
-def _expert_columns(decoder: Decoder) -> int:
-    return max(decoder.hidden_size, decoder.sizes["expert_inner"]) if decoder.family.sparse else 0
-
-
-def _experts_at_once(decoder: Decoder, parked: ParkedTokens | None, budget_bytes: int) -> int:
-    """Gram matrices take what the activations that lie on disk would have had; in memory one is enough."""
-    if decoder.family.sparse is None or parked is None:
-        return 0
-    columns = _expert_columns(decoder)
-    return memory.experts_at_once(budget_bytes, columns, parked, decoder.sizes["experts"])
 
 
 def _copied_bytes(checkpoint: Checkpoint) -> int:

@@ -12,8 +12,11 @@ from typing import Any
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
+from compression.disk import DiskEstimate
+from compression.duration import Duration
 from compression.errors import Problem
-from compression.memory import MemoryEstimate
+from compression.guide import GuideEstimate
+from compression.memory import MemoryEstimate, Workload, estimate
 from compression.recipe import Calibration, Evaluation, Recipe
 from compression.schemes import Scheme
 
@@ -137,9 +140,9 @@ class Plan:
     before a layer's number in names. outside: shard file and keys of what is in no layer, and of `unknown`
     tensors, which the model does not have and which are copied. kept: linears that stay as they are; ignore:
     names of all that are not quantized. output_bytes: exact size of all shards. calibrates: whether a step
-    learns from data. memory: estimated peak. experts_at_once: of how many experts Gram matrices are held
-    together, 0 without experts or data. disk_bytes: what a run needs in its output folder; spill_bytes: the
-    part of it for hidden states, 0 where they stay in memory.
+    learns from data. workload: the sizes that the estimates are made from. guide: memory by the guide's
+    rules; `memory` is that of this engine. disk: what a run needs in its output folder. duration: how long it
+    takes.
     """
 
     source: Path
@@ -157,15 +160,30 @@ class Plan:
     kept: tuple[ModulePlan, ...]
     ignore: tuple[str, ...]
     warnings: tuple[Problem, ...]
-    memory: MemoryEstimate
-    experts_at_once: int
-    disk_bytes: int
-    spill_bytes: int
+    workload: Workload
+    guide: GuideEstimate
+    disk: DiskEstimate
+    duration: Duration
     source_bytes: int
     output_bytes: int
     parameters: int
     compressed_parameters: int
     calibrates: bool
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """The peak of a run that computes in float32, which takes most; by it jobs are admitted."""
+        return estimate(self.workload)
+
+    @property
+    def spill_bytes(self) -> int:
+        """Hidden states on disk; 0 where they stay in memory."""
+        return self.workload.spill_bytes
+
+    @property
+    def experts_at_once(self) -> int:
+        """Of how many experts Gram matrices are held together; 0 without experts or data."""
+        return self.workload.experts_at_once
 
     def to_dict(self) -> dict[str, Any]:
         """JSON for people and programs; no path of this machine."""
@@ -184,9 +202,10 @@ class Plan:
                 {"code": warning.code, "message": warning.message, "hint": warning.hint}
                 for warning in self.warnings
             ],
-            "memory": self.memory.to_dict(),
+            "memory": {"exact": self.memory.to_dict(), "guide": self.guide.to_dict()},
             "experts_at_once": self.experts_at_once,
-            "disk_bytes": self.disk_bytes,
+            "disk": self.disk.to_dict(),
+            "duration": self.duration.to_dict(),
             "spill_bytes": self.spill_bytes,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,

@@ -26,15 +26,13 @@ from compression.experts import Experts
 from compression.forward import ExpertsInputs, Forwards, Stream
 from compression.gram import Gram, Precision, accumulate_gram
 from compression.kv_cache import KVCache
+from compression.memory import LOGITS_IN_A_BATCH
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, ModulePlan, Plan
 from compression.report import EvaluationReport
 from compression.spill import Spill
 
 T = TypeVar("T")
-
-_LOGITS_IN_A_BATCH = 1 << 24
-"""Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Streams:
         if blocks.evaluation:
             self._split = blocks.split
             vocabulary = model.module.config.get_text_config().vocab_size
-            batches = make_batches(blocks.evaluation, _LOGITS_IN_A_BATCH // vocabulary)
+            batches = make_batches(blocks.evaluation, LOGITS_IN_A_BATCH // vocabulary)
             self._original = stream(batches, quantize_activations=False)
             self._compressed = stream(batches, quantize_activations=True)
         model.drop_embeddings()
@@ -225,10 +223,11 @@ class Streams:
             self._model.load_head()
         with self._clock.phase("evaluate"):
             comparison = Comparison()
-            for (original, tokens), (compressed, _) in zip(
-                self._original.finish(), self._compressed.finish(), strict=True
-            ):
+            of_compressed = self._compressed.finish()
+            for original, tokens in self._original.finish():
+                compressed, _ = next(of_compressed)
                 comparison.add(original, compressed, tokens)
+                del original, compressed  # before the next batch makes its own
             return comparison.report(self._split)
 
     def close(self) -> None:

@@ -100,7 +100,8 @@ class Family:
     sizes, each a sum of products of config keys. aliases: config keys under another name. defaults: what
     Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
     heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
-    names another key) for this table to hold.
+    names another key) for this table to hold. eager: attention scores are kept whole, as no fused kernel caps
+    them.
     """
 
     architecture: str
@@ -117,6 +118,7 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"model.norm.weight": ("hidden",)})
     intermediate_key: str = "intermediate_size"
+    eager: bool = False
 
     def linears(self) -> list[LinearSpec]:
         """A dense layer's linears in forward order."""

@@ -54,6 +54,14 @@ def deepseek_r1(folder: Path) -> Path:
         "architectures": ["DeepseekV3ForCausalLM"],
         "hidden_size": hidden,
         "num_hidden_layers": 61,
+        "vocab_size": vocab,
+        "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
     }
     return _written(folder, config, shapes)
 

@@ -288,8 +288,10 @@ def test_the_estimate_knows_layers_with_experts(tmp_path: Path) -> None:
     attention = 2 * 256 * 128 + 2 * 128 * 128
     experts = 3 * 3 * 128 * 128
     others = 3 * 128 + 2 * 128 + 2 * 64
-    assert items["layer"] == 2 * (attention + experts + others)
-    assert items["solver"] == 4 * 4 * (256 + 2 * 128) * 128  # q, k and v; an expert's gate and up are fewer
+    assert items["layer"] == 4 * (attention + experts + others)
+    groups = {group.name: group.rows for group in made.workload.groups if group.expert}
+    assert groups == {"mlp.experts.*.gate_proj": 2 * 128, "mlp.experts.*.down_proj": 128}
+    assert set(made.workload.groups.values()) == {2, 2 * 3}
     assert items["experts' Gram matrices"] == expert_gram_bytes(128, TOKENS) + 4 * 128**2
 
 

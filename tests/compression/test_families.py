@@ -156,4 +156,4 @@ def test_the_planned_size_is_the_written_size_to_the_byte(
     for file, keys in made.outside:
         size += write_shard(tmp_path / file, {key: made.checkpoint.tensors[key] for key in keys}).size
     assert size == made.output_bytes
-    assert made.disk_bytes > size
+    assert made.disk.bytes > size

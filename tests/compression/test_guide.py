@@ -10,7 +10,8 @@ import pytest
 from compression.checkpoint.headers import TensorInfo, read_checkpoint
 from compression.checkpoint.sizes import layers, stored_bytes, vision_tower
 from compression.guide import GuideEstimate, GuideModel, Method, gigabytes, guide_estimate
-from compression.recipe import Calibration, Recipe
+from compression.planning import plan
+from compression.recipe import Calibration, DatasetSpec, Recipe
 from tests.compression.fake_checkpoints import TINY, fake_llama, llama_shapes
 from tests.compression.seed_models import deepseek_r1, llama_3_8b, qwen_2_5_vl_7b
 
@@ -163,3 +164,13 @@ def test_the_dict_shows_every_part(method: Method) -> None:
     added = sizes["layer"] + sizes.get("activations", 0)
     assert made["gpu_bytes"] == max(added, sizes["vision tower"]) + sizes.get("Hessians", 0)
     assert all(item["basis"] for item in made["items"])
+
+
+def test_every_plan_shows_it_beside_what_this_engine_takes(tmp_path: Path) -> None:
+    recipe = Recipe.from_short("W4A16", has_dataset=True)
+    made = plan(llama_3_8b(tmp_path / "model"), recipe, dataset=DatasetSpec(texts=("some text",)))
+    memory = made.to_dict()["memory"]
+    assert [memory[basis]["basis"] for basis in ("exact", "guide")] == ["exact", "guide"]
+    assert memory["guide"]["host_bytes"] == 2 * 8_030_261_248
+    assert memory["guide"]["gpu_bytes"] == 2 * 436_224_000
+    assert memory["exact"]["host_bytes"] == made.memory.host_bytes != memory["guide"]["host_bytes"]

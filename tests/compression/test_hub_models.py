@@ -316,7 +316,9 @@ def test_what_cannot_succeed_is_refused_before_the_download(
 @pytest.mark.usefixtures("as_configured")
 def test_a_plan_of_a_name_is_that_of_its_folder(model: Path) -> None:
     recipe = Recipe.from_short("W4A16", has_dataset=False)
-    assert plan(ID, recipe).to_dict() | {"disk_bytes": 0} == plan(model, recipe).to_dict() | {"disk_bytes": 0}
+    by_name, by_folder = plan(ID, recipe).to_dict(), plan(model, recipe).to_dict()
+    del by_name["disk"], by_folder["disk"]  # only headers are here, not the files that are copied
+    assert by_name == by_folder
     with pytest.raises(PlanError) as caught:
         plan("someone/nothing", recipe)
     assert [problem.code for problem in caught.value.problems] == ["hub_repository_not_found"]

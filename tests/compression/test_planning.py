@@ -254,11 +254,11 @@ class TestData:
         assert problem_of(model, recipe(observer=observer)).code == "dataset_required"
 
     def test_parked_activations_that_exceed_the_budget_go_to_disk(self, tmp_path: Path) -> None:
-        """Per token of SmolLM2: residual and normed state 2 x 576, an MLP input of 1536, in float32; on disk
-        the hidden state alone."""
+        """Per token of SmolLM2: embedding, layer input, residual and its norm 4 x 576, an MLP input of 1536,
+        in float32; 2 x 576 between layers; on disk the hidden state alone."""
         folder = fake_llama(tmp_path / "model", SMOLLM2)
-        per_sample = (2 * 576 + 1536) * 4 * 2048
-        budget = per_sample * (100 + 2 * 3)
+        per_sample, between = (4 * 576 + 1536) * 4 * 2048, 2 * 576 * 4 * 2048
+        budget = per_sample * 100 + between * 2 * 3
 
         def planned(samples: int) -> Plan:
             return plan(
@@ -273,11 +273,11 @@ class TestData:
         fits, spills = planned(100), planned(101)
         assert (fits.spill_bytes, fits.warnings) == (0, ())
         assert spills.spill_bytes == 576 * 4 * 2048 * (101 + 2 * 3)
-        assert spills.disk_bytes == fits.disk_bytes + spills.spill_bytes
+        assert spills.disk.bytes == fits.disk.bytes + spills.spill_bytes
         assert spills.memory.host_bytes < fits.memory.host_bytes - budget / 2
         (warning,) = spills.warnings
         assert warning.code == "activations_on_disk"
-        assert f"would hold {per_sample * 107 / 1e9:.2f} GB" in warning.message
+        assert f"would hold {(per_sample + budget) / 1e9:.2f} GB" in warning.message
 
     def test_the_default_calibration_is_accepted_whatever_the_size(self, tmp_path: Path) -> None:
         made = plan(fake_llama(tmp_path / "model", LLAMA_3_8B), recipe(type="gptq"), dataset=DATA)

@@ -46,11 +46,11 @@ class TestAccepted:
     def test_the_plan_comes_along(self, server: Server) -> None:
         job = server.http.get(f"/v1/jobs/{server.submit()['id']}").json()
         assert job["plan"]["compressed_parameters"] > 0
-        assert job["plan"]["memory"]["items"]
+        assert job["plan"]["memory"]["exact"]["items"]
         assert job["attempts"] == []
         with server.database.read() as session:
             row = session.get_one(Job, job["id"])
-            assert row.required_host_bytes == job["plan"]["memory"]["host_bytes"]
+            assert row.required_host_bytes == job["plan"]["memory"]["exact"]["host_bytes"]
             assert row.source == os.path.realpath(server.model)
             assert row.dataset is not None
             assert row.dataset["path"] == os.path.realpath(server.dataset)
