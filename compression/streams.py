@@ -221,15 +221,22 @@ class Streams:
             self._calibration.close()
         if self._original is None or self._compressed is None:
             return None
-        with self._clock.phase("read"):
-            self._model.load_head()
         with self._clock.phase("evaluate"):
             comparison = Comparison()
-            for (original, tokens), (compressed, _) in zip(
-                self._original.finish(), self._compressed.finish(), strict=True
-            ):
+            for original, compressed, tokens in self.logits():
                 comparison.add(original, compressed, tokens)
             return comparison.report(self._split)
+
+    def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch of held-out text that has passed all layers: the logits of the original and of the
+        compressed model, [batch, seq, vocab], and the tokens [batch, seq]."""
+        assert self._original is not None  # the caller evaluates
+        assert self._compressed is not None
+        with self._clock.phase("read"):
+            self._model.load_head()
+        pairs = zip(self._original.finish(), self._compressed.finish(), strict=True)
+        for (original, tokens), (compressed, _) in pairs:
+            yield original, compressed, tokens
 
     def close(self) -> None:
         """End whatever is still parked."""
