@@ -250,8 +250,8 @@ def _expert_problems(number: int, scheme: Scheme) -> list[Problem]:
 
 
 def _zero_point_problems(number: int, scheme: Scheme, linears: Sequence[Linear]) -> list[Problem]:
-    """Linears with all of a group's zero points in one word, and several groups: compressed-tensors 0.20 packs
-    these zero points, and cannot unpack them."""
+    """Linears with several groups, the zero points of each in one word: compressed-tensors 0.20 packs them,
+    and cannot unpack them."""
     args = scheme.weights
     unreadable = [
         f"{linear.name} has {linear.shape[0]}"
@@ -265,8 +265,8 @@ def _zero_point_problems(number: int, scheme: Scheme, linears: Sequence[Linear])
     return [
         Problem(
             "too_few_outputs",
-            f"compressed-tensors 0.20 cannot read the zero points of linears with {32 // args.num_bits} outputs "
-            f"or fewer: {_some(unreadable)}.",
+            "compressed-tensors 0.20 cannot read the zero points of linears with "
+            f"{32 // args.num_bits} outputs or fewer: {_some(unreadable)}.",
             "Use the symmetric W4A16, or leave these linears out with ignore.",
             f"/recipe/steps/{number}/scheme",
         )

@@ -56,8 +56,8 @@ CHOICES = [
     ("MXFP4A16", "gptq"),
     ("NVFP4A16", "rtn"),
 ]
-"""MXFP4 and NVFP4 are in test_logits.py only: rounding to bfloat16 in front of activations in 4 bits moves the
-perplexity of this model by 1 to 3%, in any reader, so that two dtypes cannot be compared."""
+"""MXFP4 and NVFP4 are in test_logits.py only: rounding to bfloat16 in front of activations in 4 bits moves
+the perplexity of this model by 1 to 3%, in any reader, so that two dtypes cannot be compared."""
 
 
 class Killed(BaseException):

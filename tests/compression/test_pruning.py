@@ -219,8 +219,8 @@ Taken = Callable[[str, str], dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def taken(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> Taken:
-    """Which weights of the first q, k and v are pruned, by method and structure: what these read does not depend
-    on what was compressed before."""
+    """Which weights of the first q, k and v are pruned, by method and structure: what these read does not
+    depend on what was compressed before."""
     folder = tmp_path_factory.mktemp("pruned")
     source = tiny_model(folder / "model", dtype=torch.float32)
 

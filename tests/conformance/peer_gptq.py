@@ -3,8 +3,8 @@
     python peer_gptq.py layers.safetensors solved.safetensors < args.json
 
 layers: "<name>.weight" [out, in], "<name>.hessian" [in, in], "<name>.scale", "<name>.zero_point" and
-"<name>.global_scale" where there is one. args: {name: fields of QuantizationArgs}. solved: "<name>" [out, in],
-the rounded weight.
+"<name>.global_scale" where there is one. args: {name: fields of QuantizationArgs}. solved: the rounded
+weights, "<name>" [out, in].
 """
 
 from __future__ import annotations

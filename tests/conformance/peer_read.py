@@ -3,9 +3,9 @@ under the peer's interpreter.
 
     python peer_read.py < jobs.json
 
-jobs: [{"checkpoint", "output", "tokens": [[...], ...]}, ...]. output: a safetensors file with "<module>" [out, in],
-each module's weight as the library dequantizes it, and "logits" [batch, seq, vocab] where Transformers loads
-the checkpoint.
+jobs: [{"checkpoint", "output", "tokens": [[...], ...]}, ...]. output: a safetensors file with each module's
+weight as the library dequantizes it, "<module>" [out, in], and "logits" [batch, seq, vocab] where
+Transformers loads the checkpoint.
 """
 
 from __future__ import annotations
