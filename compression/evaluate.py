@@ -79,7 +79,11 @@ def _measure(original: Tensor, compressed: Tensor, targets: Tensor) -> Tensor:
     measured = torch.stack([value.double() for value in (nll_p, nll_q, divergence, agreement)])
     for row, model in ((0, "original"), (1, "compressed")):
         if not measured[row].isfinite().all():
-            raise NumericalError("non_finite_logits", f"The {model} model's logits hold NaN or Inf.")
+            raise NumericalError(
+                "non_finite_logits",
+                f"The {model} model's logits hold NaN or Inf.",
+                "Check the source model on this text, and its dtype: float16 overflows at 65504.",
+            )
     return measured
 
 

@@ -79,11 +79,12 @@ def fold(
         after[f"{planned.norm}.bias"] = folded.bias
     model.set_parameters(after)
     streams.renew_inputs(planned)
-    if not _same(read_before, _sample(group.inputs) * folded.scales, [model.compute_dtype, *_biases(before)]):
+    scaled = [weight.float() * folded.scales for weight in weights]
+    same = _same(read_before, _sample(group.inputs) * folded.scales, [model.compute_dtype, *_biases(before)])
+    if not (same and _finite(scaled)):
         model.set_parameters(before)
         streams.renew_inputs(planned)
         return Fold(list(weights), gram, before, done=False)
-    scaled = [weight.float() * folded.scales for weight in weights]
     return Fold(scaled, gram.divided(folded.scales), after, done=True)
 
 
@@ -137,7 +138,8 @@ def _fold_linear(
     read_before = _sample(inputs)
     model.set_weights({planned.linear: weights[planned.linear]})
     model.set_parameters(biases)
-    if _same(read_before, _sample(inputs) * scales, [model.compute_dtype, *_biases(before)]):
+    same = _same(read_before, _sample(inputs) * scales, [model.compute_dtype, *_biases(before)])
+    if same and _finite(weights.values()):
         model.set_weights(weights)
         folds.weights.update(weights)
         folds.biases.update(biases)
@@ -177,6 +179,11 @@ def _sample(inputs: Iterable[Tensor]) -> Tensor:
 def _biases(tensors: Mapping[str, Tensor]) -> list[torch.dtype]:
     """The dtypes to which folded biases are rounded. A norm's weight counts as it is after rounding."""
     return [tensor.dtype for key, tensor in tensors.items() if key.endswith(".bias")]
+
+
+def _finite(weights: Iterable[Tensor]) -> bool:
+    """Whether no scale took a weight beyond float32."""
+    return all(bool(torch.isfinite(weight).all()) for weight in weights)
 
 
 def _same(before: Tensor, after: Tensor, dtypes: Iterable[torch.dtype]) -> bool:

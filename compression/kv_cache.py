@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.forward import Stream, running_stream
 from compression.plans import CachePlan
-from compression.quantizer import fake_quantize, fixed_input_scale
+from compression.quantizer import fake_quantize, fixed_input_scale, require_finite_input_scale
 from compression.schemes import KV_CACHE
 
 
@@ -45,13 +45,17 @@ class KVCache:
         return keys, values
 
     def learned(self, planned: CachePlan) -> dict[str, Tensor]:
-        """The scales of the layer that has been passed, [1], by their names on disk."""
+        """The scales of the layer that has been passed, [1], by their names on disk.
+
+        Raises:
+            NumericalError: `non_finite_activations`.
+        """
         dtype = TORCH_DTYPES[planned.dtype]
         largest, self._largest = self._largest, {}
-        return {
-            f"{planned.attention}.{kind}_scale": fixed_input_scale(largest[kind], KV_CACHE, dtype)
-            for kind in ("k", "v")
-        }
+        scales = {kind: fixed_input_scale(largest[kind], KV_CACHE, dtype) for kind in ("k", "v")}
+        for scale in scales.values():
+            require_finite_input_scale(f"the KV cache of {planned.attention}", scale)
+        return {f"{planned.attention}.{kind}_scale": scale for kind, scale in scales.items()}
 
     def use(self, planned: CachePlan, stored: Mapping[str, Tensor]) -> None:
         """Round with the scales that are stored for the layer that is about to run."""

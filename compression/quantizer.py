@@ -87,6 +87,35 @@ def require_finite_weight(name: str, weight: Tensor) -> None:
         )
 
 
+def require_finite_result(name: str, weight: Tensor) -> None:
+    """Refuse a compressed weight of module `name`, as readers get it, for which its dtype is too narrow.
+
+    Raises:
+        NumericalError: `weights_out_of_range`.
+    """
+    if not torch.isfinite(weight).all():
+        raise NumericalError(
+            "weights_out_of_range",
+            f"The weight of {name} is so large that it leaves {weight.dtype} when it is compressed.",
+            "Leave this module out with ignore, or convert the checkpoint to a dtype with a wider range.",
+        )
+
+
+def require_finite_input_scale(name: str, scale: Tensor) -> None:
+    """Refuse what calibration fixes of the input of module `name` where its dtype is too narrow.
+
+    Raises:
+        NumericalError: `non_finite_activations`.
+    """
+    if not torch.isfinite(scale).all():
+        raise NumericalError(
+            "non_finite_activations",
+            f"The input of {name} holds numbers beyond {scale.dtype}, in which its scale is stored.",
+            "Use a scheme that finds this at run time, such as FP8_DYNAMIC, or convert the checkpoint to a "
+            "dtype with a wider range.",
+        )
+
+
 def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
     """Scales that span the smallest to the largest weight that share one, zero included.
 

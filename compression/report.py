@@ -15,10 +15,10 @@ class ModuleReport:
 
     scheme: None where it was only pruned. sparsity: share of zeros in what a reader gets, None where nothing
     was pruned. relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without
-    data. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was
-    inverted. smoothed: whether scales of the norm before it were folded into it. tokens: how many were routed
-    to it, for an expert's; where they are fewer than its columns, relative_error is over those that its Gram
-    was filled up with as well.
+    data, and where X W^T is zero and the error is not. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac:
+    the one that worked, None when nothing was inverted. smoothed: whether scales of the norm before it were
+    folded into it. tokens: how many were routed to it, for an expert's; where they are fewer than its
+    columns, relative_error is over those that its Gram was filled up with as well.
     dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
     compares the written file with it.
     """

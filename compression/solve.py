@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
+from compression.errors import NumericalError
 from compression.gram import Gram
 from compression.methods.gptq import GPTQResult, gptq
 from compression.methods.masks import magnitude_keep, wanda_keep
@@ -17,7 +19,13 @@ from compression.methods.rtn import rtn
 from compression.methods.sparsegpt import sparsegpt
 from compression.observers import observe, stack_by_row
 from compression.plans import ModulePlan
-from compression.quantizer import QuantizedWeight, fixed_input_scale, require_finite_weight
+from compression.quantizer import (
+    QuantizedWeight,
+    fixed_input_scale,
+    require_finite_input_scale,
+    require_finite_result,
+    require_finite_weight,
+)
 from compression.recipe import Recipe
 from compression.report import ModuleReport
 from compression.schemes import Scheme
@@ -52,7 +60,8 @@ def solve(
     magnitude, None without data. smoothed: for the report.
 
     Raises:
-        NumericalError: `non_finite_weights`, `singular_gram`.
+        NumericalError: `non_finite_weights`, `non_finite_activations`, `singular_gram`,
+            `weights_out_of_range`; the message names the linears.
     """
     alike: dict[tuple[int | None, int | None, str], list[tuple[ModulePlan, Tensor]]] = {}
     for module, weight in zip(modules, weights, strict=True):
@@ -66,6 +75,7 @@ def solve(
             assert scheme.input_activations is not None
             assert largest_input is not None  # the plan refuses these schemes without a dataset
             fixed_input = fixed_input_scale(largest_input, scheme.input_activations, stored_dtype)
+            require_finite_input_scale(members[0][0].group, fixed_input)
         for solved in _solve_stacked(members, gram, pruning_step, quantizing_step, stored_dtype):
             report = replace(solved.report, smoothed=smoothed)
             yield replace(solved, report=report, fixed_input=fixed_input)
@@ -88,28 +98,30 @@ def _solve_stacked(
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     scheme = members[0][0].scheme
     rows = [len(weight) for weight in weights]
+    names = [module.name for module, _ in members]
     keep, dampening_frac, dead_columns = None, None, 0
-    if pruning is not None:
-        stacked, keep, dampening_frac = _prune(stacked, gram, pruning, rows)
     solution: Sequence[Tensor] | Sequence[QuantizedWeight]
-    if step is None or scheme is None:
-        solution = torch.split(stacked.to(stored_dtype), rows)
-    else:
-        names = [module.name for module, _ in members]
-        solution, found = _quantize(names, stacked, rows, gram, step, scheme, stored_dtype, keep)
-        if found is not None:
-            dampening_frac, dead_columns = found.dampening_frac, found.dead_columns
+    with _naming(names):
+        if pruning is not None:
+            stacked, keep, dampening_frac = _prune(stacked, gram, pruning, rows)
+        if step is None or scheme is None:
+            solution = torch.split(stacked.to(stored_dtype), rows)
+        else:
+            solution, found = _quantize(names, stacked, rows, gram, step, scheme, stored_dtype, keep)
+            if found is not None:
+                dampening_frac, dead_columns = found.dampening_frac, found.dead_columns
     for (module, _), weight, part in zip(members, weights, [*solution], strict=True):
         meant = part if isinstance(part, Tensor) else part.dequantize(stored_dtype)
-        difference = weight - meant.float()
+        require_finite_result(module.name, meant)
+        weight_error, relative_error = _errors(weight, meant, None if gram is None else gram.matrix)
         report = ModuleReport(
             name=module.name,
             method="+".join(done.type for done in (pruning, step) if done is not None),
             scheme=None if scheme is None else scheme.name,
             group_size=None if scheme is None else scheme.weights.group_size,
             shape=(weight.shape[0], weight.shape[1]),
-            weight_error=_ratio(difference.square().sum(), weight.square().sum()),
-            relative_error=None if gram is None else _output_error(weight, difference, gram.matrix),
+            weight_error=weight_error,
+            relative_error=relative_error,
             dampening_frac=dampening_frac,
             dead_columns=dead_columns,
             sparsity=None if pruning is None else float((meant == 0).float().mean()),
@@ -180,11 +192,37 @@ def sha256_of(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def _output_error(weight: Tensor, difference: Tensor, gram: Tensor) -> float:
-    """tr(D G D^T) / tr(W G W^T): |X D^T|^2 / |X W^T|^2 over the tokens that the Gram was made of."""
-    lost = torch.linalg.vecdot(difference @ gram, difference).sum()
-    return _ratio(lost, torch.linalg.vecdot(weight @ gram, weight).sum())
+@contextmanager
+def _naming(names: Sequence[str]) -> Iterator[None]:
+    """Methods see tensors only: what they raise gets the names of the linears that are solved."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(error.code, f"{', '.join(names)}: {error.message}", error.hint) from error
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return 0.0 if part == 0 else float(part / whole)
+def _errors(weight: Tensor, meant: Tensor, gram: Tensor | None) -> tuple[float, float | None]:
+    """|D|^2 / |W|^2 and tr(D G D^T) / tr(W G W^T) = |X D^T|^2 / |X W^T|^2, with D = W - W'.
+
+    The latter is None without data, and where X W^T is zero and X D^T is not. Weights are taken in units of
+    the largest, inputs in units of the loudest: no square of them leaves float32.
+    """
+    unit = weight.abs().amax()
+    if unit == 0:
+        return 0.0, None if gram is None else 0.0
+    difference, weight = (weight - meant.float()) / unit, weight / unit
+    weight_error = float(difference.square().sum()) / float(weight.square().sum())
+    if gram is None:
+        return weight_error, None
+    loudest = gram.diagonal().amax().sqrt()
+    if loudest == 0:
+        return weight_error, 0.0
+    lost, whole = (_through(part.div_(loudest), gram) for part in (difference, weight))
+    if lost <= 0:  # or what rounding makes of 0
+        return weight_error, 0.0
+    return weight_error, lost / whole if whole > 0 else None
+
+
+def _through(weight: Tensor, gram: Tensor) -> float:
+    """tr(W G W^T)."""
+    return float(torch.linalg.vecdot(weight @ gram, weight).sum())

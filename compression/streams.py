@@ -219,16 +219,25 @@ class Streams:
             self._calibration.close()
         if self._original is None or self._compressed is None:
             return None
-        with self._clock.phase("read"):
-            self._model.load_head()
         with self._clock.phase("evaluate"):
             comparison = Comparison()
-            of_compressed = self._compressed.finish()
-            for original, tokens in self._original.finish():
-                compressed, _ = next(of_compressed)
+            for original, compressed, tokens in self.logits():
                 comparison.add(original, compressed, tokens)
                 del original, compressed  # before the next batch makes its own
             return comparison.report(self._split)
+
+    def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch of held-out text that has passed all layers: the logits of the original and of the
+        compressed model, [batch, seq, vocab], and the tokens [batch, seq]."""
+        assert self._original is not None  # the caller evaluates
+        assert self._compressed is not None
+        with self._clock.phase("read"):
+            self._model.load_head()
+        of_compressed = self._compressed.finish()
+        for original, tokens in self._original.finish():
+            compressed, _ = next(of_compressed)
+            yield original, compressed, tokens
+            del original, compressed
 
     def close(self) -> None:
         """End whatever is still parked."""

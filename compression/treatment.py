@@ -80,10 +80,9 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
     result.problems += _fused_problems(chosen)
     schemes = {}
     for number, step in recipe.quantizing.items():
-        columns = [
-            linear.shape[1] for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD
-        ]
-        schemes[number] = _resolve(number, step, columns, result)
+        treated = [linear for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD]
+        schemes[number] = _resolve(number, step, [linear.shape[1] for linear in treated], result)
+        result.problems += _zero_point_problems(number, schemes[number], treated)
         if any(linear.experts for linear, (index, _) in chosen if index == number):
             result.problems += _expert_problems(number, schemes[number])
         fused = [
@@ -245,6 +244,30 @@ def _expert_problems(number: int, scheme: Scheme) -> list[Problem]:
             "experts_need_dynamic_activations",
             f"{scheme.name} fixes the range of activations by calibration; experts may see no token of it.",
             "Use a scheme that finds it at run time or needs none, such as FP8_DYNAMIC or NVFP4A16.",
+            f"/recipe/steps/{number}/scheme",
+        )
+    ]
+
+
+def _zero_point_problems(number: int, scheme: Scheme, linears: Sequence[Linear]) -> list[Problem]:
+    """Linears with several groups, the zero points of each in one word: compressed-tensors 0.20 packs them,
+    and cannot unpack them."""
+    args = scheme.weights
+    unreadable = [
+        f"{linear.name} has {linear.shape[0]}"
+        for linear in linears
+        if not args.symmetric
+        and linear.shape[0] * args.num_bits <= 32
+        and args.scale_shape(linear.shape)[1] > 1
+    ]
+    if not unreadable:
+        return []
+    return [
+        Problem(
+            "too_few_outputs",
+            "compressed-tensors 0.20 cannot read the zero points of linears with "
+            f"{32 // args.num_bits} outputs or fewer: {_some(unreadable)}.",
+            "Use the symmetric W4A16, or leave these linears out with ignore.",
             f"/recipe/steps/{number}/scheme",
         )
     ]

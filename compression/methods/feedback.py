@@ -58,6 +58,9 @@ def walk(
     """Change all `columns` [in, out], the last first; their rows become their errors.
 
     factor: lower L [in, in]; it is overwritten by the shares L_ij / L_jj.
+
+    Raises:
+        NumericalError: `weights_out_of_range`, an error is beyond float32, or its scale is.
     """
     n, out = columns.shape
     shares = factor.div_(factor.diagonal().clone())
@@ -87,6 +90,12 @@ def walk(
                 strict=True,
             ):
                 change(target.addmv_(received, share), error, column)
+    if not torch.isfinite(columns).all():
+        raise NumericalError(
+            "weights_out_of_range",
+            "The weights are so large that errors leave the range of float32, or scales that of their dtype.",
+            "Leave this module out with ignore, or convert the checkpoint to a dtype with a wider range.",
+        )
 
 
 def _made_up(columns: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, floa
     """
     diagonal = gram.diagonal().clone()
     live = diagonal != 0
-    mean = diagonal.sum() / live.sum().clamp(min=1)
+    mean = diagonal.double().sum() / live.sum().clamp(min=1)
     diagonal.masked_fill_(~live, 1.0)
     fraction = dampening_frac
     while True:
@@ -121,7 +130,7 @@ def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, floa
         if fraction >= _MAX_DAMPENING:
             raise NumericalError(
                 "singular_gram",
-                f"The Gram matrix is not positive definite, even with dampening {fraction:g}.",
+                f"The Gram matrix of the input is not positive definite, even with dampening {fraction:g}.",
                 "Use more calibration tokens, or leave this module out with ignore.",
             )
         fraction = min(10 * fraction, _MAX_DAMPENING)

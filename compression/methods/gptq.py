@@ -46,7 +46,8 @@ def gptq(
     keep: bool [out, in], where it is False the result is 0 (what pruning left stays pruned).
 
     Raises:
-        NumericalError: `singular_gram`, no dampening up to 1.0 makes the Gram matrix positive definite.
+        NumericalError: `singular_gram`, no dampening up to 1.0 makes the Gram matrix positive definite;
+            `weights_out_of_range`, as `walk` says.
     """
     gram = gram_matrix.float()
     diagonal = gram.diagonal()

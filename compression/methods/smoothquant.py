@@ -42,12 +42,12 @@ def fold_norm(weight: Tensor, bias: Tensor | None, scales: Tensor, *, offset: fl
     """Divide a norm's output by `scales` [features].
 
     weight, bias: in the dtype they are stored in, to which the results are rounded. The norm multiplies with
-    offset + weight. A channel whose folded factor would round to zero is left alone.
+    offset + weight. A channel whose folded factor would round to zero, or leave its dtype, is left alone.
     """
     factor = weight.float() + offset
     folded = (factor / scales - offset).to(weight.dtype)
     rounded = folded.float() + offset
-    keep = (rounded == 0) | (factor == 0)
+    keep = (rounded == 0) | (factor == 0) | ~torch.isfinite(rounded)
     folded = torch.where(keep, weight, folded)
     effective = torch.where(keep, 1.0, factor / rounded)
     return FoldedNorm(folded, None if bias is None else (bias.float() / effective).to(bias.dtype), effective)

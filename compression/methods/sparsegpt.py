@@ -2,7 +2,8 @@
 
 A weight costs L_jj^2 times its square, its feedback included, whatever is made of the columns before it
 (`compression.methods.feedback`); L_jj^2 is the paper's 1 / [H^-1]_jj. The cheapest are pruned, and what they
-cost is made up for by those that are still to come.
+cost is made up for by those that are still to come. Costs are compared by their roots, |w| L_jj: a square of
+them may leave float32.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def sparsegpt(
     block of columns goes, of each linear by itself. splits: rows of the linears that are stacked along out.
 
     Raises:
-        NumericalError: `singular_gram`.
+        NumericalError: `singular_gram`, `weights_out_of_range`.
     """
     columns = weight.t().float().contiguous()
     columns[gram_matrix.diagonal() == 0] = 0.0
     factor, worked = dampened_cholesky(gram_matrix.float().clone(), dampening_frac)
-    pruning = _Pruning(columns, factor.diagonal().square(), sparsity, structure, splits)
+    pruning = _Pruning(columns, factor.diagonal().clone(), sparsity, structure, splits)
     original = columns.clone()
     walk(
         columns,
@@ -68,13 +69,13 @@ class _Pruning:
     def __init__(
         self,
         columns: Tensor,
-        costs: Tensor,
+        roots: Tensor,
         sparsity: float,
         structure: MaskStructure | None,
         splits: Sequence[int],
     ) -> None:
         self.keep = torch.empty_like(columns)
-        self._costs = costs
+        self._roots = roots
         self._sparsity, self._structure, self._splits = sparsity, structure, splits
 
     def choose_in_block(self, block: Tensor, start: int) -> None:
@@ -94,4 +95,4 @@ class _Pruning:
         error.addcmul_(target, self.keep[column], value=-1)
 
     def _scores(self, block: Tensor, start: int) -> Tensor:
-        return block.square() * self._costs[start : start + len(block), None]
+        return block.abs() * self._roots[start : start + len(block), None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,63 +9,34 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression import (
     AWQModifier,
-    Calibration,
     CompressionError,
     DatasetSpec,
-    Evaluation,
     QuantizationModifier,
     Recipe,
     compress,
     plan,
 )
-from compression import device as machine
 from compression.calibration import load_blocks
-from compression.clock import Clock
-from compression.folding import fold, fold_linears
 from compression.gram import accumulate_gram
 from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
-from compression.model import StreamedModel
-from compression.plans import Plan
-from compression.report import EvaluationReport, Report
+from compression.report import Report
 from compression.schemes import QuantizationArgs, get_scheme
-from compression.streams import Streams
+from tests.compression.folds import FEW, SMALL, folded_only, planned, with_outliers
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 
-SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
-FEW = Evaluation(num_samples=8)
 ASYM = {"scheme": "W4A16_ASYM", "group_size": 32}
-AWQ = [{"type": "awq", **ASYM}]
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+AWQ: list[dict[str, Any]] = [{"type": "awq", **ASYM}]
 
 
 def run(source: Path, output: Path, texts: Path, steps: list[dict[str, object]], **options: object) -> Report:
     recipe, dataset = Recipe.model_validate(steps), DatasetSpec(path=str(texts))
     return compress(source, recipe, output, dataset=dataset, calibration=SMALL, evaluation=FEW, **options)
-
-
-def with_outliers(folder: Path) -> Path:
-    """Three channels of what every group reads become 30 times larger, as in trained models."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight", "v_proj.weight")):
-            tensor[[3, 70, 100]] *= 30
-        if name.endswith("up_proj.weight"):
-            tensor[[5, 80, 200]] *= 30
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
 
 
 def reference_rounding(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -148,41 +117,6 @@ class TestSearch:
         assert len(scales.unique()) == 8
 
 
-def planned(source: Path, texts: Path) -> Plan:
-    recipe, dataset = Recipe.model_validate(AWQ), DatasetSpec(path=str(texts))
-    return plan(source, recipe, dataset=dataset, calibration=SMALL, evaluation=FEW)
-
-
-def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
-    """The model after all folds, nothing rounded, against the original; and the groups that were folded."""
-    model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=torch.float32)
-    blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=True)
-    arithmetic = machine.choose("cpu", "F32")
-    step, done = made.recipe.smoothing, set()
-    assert step is not None
-    with closing(Streams(made, model, blocks, arithmetic, Path(), Clock())) as streams:
-        for layer in made.layers:
-            model.load_layer(layer.index)
-            streams.pass_original(layer.index)
-            folds = fold_linears(layer, model, streams, step, "float32")
-            done |= folds.groups
-            for group in streams.groups(layer):
-                names = [module.name for module in group.modules]
-                weights = [folds.weights.get(n, w) for n, w in zip(names, model.weights(names), strict=True)]
-                if here := layer.folds.get(group.name):
-                    assert group.inputs is not None
-                    gram = accumulate_gram(group.inputs, precision="float32")
-                    folded = fold(here, group, weights, gram, model, streams, step)
-                    weights, done = folded.weights, done | ({group.name} if folded.done else set())
-                model.set_weights(dict(zip(names, weights, strict=True)))
-            streams.pass_calibration(layer)
-            streams.pass_compressed(layer, {})
-            model.drop_layer(layer.index)
-        measured = streams.compare()
-    assert measured is not None
-    return measured, done
-
-
 @pytest.mark.parametrize(
     ("model_type", "dtype"),
     [
@@ -199,7 +133,7 @@ def test_folds_leave_the_function_as_it_was(
     model_type: str, dtype: torch.dtype, tiny_texts: Path, tmp_path: Path
 ) -> None:
     source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=dtype))
-    made = planned(source, tiny_texts)
+    made = planned(source, tiny_texts, AWQ)
     measured, done = folded_only(made, tiny_texts)
     foldable = {m.group for layer in made.layers for m in layer.modules}
     if model_type in ("olmo2", "opt"):
@@ -212,7 +146,7 @@ def test_folds_leave_the_function_as_it_was(
 
 def test_a_wrong_fold_is_undone(tiny_texts: Path, tmp_path: Path) -> None:
     source = with_outliers(tiny_model(tmp_path / "model", dtype=torch.float32))
-    made = planned(source, tiny_texts)
+    made = planned(source, tiny_texts, AWQ)
     layers = []
     for layer in made.layers:
         attention, mlp = layer.linear_folds

@@ -97,6 +97,18 @@ def test_bytes_hold_the_codes(name: str) -> None:
     assert torch.equal(tensors["a.weight"].float(), weight.codes.float())
 
 
+def test_the_library_cannot_unpack_zero_points_of_few_rows() -> None:
+    """Plans refuse them, `too_few_outputs`, for as long as this is so."""
+    scheme = WEIGHTS["W4A16_ASYM-g32"]
+    for rows, columns in ((9, 96), (8, 32)):
+        weight = quantized(scheme, rows, columns, torch.float32)
+        back = decode("a", encode("a", weight, scheme), scheme, torch.float32)
+        assert torch.equal(back, weight.dequantize(torch.float32))
+    tensors = encode("a", quantized(scheme, 8, 96, torch.float32), scheme)
+    with pytest.raises(RuntimeError, match="stride"):
+        decode("a", tensors, scheme, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["W4A16-channel", "W8A8", "FP8_DYNAMIC"])
 def test_no_scale_is_too_small_to_keep_the_codes(name: str) -> None:
     scheme = WEIGHTS[name]

@@ -35,9 +35,13 @@ def reference(
 
     order = gram.diagonal().argsort(descending=True, stable=True) if static else torch.arange(len(gram))
     hessian = gram.double()[order][:, order]
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    dead = hessian.diagonal() == 0
+    dampening = 0.01 * hessian.diagonal()[~dead].mean()
+    hessian.diagonal()[dead] = 1.0
+    hessian.diagonal().add_(dampening)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     remaining = weight.double()[:, order]
+    remaining[:, dead] = 0.0
     result = torch.empty_like(remaining)
     for i, column in enumerate(order.tolist()):
         scaled = remaining[:, i] / scales[:, column] + shifts[:, column]
@@ -73,6 +77,22 @@ def test_loss_is_the_references(name: str, actorder: Literal["static"] | None) -
         assert loss == pytest.approx(least, rel=1e-3)
         assert ((back(result) - expected).abs() < 1e-4).double().mean() > 0.995
         assert loss < 0.9 * proxy_loss(weight, restored(rtn(weight, args, params).codes, params, args), gram)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_so_it_is_on_random_layers_with_dead_columns_and_few_tokens(seed: int) -> None:
+    args = WEIGHTS[sorted(WEIGHTS)[seed % len(WEIGHTS)]].weights
+    columns = (args.columns or 50) * (1 + seed % 3)
+    weight, gram = problem(7 + 13 * (seed % 5), columns, seed, tokens=columns // 2 + 100 * (seed % 4))
+    dead = [3, columns // 2, columns - 1][: seed % 4]
+    gram[dead], gram[:, dead] = 0.0, 0.0
+    params = minmax_params(weight, args, torch.float32)
+    result = gptq(weight, gram, args, params)
+    expected = reference(weight, gram, args, params, static=True)
+    assert proxy_loss(weight, back(result), gram) == pytest.approx(
+        proxy_loss(weight, expected, gram), rel=1e-3
+    )
+    assert (back(result)[:, dead] == 0).all()
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 48, 1000])

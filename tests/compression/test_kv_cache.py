@@ -12,11 +12,11 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress
+from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress
 from compression.calibration import load_blocks
 from compression.checkpoint.formats import quantization_config
 from compression.events import Event, LayerReplayed, LayerSolved
@@ -107,6 +107,16 @@ def test_a_small_activation_budget_and_an_interruption_change_nothing(
     assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0]
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     assert resumed.evaluation == whole.evaluation
+
+
+def test_keys_beyond_the_dtype_of_their_scale_are_refused_by_name(tiny_texts: Path, tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", dtype=torch.float16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressionError, match=r"model\.layers\.1\.self_attn") as caught:
+        run(source, tmp_path / "out", tiny_texts)
+    assert caught.value.code == "non_finite_activations"
 
 
 class TestPlan:

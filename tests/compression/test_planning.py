@@ -176,6 +176,17 @@ class TestGroupSize:
     def test_larger_than_the_input(self, model: Path) -> None:
         assert problem_of(model, recipe(group_size=512)).code == "group_size_does_not_divide"
 
+    def test_zero_points_of_few_outputs_are_refused_where_readers_fail(self, tmp_path: Path) -> None:
+        few = fake_llama(tmp_path / "few", {**TINY, "num_attention_heads": 16, "num_key_value_heads": 1})
+        problem = problem_of(few, recipe("W4A16_ASYM", group_size=64))
+        assert problem.code == "too_few_outputs"
+        assert "model.layers.0.self_attn.k_proj has 8" in problem.message
+        assert problem.pointer == "/recipe/steps/0/scheme"
+        assert plan(few, recipe("W4A16_ASYM", group_size=128))  # one group of 128 columns
+        assert plan(few, recipe("W4A16", group_size=64))
+        enough = fake_llama(tmp_path / "enough", {**TINY, "num_attention_heads": 8, "num_key_value_heads": 1})
+        assert plan(enough, recipe("W4A16_ASYM", group_size=64))
+
     @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
     def test_schemes_without_groups_take_none(self, model: Path, scheme: str) -> None:
         assert problem_of(model, recipe(scheme, group_size=64)).code == "group_size_not_applicable"

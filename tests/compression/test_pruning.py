@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,26 @@ class TestMasks:
         keep = magnitude_keep(weight, 0.5, None, [4, 6])
         assert (keep[:4].sum(), keep[4:].sum()) == (16, 24)
         assert weight[:4].abs()[keep[:4]].min() > weight[:4].abs()[~keep[:4]].max()
+
+    @pytest.mark.parametrize("structure", [None, (2, 4), (1, 4)])
+    @pytest.mark.parametrize("method", ["wanda", "magnitude"])
+    def test_masks_are_their_definitions(self, method: str, structure: tuple[int, int] | None) -> None:
+        """One comparison group after the other, in float64."""
+        (weight, _), inputs = problem(12, 40), correlated_inputs(100, 40)
+        norms = inputs.double().square().sum(0).sqrt()
+        scores = weight.double().abs() * (norms if method == "wanda" else 1.0)
+        expected = torch.zeros(12, 40, dtype=torch.bool)
+        whole = 40 if method == "wanda" else 12 * 40  # Wanda compares in a row, magnitude in a linear
+        size, kept = (whole, whole // 2) if structure is None else (structure[1], structure[0])
+        for start in range(0, 12 * 40, size):
+            group = scores.flatten()[start : start + size].tolist()
+            for position in sorted(range(size), key=group.__getitem__)[size - kept :]:
+                expected.view(-1)[start + position] = True
+        if method == "wanda":
+            keep = wanda_keep(weight, inputs.square().mean(0), 0.5, structure)
+        else:
+            keep = magnitude_keep(weight, 0.5, structure, [12])
+        assert torch.equal(keep, expected)
 
     def test_wanda_weighs_by_the_norm_of_the_input(self) -> None:
         weight = torch.tensor([[1.0, -2, 3, 4], [4, 3, 2, 1]])
@@ -173,22 +195,69 @@ def test_a_pruned_model_is_a_plain_checkpoint(
     assert [warning["code"] for warning in report.warnings] == ["pruned_stored_dense"]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"])
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+RECIPES = [
+    ("sparsegpt", "gptq", "W4A16"),
+    ("sparsegpt", "gptq", "W4A16_ASYM"),
+    ("sparsegpt", "gptq", "W8A8"),
+    ("sparsegpt", "gptq", "FP8_DYNAMIC"),
+    ("sparsegpt", "gptq", "NVFP4A16"),
+    ("sparsegpt", "rtn", "W4A16"),
+    ("sparsegpt", "rtn", "W4A16_ASYM"),
+    ("sparsegpt", "rtn", "W8A8"),
+    ("sparsegpt", "rtn", "FP8_DYNAMIC"),
+    ("sparsegpt", "rtn", "MXFP8A16"),
+    ("wanda", "gptq", "W4A16_ASYM"),
+    ("wanda", "rtn", "W4A16_ASYM"),
+    ("wanda", "rtn", "FP8_DYNAMIC"),
+    ("magnitude", "gptq", "W8A8"),
+    ("magnitude", "rtn", "FP8_BLOCK"),
+]
+
+
+Taken = Callable[[str, str], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> Taken:
+    """Which weights of the first q, k and v are pruned, by method and structure: what these read does not
+    depend on what was compressed before."""
+    folder = tmp_path_factory.mktemp("pruned")
+    source = tiny_model(folder / "model", dtype=torch.float32)
+
+    @cache
+    def pruned(method: str, structure: str) -> dict[str, Tensor]:
+        out = folder / f"{method}-{structure}".replace(":", "")
+        run(source, out, tiny_texts, Recipe.model_validate([{"type": method, "mask_structure": structure}]))
+        names = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")]
+        tensors = written(out)
+        return {name: tensors[f"{name}.weight"] == 0 for name in names}
+
+    return pruned
+
+
+@pytest.mark.parametrize(("pruning", "method", "scheme"), RECIPES)
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_what_pruning_left_is_quantized_and_what_it_took_stays_away(
-    scheme: str, method: str, tiny_texts: Path, tmp_path: Path
+    pruning: str, method: str, scheme: str, structure: str, taken: Taken, tiny_texts: Path, tmp_path: Path
 ) -> None:
     source, out = tiny_model(tmp_path / "model", dtype=torch.float32), tmp_path / "out"
-    recipe = Recipe.model_validate(
-        [{"type": "sparsegpt", "mask_structure": "2:4"}, {"type": method, "scheme": scheme}]
-    )
+    prune, quantize = {"type": pruning, "mask_structure": structure}, {"type": method, "scheme": scheme}
+    recipe = Recipe.model_validate([prune, quantize])
     report = run(source, out, tiny_texts, recipe)
-    tensors = written(out)
+    tensors, pruned = written(out), taken(pruning, structure)
     made = plan(source, recipe, dataset=DatasetSpec(path=str(tiny_texts)), calibration=SMALL)
-    for module in made.layers[0].modules:
-        weight = decode(module.name, tensors, module.scheme, torch.float32)
-        assert ((weight.view(-1, 4) == 0).sum(-1) >= 2).all()
-    assert {row.method for row in report.modules} == {f"sparsegpt+{method}"}
+    modules = [module for layer in made.layers for module in layer.modules]
+    assert len(modules) == len(report.modules) == 14
+    for module, row in zip(modules, report.modules, strict=True):
+        zeros = decode(module.name, tensors, module.scheme, torch.float32) == 0  # by compressed-tensors
+        assert zeros.float().mean() >= 0.5 - 1e-3
+        assert row.sparsity == pytest.approx(float(zeros.float().mean()))
+        if structure == "2:4":
+            assert (zeros.view(-1, 4).sum(-1) >= 2).all()
+        if module.name in pruned:
+            assert abs(float(pruned[module.name].float().mean()) - 0.5) <= 1e-3
+            assert zeros[pruned[module.name]].all()
+    assert {row.method for row in report.modules} == {f"{pruning}+{method}"}
     assert report.evaluation is not None
     if scheme != "W4A16_ASYM":  # Transformers loads it only dequantized: tests/support/readers.py
         blocks = load_blocks(DatasetSpec(path=str(tiny_texts)), source, SMALL, FEW).evaluation

@@ -29,6 +29,7 @@ from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
 from compression.report import Report
 from compression.selfcheck import check_against_model
+from tests.compression import folds
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 
@@ -98,6 +99,29 @@ class TestFold:
         folded = fold_norm(weight, None, torch.tensor([2.0, 1e5, 2.0]), offset=0)
         assert folded.weight.tolist() == [0.0, weight[1].item(), 0.5]
         assert folded.scales.tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left"),
+    [
+        ("llama", ("o_proj", "down_proj")),
+        ("gemma2", ("o_proj", "down_proj")),  # norms multiply with 1 + w
+        ("phi3", ("o_proj", "down_proj")),  # q, k and v are one linear, gate and up another
+        ("cohere", ("o_proj", "down_proj")),  # LayerNorm, one for attention and MLP
+        ("opt", ("out_proj", "fc2")),  # LayerNorm with a bias
+    ],
+)
+def test_folds_leave_the_function_as_it_was(
+    model_type: str, left: tuple[str, ...], tiny_texts: Path, tmp_path: Path
+) -> None:
+    """In float32, all of them made, nothing rounded."""
+    source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=torch.float32))
+    made = folds.planned(source, tiny_texts, [SMOOTH, {"type": "rtn", "scheme": "W8A8"}])
+    measured, done = folds.folded_only(made, tiny_texts)
+    groups = {module.group for layer in made.layers for module in layer.modules}
+    assert done == {group for group in groups if not group.endswith(left)}
+    assert measured.kl_divergence < 1e-7
+    assert measured.perplexity_compressed == pytest.approx(measured.perplexity_original, rel=1e-5)
 
 
 def test_outliers_in_activations_cost_less(tiny_texts: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ there.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from dataclasses import replace
 from itertools import chain
@@ -31,12 +30,11 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.steps import KVCacheScheme
 from tests.compression.grids import spread
+from tests.conformance.peer import ENVIRONMENT, PYTHON
 from tests.support.models import tiny_model
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("PEER_PYTHON", ROOT / ".venv-peer" / "bin" / "python"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHOICES = [
     ("W3A16", None),
@@ -108,12 +106,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> Path:
     jobs += [job(folder, model_type, "rtn", "W4A16", None, tiny_texts) for model_type in WITH_EXPERTS]
     jobs.append(cache_job(folder, tiny_texts))
     subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("peer_rtn.py"))],
+        [PYTHON, Path(__file__).with_name("peer_rtn.py")],
         input=json.dumps(jobs),
         text=True,
         check=True,
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        env=ENVIRONMENT,
     )
     return folder
 

@@ -18,8 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
+def logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Of a checkpoint in Transformers and compressed-tensors, activations quantized as they serve them.
+
+    tokens: [batch, seq]. Returns float32 [batch, seq, vocab].
+    """
+    model = _load(folder)
+    with torch.no_grad():
+        result: Tensor = model(input_ids=tokens).logits
+    return result.float()
+
+
 def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
-    """Of a checkpoint in Transformers and compressed-tensors, activations quantized as they serve them."""
+    """Of a checkpoint, read as `logits` reads it; block by block."""
     model = _load(folder)
     losses = []
     with torch.no_grad():
