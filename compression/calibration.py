@@ -212,7 +212,8 @@ def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
 def _check_vocabulary(blocks: Sequence[Tensor], source: Path) -> None:
     """A token id that the embedding has no row for would crash the forward pass without a name."""
-    vocabulary = json.loads((source / "config.json").read_bytes()).get("vocab_size")
+    config = json.loads((source / "config.json").read_bytes())
+    vocabulary = (config.get("text_config") or config).get("vocab_size")
     largest = max((int(block.max()) for block in blocks), default=0)
     if vocabulary is not None and largest >= vocabulary:
         raise SourceError(

@@ -113,16 +113,20 @@ def tensor_problems(
     """Tensors that config.json implies and that are absent, of another shape, or not of a float type."""
     tensors = checkpoint.tensors
     missing = [name for name in expected if name not in tensors]
-    present = [tensors[name] for name in expected if name in tensors]
+    present = {name: tensors[name] for name in expected if name in tensors}
     reshaped = [
-        f"{info.name} is {list(info.shape)}, config.json implies {list(expected[info.name])}"
-        for info in present
-        if info.shape != expected[info.name]
+        f"{info.name} is {list(info.shape)}, config.json implies {list(expected[name])}"
+        for name, info in present.items()
+        if info.shape != expected[name]
     ]
-    mistyped = [f"{info.name} is {info.dtype}" for info in present if info.dtype not in COMPUTE_DTYPES]
+    mistyped = [
+        f"{info.name} is {info.dtype}" for info in present.values() if info.dtype not in COMPUTE_DTYPES
+    ]
     problems = []
     if decoder.num_layers > len(tensors):
         missing.append(f"{decoder.layers_prefix}{decoder.num_layers - 1}")
+    parts = decoder.family.vision.modules
+    missing += [part for part in parts if not any(name.startswith(part) for name in tensors)]
     if missing:
         problems.append(
             _of_model(

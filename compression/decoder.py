@@ -173,8 +173,9 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
                 f"Supported model types: {', '.join(FAMILIES)}.",
             )
         ]
-    problems = _architecture_problems(config, family)
-    present = {family.aliases.get(key, key): value for key, value in config.items() if value is not None}
+    text = _text_config(config, family)
+    problems = _architecture_problems(config, text, family)
+    present = {family.aliases.get(key, key): value for key, value in text.items() if value is not None}
     stated = {**family.defaults, **present}
     hidden, inner, layers, heads, vocab = (
         _size(stated, key, None, problems)
@@ -219,9 +220,16 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
         return problems
     keys = {linear.bias for linear in family.linears()} | family.optional.keys()
     switches = {key: stated.get(key) is True for key in keys}
-    tied = stated.get("tie_word_embeddings") is True
+    whole = {**family.defaults, **config}  # one of the two is enough
+    tied = any(part.get("tie_word_embeddings") is True for part in (stated, whole))
     window = stated.get("sliding_window") if stated.get("use_sliding_window", True) else None
     return Decoder(family, sizes, layers, tied, switches, sparse, window if type(window) is int else 0)
+
+
+def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """Where the decoder is stated. Before `text_config`, Qwen2.5-VL had its keys among those of the whole."""
+    text = config.get("text_config")
+    return text if family.vision.text_type and isinstance(text, dict) else config
 
 
 def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Problem]) -> SparseRule | None:
@@ -239,7 +247,9 @@ def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Probl
     return SparseRule(first, step, tuple(dense))
 
 
-def _architecture_problems(config: Mapping[str, Any], family: Family) -> list[Problem]:
+def _architecture_problems(
+    config: Mapping[str, Any], text: Mapping[str, Any], family: Family
+) -> list[Problem]:
     architectures = config.get("architectures")
     if architectures is not None and architectures != [family.architecture]:
         return [
@@ -249,14 +259,23 @@ def _architecture_problems(config: Mapping[str, Any], family: Family) -> list[Pr
                 f"Of this model type only {family.architecture} is supported.",
             )
         ]
+    text_type = text.get("model_type")
+    if family.vision.text_type and text_type not in (None, config["model_type"], family.vision.text_type):
+        return [
+            _problem(
+                "unsupported_architecture",
+                f"config.json: the model_type of text_config is {str(text_type)[:40]}.",
+                f"Of {family.architecture} only those with {family.vision.text_type} are supported.",
+            )
+        ]
     problems = []
     for key, value in family.fixed.items():
-        needed = config.get(value) if isinstance(value, str) else value
-        if config.get(key) not in (None, needed):
+        needed = text.get(value) if isinstance(value, str) else value
+        if text.get(key) not in (None, needed):
             problems.append(
                 _problem(
                     "unsupported_architecture",
-                    f"config.json: {key} is {str(config[key])[:40]}.",
+                    f"config.json: {key} is {str(text[key])[:40]}.",
                     f"Models of this type are supported with {key} = {needed} only.",
                 )
             )

@@ -8,7 +8,9 @@ imported from Transformers; a test compares this module with its modeling code.
 
 from __future__ import annotations
 
-from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec, Sparse
+from dataclasses import replace
+
+from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec, Sparse, Vision
 
 
 def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
@@ -316,3 +318,56 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By `model_type`."""
+
+_QWEN_VISION = Vision(
+    "qwen2_5_vl_text",
+    modules=("model.visual.",),
+    renamed={
+        "visual.": "model.visual.",
+        "model.embed_tokens.": "model.language_model.embed_tokens.",
+        "model.layers.": "model.language_model.layers.",
+        "model.norm.": "model.language_model.norm.",
+    },
+)
+_LLAVA_VISION = Vision(
+    "llama",
+    modules=("model.vision_tower.", "model.multi_modal_projector."),
+    renamed={
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "vision_tower.vision_model.": "model.vision_tower.",
+        "model.vision_tower.vision_model.": "model.vision_tower.",
+        "vision_tower.": "model.vision_tower.",
+    },
+)
+
+
+def _reads_images(architecture: str, text: Family, vision: Vision, **defaults: int) -> Family:
+    """A family whose decoder lies beside a vision tower in Transformers; defaults are those of its config."""
+    return replace(
+        text,
+        architecture=architecture,
+        vision=vision,
+        defaults={**text.defaults, **defaults},
+        layers_prefix="model.language_model.layers.",
+        embedding="model.language_model.embed_tokens.weight",
+        outside=_norms("model.language_model.norm"),
+    )
+
+
+FAMILIES |= {
+    "qwen2_5_vl": _reads_images(
+        "Qwen2_5_VLForConditionalGeneration", FAMILIES["qwen2"], _QWEN_VISION, num_key_value_heads=8
+    ),
+    "llava": _reads_images(
+        "LlavaForConditionalGeneration",
+        FAMILIES["llama"],
+        _LLAVA_VISION,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+}

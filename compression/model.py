@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import ContextManagers
 
 from compression.checkpoint.headers import Checkpoint
@@ -27,7 +27,8 @@ HEAD = "lm_head"
 
 
 class StreamedModel:
-    """A causal language model in evaluation mode, one decoder layer of which is real at a time.
+    """A causal language model in evaluation mode, one decoder layer of which is real at a time; what it reads
+    images with never is.
 
     layers_prefix: name of the list of decoder layers, with a dot at its end. compute_dtype: dtype of all
     parameters while they are real, whatever dtype the checkpoint stores.
@@ -39,13 +40,15 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
-        self.module = _build_empty(checkpoint.folder, compute_dtype)
+        family = FAMILIES[checkpoint.config["model_type"]]
+        self.module = _build_empty(checkpoint.folder, family.architecture, compute_dtype)
         self.layers = list(self.module.get_submodule(layers_prefix.removesuffix(".")).children())
-        if sparse := FAMILIES[checkpoint.config["model_type"]].sparse:
+        if family.sparse:
             for layer in self.layers:
-                unfuse(layer, sparse.experts)
+                unfuse(layer, family.sparse.experts)
         self.head = self.module.get_submodule(HEAD)
         self._layers_prefix = layers_prefix
+        self._tower = family.vision.modules
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -55,8 +58,14 @@ class StreamedModel:
         return int(module.removeprefix(self._layers_prefix).split(".", 1)[0])
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Every linear by its name in the model, in the order of definition."""
-        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        """Every linear of the decoder by its name in the model, in the order of definition."""
+        linears = {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        return {name: m for name, m in linears.items() if not name.startswith(self._tower)}
+
+    def tower(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that read images, by name. They are never made real."""
+        named = self.module.named_parameters()
+        return {name: tuple(p.shape) for name, p in named if name.startswith(self._tower)}
 
     def trace(self, producers: Iterable[str] = ()) -> tuple[list[list[str]], dict[str, set[str]]]:
         """Which linears read one tensor, in the order in which they run; which read each producer's result.
@@ -138,9 +147,9 @@ class StreamedModel:
         return [f"{self._layers_prefix}{index}.{name}" for name in self.layers[index].state_dict()]
 
     def _outside(self) -> list[str]:
-        """Parameters outside the decoder layers, without lm_head."""
+        """Parameters of the decoder outside its layers, without lm_head."""
         names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
-        return [n for n in names if not n.startswith((self._layers_prefix, f"{HEAD}."))]
+        return [n for n in names if not n.startswith((self._layers_prefix, f"{HEAD}.", *self._tower))]
 
     def _load(self, names: Iterable[str], on_disk: Mapping[str, str] | None = None) -> None:
         for name in names:
@@ -192,11 +201,13 @@ def _missing(name: str) -> PlanError:
     )
 
 
-def _build_empty(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
+def _build_empty(folder: Path, architecture: str, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = getattr(transformers, architecture)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"  # Gemma 2 soft-caps its scores
+    for part in config.sub_configs:
+        getattr(config, part).dtype = compute_dtype  # parts are built in the dtypes that their configs state
     with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
         model: PreTrainedModel = cls(config)
     model.train(False)

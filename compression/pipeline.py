@@ -20,7 +20,7 @@ from torch import Tensor
 from compression import device as machine
 from compression.calibration import dataset_digest, load_blocks
 from compression.checkpoint.formats import decode, encode
-from compression.checkpoint.headers import read_header
+from compression.checkpoint.headers import TensorInfo, read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.checkpoint.writer import Shard, write_shard
 from compression.clock import Clock
@@ -32,6 +32,7 @@ from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.model import StreamedModel
+from compression.naming import on_disk
 from compression.planning import plan as make_plan
 from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.publish import publish
@@ -119,7 +120,7 @@ def compress(
             if finished:
                 with clock.phase("read"):
                     shard = journal.shards[layer.index]
-                    stored = read_infos(read_header(journal.folder / shard.file).values())
+                    stored = layer.in_model(read_infos(read_header(journal.folder / shard.file).values()))
                     model.set_weights(_decode(layer.modules, stored))
                     model.set_parameters({key: stored[key] for key in layer.folded})
                 streams.pass_calibration(layer)
@@ -129,7 +130,8 @@ def compress(
                 stored.update(streams.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
-                    shard = write_shard(journal.folder / layer.shard, {**stored, **copied})
+                    tensors: dict[str, Tensor | TensorInfo] = {**stored, **copied}
+                    shard = write_shard(journal.folder / layer.shard, layer.on_disk(tensors))
                     finished = journal.commit(layer.index, shard, modules)
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))
             streams.pass_compressed(layer, stored)
@@ -141,8 +143,7 @@ def compress(
     emit(PhaseChanged("verify"))
     with clock.phase("write"):
         for file, keys in plan.outside:
-            infos = {key: plan.checkpoint.tensors[key] for key in keys}
-            shards.append(write_shard(journal.folder / file, infos))
+            shards.append(write_shard(journal.folder / file, on_disk(plan.checkpoint, keys)))
     if self_check:
         with clock.phase("verify"):
             check_files(plan, journal.folder, rows)

@@ -21,6 +21,7 @@ from compression.duration import duration
 from compression.errors import PlanError, Problem, SourceError
 from compression.guide import GuideModel, guide_estimate
 from compression.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
+from compression.naming import module_names, on_disk, with_model_names
 from compression.plans import ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.served import NOT_SERVED
@@ -64,10 +65,14 @@ def plan(
     decoder = read_decoder(checkpoint.config)
     if not isinstance(decoder, Decoder):
         raise PlanError(*problems, *decoder)
+    vision = decoder.family.vision
+    checkpoint = with_model_names(checkpoint, vision)
+    tower = tuple(sorted(name for name in checkpoint.tensors if name.startswith(vision.modules)))
     expected = _expected(checkpoint, decoder)
     if not any(problem.code == "source_already_quantized" for problem in problems):
         problems += checks.tensor_problems(checkpoint, decoder, expected)
-    treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
+    names = [*_leaf_modules(expected), *module_names(checkpoint, tower)]
+    treatment = treat(_linears(checkpoint, decoder), names, recipe)
     problems += treatment.problems
     if require == "vllm":
         problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
@@ -77,12 +82,14 @@ def plan(
     if problems:
         raise PlanError(*problems)
 
-    unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
+    unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys() - set(tower)))
     modules = _module_plans(checkpoint, decoder, treatment)
     caches = recipe.kv_cache_step is not None
-    layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing, caches=caches)
+    layers, outside = assign_shards(
+        checkpoint, decoder, modules, (*tower, *unknown), recipe.smoothing, caches=caches
+    )
     stored = [stored_layer(checkpoint, layer) for layer in layers]
-    rest = [{key: checkpoint.tensors[key].spec for key in keys} for _, keys in outside]
+    rest = [{key: info.spec for key, info in on_disk(checkpoint, keys).items()} for _, keys in outside]
     output_bytes = sum(map(file_size, [*stored, *rest]))
     compressed = [module for module in modules if module.compressed]
     kept = tuple(module for module in modules if not module.compressed)
@@ -101,9 +108,10 @@ def plan(
         layers_prefix=decoder.layers_prefix,
         layers=layers,
         outside=outside,
+        tower=tower,
         unknown=unknown,
         kept=kept,
-        ignore=_ignored(checkpoint, decoder, modules, unknown),
+        ignore=_ignored(checkpoint, decoder, modules, tower, unknown),
         warnings=(
             *warnings,
             *treatment.warnings,
@@ -194,22 +202,29 @@ def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment
 
 
 def _ignored(
-    checkpoint: Checkpoint, decoder: Decoder, modules: Sequence[ModulePlan], unknown: Sequence[str]
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    modules: Sequence[ModulePlan],
+    tower: Sequence[str],
+    unknown: Sequence[str],
 ) -> tuple[str, ...]:
-    """What readers find as it was: linears without a scheme; routers, which some readers make linears; and
-    weights of layers after the last, which predict further tokens and which some readers run."""
+    """What readers find as it was: linears without a scheme; routers, which some readers make linears; the
+    tower's; and weights of layers after the last, which predict further tokens and which some readers run."""
+
+    def matrix(key: str) -> bool:
+        return key.endswith(".weight") and len(checkpoint.tensors[key].shape) == 2
+
     names = []
     for layer, members in groupby(modules, lambda module: module.layer):
         names += [module.name for module in members if module.scheme is None]
         if layer is not None:
             names += [f"{decoder.layers_prefix}{layer}.{router}" for router in decoder.layer(layer).routers]
-    for key in unknown:
-        name, _, leaf = key.rpartition(".")
+    for key in filter(matrix, unknown):
+        name = key.removesuffix(".weight")
         number = name.removeprefix(decoder.layers_prefix).partition(".")[0]
-        beyond = number.isdecimal() and len(number) < 10 and int(number) >= decoder.num_layers
-        if beyond and leaf == "weight" and len(checkpoint.tensors[key].shape) == 2:
+        if number.isdecimal() and len(number) < 10 and int(number) >= decoder.num_layers:
             names.append(name)
-    return tuple(names)
+    return (*names, *module_names(checkpoint, filter(matrix, tower)))
 
 
 def _guide_model(checkpoint: Checkpoint, decoder: Decoder) -> GuideModel:

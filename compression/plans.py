@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
@@ -20,12 +20,14 @@ from compression.memory import MemoryEstimate, Workload, estimate
 from compression.recipe import Calibration, Evaluation, Recipe
 from compression.schemes import Scheme
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ModulePlan:
     """What becomes of one linear.
 
-    key: its weight's name on disk. shape: (out, in). scheme: with its group size resolved; None = stored in
+    key: its weight's name. shape: (out, in). scheme: with its group size resolved; None = stored in
     its own dtype, for `reason`. step, pruning: their positions in the recipe. layer: None outside the layers.
     group: name of the first linear that reads the same input. experts: name of the module of which it is a
     part of one expert, "" where it is none.
@@ -99,7 +101,7 @@ class CachePlan:
     dtype: str
 
     def stored(self) -> dict[str, TensorSpec]:
-        """What is on disk, by full name."""
+        """What is stored, by full name."""
         return {f"{self.attention}.{kind}_scale": TensorSpec(self.dtype, (1,)) for kind in ("k", "v")}
 
 
@@ -107,12 +109,14 @@ class CachePlan:
 class LayerPlan:
     """One decoder layer: its compressed linears in forward order, the keys copied as they are, its file.
 
+    prefix: of its names in the model; prefix_on_disk: of the same names in files, source and output alike.
     folds: the norms that change, by the group that reads them. linear_folds: the linears whose rows are
     scaled for the sake of others, in forward order. cache: None where keys and values stay.
     """
 
     index: int
     prefix: str
+    prefix_on_disk: str
     modules: tuple[ModulePlan, ...]
     copied: tuple[str, ...]
     shard: str
@@ -131,18 +135,30 @@ class LayerPlan:
         """Keys that keep their dtype and shape."""
         return self.copied + self.folded
 
+    def on_disk(self, named: Mapping[str, T]) -> dict[str, T]:
+        """What is named as in the model, under the names on disk."""
+        return _renamed(named, self.prefix, self.prefix_on_disk)
+
+    def in_model(self, stored: Mapping[str, T]) -> dict[str, T]:
+        """What is named as on disk, under the names in the model."""
+        return _renamed(stored, self.prefix_on_disk, self.prefix)
+
+
+def _renamed(named: Mapping[str, T], old: str, new: str) -> dict[str, T]:
+    return {new + name.removeprefix(old): value for name, value in named.items()}
+
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that headers and recipe decide.
 
     name: what the model is called. recipe: with every step's observer written out. layers_prefix: what stands
-    before a layer's number in names. outside: shard file and keys of what is in no layer, and of `unknown`
-    tensors, which the model does not have and which are copied. kept: linears that stay as they are; ignore:
-    names of all that are not quantized. output_bytes: exact size of all shards. calibrates: whether a step
-    learns from data. workload: the sizes that the estimates are made from. guide: memory by the guide's
-    rules; `memory` is that of this engine. disk: what a run needs in its output folder. duration: how long it
-    takes.
+    before a layer's number in names. outside: shard file and keys of what is in no layer: embeddings and the
+    like, the `tower` that reads images, and `unknown` tensors, which the model does not have; all are copied.
+    kept: linears that stay as they are; ignore: names of all that are not quantized, as readers know them.
+    output_bytes: exact size of all shards. calibrates: whether a step learns from data. workload: the sizes
+    that the estimates are made from. guide: memory by the guide's rules; `memory` is that of this engine.
+    disk: what a run needs in its output folder. duration: how long it takes.
     """
 
     source: Path
@@ -156,6 +172,7 @@ class Plan:
     layers_prefix: str
     layers: tuple[LayerPlan, ...]
     outside: tuple[tuple[str, tuple[str, ...]], ...]
+    tower: tuple[str, ...]
     unknown: tuple[str, ...]
     kept: tuple[ModulePlan, ...]
     ignore: tuple[str, ...]
@@ -185,6 +202,11 @@ class Plan:
         """Of how many experts Gram matrices are held together; 0 without experts or data."""
         return self.workload.experts_at_once
 
+    @property
+    def tower_bytes(self) -> int:
+        """Bytes of what reads images, on disk, in the source and in the output."""
+        return sum(self.checkpoint.tensors[name].nbytes for name in self.tower)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON for people and programs; no path of this machine."""
         return {
@@ -197,6 +219,7 @@ class Plan:
             "layers": len(self.layers),
             "modules": [module.to_dict() for layer in self.layers for module in layer.modules],
             "kept": [module.to_dict() for module in self.kept],
+            "tower_bytes": self.tower_bytes,
             "unknown_tensors": list(self.unknown),
             "warnings": [
                 {"code": warning.code, "message": warning.message, "hint": warning.hint}

@@ -14,10 +14,13 @@ from compression.checkpoint.layout import TensorSpec
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.errors import PlanError, Problem, SelfCheckError
 from compression.model import StreamedModel
+from compression.naming import on_disk
 from compression.plans import ModulePlan, Plan
 from compression.report import ModuleReport
 from compression.shards import stored_layer, stored_tensors
 from compression.solve import sha256_of
+
+_FAULT = "This is a fault of Bitmill's tables; please report it with the model's config.json."
 
 
 def check_against_model(plan: Plan, model: StreamedModel) -> None:
@@ -42,6 +45,14 @@ def check_against_model(plan: Plan, model: StreamedModel) -> None:
         shared = {name for name, module in planned.items() if module.group == planned[group[0]].group}
         if shared != set(group):
             raise _mismatch(f"{', '.join(sorted(shared))} are planned to read one tensor, and do not")
+    for name, shape in model.tower().items():
+        info = plan.checkpoint.tensors.get(name)
+        if info is None or info.shape != shape:
+            found = "not there" if info is None else info.shape
+            raise _mismatch(
+                f"{name} is {found} on disk, and {shape} in the model",
+                "The checkpoint is incomplete, or its config.json belongs to another model.",
+            )
     for layer in plan.layers:
         for fold in layer.folds.values():
             if readers[fold.norm] != {m.name for m in layer.modules if m.group == fold.group}:
@@ -65,13 +76,15 @@ def check_files(plan: Plan, folder: Path, rows: Sequence[ModuleReport]) -> None:
     for layer in plan.layers:
         header = read_header(folder / layer.shard)
         _check_names(header, stored_layer(plan.checkpoint, layer))
+        in_model = layer.in_model(header)
         for module in layer.modules:
-            infos = [header[name] for name in _stored_names(module)]
-            weight = decode(module.name, read_infos(infos), module.scheme, TORCH_DTYPES[module.dtype])
+            stored = layer.in_model(read_infos(in_model[name] for name in _stored_names(module)))
+            weight = decode(module.name, stored, module.scheme, TORCH_DTYPES[module.dtype])
             if sha256_of(weight) != meant[module.name]:
                 raise _failed(module.name, "reads back as another weight than the one that was solved")
     for file, keys in plan.outside:
-        _check_names(read_header(folder / file), {key: plan.checkpoint.tensors[key].spec for key in keys})
+        meant_outside = {name: info.spec for name, info in on_disk(plan.checkpoint, keys).items()}
+        _check_names(read_header(folder / file), meant_outside)
 
 
 def _check_names(header: Mapping[str, TensorInfo], expected: Mapping[str, TensorSpec]) -> None:
@@ -86,8 +99,7 @@ def _stored_names(module: ModulePlan) -> list[str]:
     return [f"{module.name}.{suffix}" for suffix in specs]
 
 
-def _mismatch(reason: str) -> PlanError:
-    hint = "This is a fault of Bitmill's tables; please report it with the model's config.json."
+def _mismatch(reason: str, hint: str = _FAULT) -> PlanError:
     return PlanError(Problem("plan_mismatch", f"The plan does not fit the model: {reason}.", hint))
 
 

@@ -53,17 +53,17 @@ def assign_shards(
     checkpoint: Checkpoint,
     decoder: Decoder,
     modules: Sequence[ModulePlan],
-    unknown: Sequence[str],
+    beside: Sequence[str],
     smoothing: SmoothingStep | None,
     *,
     caches: bool = False,
 ) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
     """A file for each layer, numbered from the first; then files of at most 5 GB for all the rest.
 
-    smoothing: the recipe's step that folds scales, which decides what they are folded into. caches: keys and
-    values get scales.
+    beside: tensors that are copied as well. smoothing: the recipe's step that folds scales, which decides
+    what they are folded into. caches: keys and values get scales.
     """
-    outside = [key for key in (*decoder.outside_tensors(), *unknown) if key in checkpoint.tensors]
+    outside = [key for key in (*decoder.outside_tensors(), *beside) if key in checkpoint.tensors]
     if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
         outside.append(f"{LM_HEAD}.weight")
     parts = list(_parts(checkpoint, outside))
@@ -86,8 +86,14 @@ def assign_shards(
         keys |= {key for fold in folds.values() for key in fold.keys}
         keys |= {key for fold in linear_folds for key in fold.keys}
         copied = tuple(prefix + name for name in shape.tensors if prefix + name not in keys)
+        first = next(iter(shape.tensors))
+        prefix_on_disk = checkpoint.tensors[prefix + first].name.removesuffix(first)
         cache = _cache(checkpoint, decoder, prefix) if caches else None
-        layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds, cache))
+        layers.append(
+            LayerPlan(
+                index, prefix, prefix_on_disk, compressed, copied, names[index], folds, linear_folds, cache
+            )
+        )
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
 
 
@@ -153,8 +159,9 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
 
 
 def stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
+    """What is on disk of a layer, by the names there."""
     specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
     for module in layer.modules:
         tensors = stored_tensors(module.scheme, module.shape, module.dtype)
         specs |= {f"{module.name}.{suffix}": spec for suffix, spec in tensors.items()}
-    return specs | (layer.cache.stored() if layer.cache else {})
+    return layer.on_disk(specs | (layer.cache.stored() if layer.cache else {}))

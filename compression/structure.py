@@ -91,6 +91,27 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """What stands beside a decoder that also reads images: copied, never compressed. Nothing by default.
+
+    modules: what the names of its tensors begin with. renamed: what names on disk begin with -> what the same
+    names begin with in Transformers, for checkpoints that are written as before Transformers 5; the first
+    that fits counts. text_type: model_type of the decoder.
+    """
+
+    text_type: str = ""
+    modules: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def in_model(self, name: str) -> str:
+        """What Transformers calls a tensor that is called `name` on disk."""
+        for stored, own in self.renamed.items():
+            if name.startswith(stored):
+                return own + name.removeprefix(stored)
+        return name
+
+
+@dataclass(frozen=True)
 class Family:
     """The structure of one model type.
 
@@ -101,7 +122,8 @@ class Family:
     Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
     heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
     names another key) for this table to hold. eager: attention scores are kept whole, as no fused kernel caps
-    them.
+    them. vision: what stands beside the decoder, where it reads images; its sizes are then those of
+    text_config, and all names those of Transformers, whatever they are on disk.
     """
 
     architecture: str
@@ -119,6 +141,7 @@ class Family:
     outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"model.norm.weight": ("hidden",)})
     intermediate_key: str = "intermediate_size"
     eager: bool = False
+    vision: Vision = Vision()
 
     def linears(self) -> list[LinearSpec]:
         """A dense layer's linears in forward order."""

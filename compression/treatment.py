@@ -145,8 +145,8 @@ def _pattern_problems(
                 problem = Problem(
                     "pattern_matches_nothing",
                     f"The pattern {pattern[:100]!r} in {where} matches no module of this model.",
-                    r'Use module names as on disk, "Linear", or re: and a regular expression '
-                    r"(re:.*mlp\.down_proj).",
+                    f'Use module names such as {linears[0].name}, "Linear", or re: and a regular '
+                    r"expression (re:.*mlp\.down_proj).",
                     pointer,
                 )
             problems.append(problem)

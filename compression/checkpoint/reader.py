@@ -50,11 +50,13 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tens
         KeyError: a name that the checkpoint does not have.
         SourceError: `source_changed`, `source_unreadable`, `unsupported_dtype`.
     """
-    return read_infos(checkpoint.tensors[name] for name in names)
+    infos = {name: checkpoint.tensors[name] for name in names}
+    stored = read_infos(infos.values())
+    return {name: stored[info.name] for name, info in infos.items()}
 
 
 def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The same for tensors of any files. Order of the result: by file, then by place in the file."""
+    """The same for tensors of any files, by their names on disk, in the order of file and place in it."""
     ordered = sorted(infos, key=lambda info: (info.file, info.begin, info.end))
     tensors = {}
     for _, group in groupby(ordered, key=lambda info: info.file):

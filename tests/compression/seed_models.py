@@ -104,8 +104,16 @@ def qwen_2_5_vl_7b(folder: Path) -> Path:
     config = {
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "vocab_size": vocab,
         "hidden_size": hidden,
+        "intermediate_size": wide,
         "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128_000,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+        "vision_config": {"depth": 32, "hidden_size": vision, "intermediate_size": 3420, "num_heads": 16},
     }
     return _written(folder, config, shapes)
 

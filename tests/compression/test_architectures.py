@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress
+from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.calibration import load_blocks
 from compression.decoder import Decoder, read_decoder
 from compression.families import FAMILIES
@@ -49,8 +49,14 @@ def test_a_compressed_model_loads_back_and_is_as_good_as_reported(
     assert perplexity(source, blocks) == pytest.approx(report.evaluation.perplexity_original, rel=1e-6)
     assert perplexity(out, blocks) == pytest.approx(report.evaluation.perplexity_compressed, rel=1e-6)
 
-    before = load_file(source / "model.safetensors")
-    after = {key: tensor for shard in out.glob("*.safetensors") for key, tensor in load_file(shard).items()}
+    tensors = plan(source, recipe, dataset=dataset).checkpoint.tensors
+    names = {info.name: name for name, info in tensors.items()}
+    before = {names[key]: tensor for key, tensor in load_file(source / "model.safetensors").items()}
+    after = {
+        names.get(key, key): tensor
+        for shard in out.glob("*.safetensors")
+        for key, tensor in load_file(shard).items()
+    }
     compressed = {f"{row.name}.weight" for row in report.modules}
     decoder = read_decoder(json.loads((source / "config.json").read_text()))
     assert isinstance(decoder, Decoder)
@@ -69,6 +75,10 @@ def test_a_compressed_model_loads_back_and_is_as_good_as_reported(
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     gates = []
     for index, shape in enumerate(shapes):
-        names = [linear.name for group in shape.groups for linear in group.linears if linear.gate]
-        gates += [f"{family.layers_prefix}{index}.{name}" for name in (*names, *shape.routers)]
-    assert quantization["ignore"] == [*gates, "lm_head"]
+        gated = [linear.name for group in shape.groups for linear in group.linears if linear.gate]
+        gates += [f"{family.layers_prefix}{index}.{name}" for name in (*gated, *shape.routers)]
+    stored = {name: key for key, name in names.items()}
+    beside = sorted(name for name in before if name.startswith(family.vision.modules))
+    matrices = [name for name in beside if before[name].dim() == 2]
+    tower = [key.removesuffix(".weight") for name in matrices for key in (name, stored[name])]
+    assert quantization["ignore"] == [*gates, "lm_head", *dict.fromkeys(tower)]

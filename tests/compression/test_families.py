@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from compression.checkpoint.formats import encode
 from compression.checkpoint.reader import TORCH_DTYPES, read_tensors
@@ -19,12 +23,13 @@ from compression.checkpoint.writer import write_shard
 from compression.decoder import Decoder, read_decoder
 from compression.families import FAMILIES
 from compression.methods.rtn import rtn
+from compression.naming import on_disk
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.planning import plan
 from compression.quantizer import minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES
-from tests.support.models import tiny_model
+from tests.support.models import TOWERS, new_model, tiny_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -79,6 +84,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3 with two shared experts": ("deepseek_v3", {"n_shared_experts": 2, "attention_bias": True}),
     "opt": ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 96}),
     "opt without biases": ("opt", {"ffn_dim": 160, "enable_bias": False, "max_position_embeddings": 77}),
+    "llava": ("llava", {}),
+    "llava tied and biased": ("llava", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "qwen2_5_vl tied": ("qwen2_5_vl", {"tie_word_embeddings": True}),
 }
 
 
@@ -89,20 +98,25 @@ def test_native_model_types_are_those_of_the_installed_transformers() -> None:
 
 def test_architectures_are_those_of_transformers() -> None:
     for model_type, family in FAMILIES.items():
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == family.architecture
+        by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if model_type in TOWERS:
+            by_type = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        assert by_type[model_type] == family.architecture
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
     model_type, changes = VARIANTS[variant]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = "lm_head.weight" if config.tie_word_embeddings else None
-    on_disk = revert_weight_conversion(model, model.state_dict())
-    built = {name: tuple(t.shape) for name, t in on_disk.items() if name != tied}
-    decoder = read_decoder(config.to_dict())
+        model = new_model(model_type, {**SIZES, **changes})
+    decoder = read_decoder(model.config.to_dict())
     assert isinstance(decoder, Decoder)
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    vision = decoder.family.vision
+    named = {vision.in_model(name): tuple(t.shape) for name, t in on_disk.items()}
+    built = {name: shape for name, shape in named.items() if not name.startswith(vision.modules)}
+    if model.config.tie_word_embeddings:
+        built.pop("lm_head.weight", None)
     planned = dict(decoder.outside_tensors())
     for layer in range(SIZES["num_hidden_layers"]):
         prefix = f"{decoder.layers_prefix}{layer}."
@@ -115,17 +129,19 @@ def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: st
     """A config.json may hold little; defaults then come from the configuration class."""
     sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160}
     del sizes["num_key_value_heads"]
-    config = AutoConfig.for_model(model_type, **sizes)
+    stated = {"text_config": sizes} if model_type in TOWERS else sizes
+    whole = AutoConfig.for_model(model_type, **deepcopy(stated))
+    config = whole.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    decoder = read_decoder({"model_type": model_type, **sizes})
+    decoder = read_decoder({"model_type": model_type, **stated})
     assert isinstance(decoder, Decoder)
     assert decoder.sizes["head"] == head_dim
     assert decoder.sizes["kv_heads"] == getattr(config, "num_key_value_heads", config.num_attention_heads)
-    assert decoder.tied == config.tie_word_embeddings
+    assert decoder.tied == whole.tie_word_embeddings
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen2_5_vl"])
 def test_the_planned_size_is_the_written_size_to_the_byte(
     tmp_path: Path, model_type: str, scheme: str
 ) -> None:
@@ -152,8 +168,8 @@ def test_the_planned_size_is_the_written_size_to_the_byte(
                 dtype = torch.float32 if name == "input_global_scale" else TORCH_DTYPES[module.dtype]
                 fixed_input = torch.ones(1, dtype=dtype)
             stored |= encode(module.name, rtn(weight, args, params), module.scheme, fixed_input)
-        size += write_shard(tmp_path / layer.shard, stored).size
+        size += write_shard(tmp_path / layer.shard, layer.on_disk(stored)).size
     for file, keys in made.outside:
-        size += write_shard(tmp_path / file, {key: made.checkpoint.tensors[key] for key in keys}).size
+        size += write_shard(tmp_path / file, on_disk(made.checkpoint, keys)).size
     assert size == made.output_bytes
     assert made.disk.bytes > size

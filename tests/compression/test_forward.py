@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compression.calibration import make_batches
-from compression.checkpoint.headers import read_checkpoint
 from compression.decoder import Decoder, read_decoder
 from compression.errors import PlanError
 from compression.families import FAMILIES
@@ -22,7 +20,7 @@ from compression.model import StreamedModel
 from compression.planning import plan
 from compression.plans import Plan
 from compression.recipe import Recipe
-from tests.support.models import tiny_model
+from tests.support.models import load_model, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +30,8 @@ def _no_gradients() -> Iterator[None]:
 
 
 def empty(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    prefix = planned(folder).layers_prefix
-    return StreamedModel(read_checkpoint(folder), prefix, device="cpu", compute_dtype=dtype)
+    made = planned(folder)
+    return StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=dtype)
 
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
@@ -74,9 +72,7 @@ def test_one_layer_at_a_time_gives_the_bits_of_the_whole_model(
     batches = [tokens(seed=1), tokens(seed=2), tokens(batch=1, seq=7, seed=3)]
     stream = forwards_of(model, folder).stream(batches, quantize_activations=False)
     ours = through_all_layers(model, stream)
-    reference = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).eval()
+    reference = load_model(folder, dtype=dtype, experts_implementation="eager")
     for logits, batch in zip(ours, batches, strict=True):
         assert torch.equal(logits, reference(input_ids=batch, use_cache=False).logits)
 
@@ -102,7 +98,7 @@ def test_groups_hand_over_what_the_linears_get_and_see_weights_that_were_replace
     model = streamed(tiny_llama)
     batches = [tokens(seed=4), tokens(seed=5)]
     stream = forwards_of(model, tiny_llama).stream(batches, quantize_activations=False)
-    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    reference = load_model(tiny_llama, dtype=torch.float32)
     halved = {name: 0.5 * m.weight for name, m in reference.named_modules() if name.endswith("v_proj")}
     for name, weight in halved.items():
         reference.get_submodule(name).weight.copy_(weight)

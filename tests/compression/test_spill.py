@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, ResourceError, compress, plan
 from compression.events import Event, LayerSolved
@@ -21,7 +20,7 @@ from compression.forward import ExpertsInputs, Forwards, Stream
 from compression.model import StreamedModel
 from compression.report import Report
 from compression.spill import Spill
-from tests.support.models import tiny_model
+from tests.support.models import load_model, tiny_model
 
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
 FEW = Evaluation(num_samples=4)
@@ -102,9 +101,7 @@ def test_rehearsals_show_what_parked_batches_show(model_type: str, spill: Spill,
     assert [group for group, _ in rehearsed] == [group for group, _ in expected]
     for (_, one), (_, other) in zip(rehearsed, expected, strict=True):
         assert torch.equal(one, other)
-    whole = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation="eager"
-    ).eval()
+    whole = load_model(folder, dtype=torch.bfloat16, experts_implementation="eager")
     for number, (one, other) in enumerate(zip(same_logits, logits, strict=True)):
         assert torch.equal(one, other)
         tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(number))

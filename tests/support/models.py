@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 PECULIARITIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8},
@@ -43,8 +51,24 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
         "num_key_value_heads": 4,
     },
+    "qwen2_5_vl": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+    },
 }  # fmt: skip
 """By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    },
+    "qwen2_5_vl": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 256,
+        "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+"""By model type: the vision_config of those that also read images."""
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -101,7 +125,7 @@ def tiny_model(
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
+        model = new_model(model_type, settings, dtype=dtype)
         _randomize_one_dimensional(model)
     model.save_pretrained(folder)
     if shards > 1:
@@ -109,6 +133,21 @@ def tiny_model(
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
+
+
+def new_model(model_type: str, settings: Mapping[str, Any], **kwargs: Any) -> PreTrainedModel:
+    """An untrained model; settings are those of its decoder."""
+    if model_type not in TOWERS:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), **kwargs)
+    parts = {"text_config": dict(settings), "vision_config": dict(TOWERS[model_type])}
+    config = AutoConfig.for_model(model_type, **parts)
+    return AutoModelForImageTextToText.from_config(config, **kwargs)
+
+
+def load_model(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """A checkpoint as Transformers loads it whole, in evaluation mode."""
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, architecture).from_pretrained(folder, **kwargs).eval()
 
 
 def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:

@@ -15,7 +15,9 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from tests.support.models import load_model
 
 
 def logits(folder: Path, tokens: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def _load(folder: Path) -> nn.Module:
     if any(not group["weights"]["symmetric"] for group in groups):
         # compressed-tensors 0.20 expects unpacked zero points of a compressed model, against its own format
         quantization["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    model = load_model(folder, config=config, dtype=torch.float32)
     if any(group["weights"].get("scale_dtype") for group in groups):
         model.hf_quantizer.compressor.decompress_model(model)
         nn.Module.float(model)  # compressed-tensors makes bfloat16 of these, whatever the model is in
@@ -76,7 +78,7 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
     scales = {key.removesuffix("_scale"): stored.pop(key) for key in list(stored) if key.endswith("_scale")}
     weights = {key: tensor.float() * scales.get(key, 1.0) for key, tensor in stored.items()}
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    model = load_model(dense, dtype=torch.float32)
     args = QuantizationArgs.model_validate(group["input_activations"])
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in ignore:

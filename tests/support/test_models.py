@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from compression.families import FAMILIES
-from tests.support.models import tiny_model
+from tests.support.models import load_model, tiny_model
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_tiny_model_loads_and_runs(tmp_path: Path, model_type: str) -> None:
     folder = tiny_model(tmp_path / model_type, model_type)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer("Füße", return_tensors="pt")
     assert batch["input_ids"].shape == (1, 1 + len("Füße".encode()))
@@ -27,9 +27,9 @@ def test_a_tiny_model_loads_and_runs(tmp_path: Path, model_type: str) -> None:
 
 
 def test_shards_and_seeds(tmp_path: Path) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "whole", seed=3))
-    split = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "split", seed=3, shards=3))
-    other = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "other", seed=4))
+    whole = load_model(tiny_model(tmp_path / "whole", seed=3))
+    split = load_model(tiny_model(tmp_path / "split", seed=3, shards=3))
+    other = load_model(tiny_model(tmp_path / "other", seed=4))
     assert len(list((tmp_path / "split").glob("*.safetensors"))) == 3
     for (name, left), right in zip(whole.state_dict().items(), split.state_dict().values(), strict=True):
         assert torch.equal(left, right), name
