@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from compression import checks, memory
+from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import file_size
 from compression.decoder import LM_HEAD, Decoder, read_decoder
@@ -28,9 +29,10 @@ from compression.memory import (
 )
 from compression.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.served import NOT_SERVED
+from compression.served import NOT_SERVED, reordered
 from compression.shards import assign_shards, attention_linear, stored_layer
 from compression.sources import headers_of
+from compression.stacks import unstacked
 from compression.treatment import Linear, Treatment, treat
 
 METADATA_BYTES = 1 << 20
@@ -56,14 +58,14 @@ def plan(
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
-            checkpoint's files has the codes of `read_checkpoint`; what the Hub refuses, those of `HubClient`.
+            checkpoint has the codes of `read_checkpoint` and `dequantized`; on the Hub, of `HubClient` too.
     """
     has_data = dataset is not None
     recipe = checks.with_observers(recipe, has_data)
     problems = checks.recipe_problems(recipe, has_data)
     try:
         folder, own_name = headers_of(source)
-        checkpoint = read_checkpoint(folder)
+        checkpoint = dequantized(read_checkpoint(folder))
     except SourceError as error:
         raise PlanError(Problem(error.code, error.message, error.hint, "/model"), *problems) from error
     warnings: list[Problem] = []
@@ -74,8 +76,11 @@ def plan(
     expected = _expected(checkpoint, decoder)
     if not any(problem.code == "source_already_quantized" for problem in problems):
         problems += checks.tensor_problems(checkpoint, decoder, expected)
-    treatment = treat(_linears(checkpoint, decoder), _leaf_modules(expected), recipe)
+    linears = _linears(checkpoint, decoder)
+    treatment = treat(linears, _leaf_modules(expected, linears), recipe)
     problems += treatment.problems
+    treated = ((linear.name, t.step, t.scheme) for linear, t in treatment.modules)
+    treatment.warnings += reordered(decoder.family.architecture, treated)
     if require == "vllm":
         problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
     problems += checks.smoothing_problems(recipe, decoder)
@@ -85,6 +90,7 @@ def plan(
         raise PlanError(*problems)
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys()))
+    checkpoint = unstacked(checkpoint, decoder)
     modules = _module_plans(checkpoint, decoder, treatment)
     caches = recipe.kv_cache_step is not None
     layers, outside = assign_shards(checkpoint, decoder, modules, unknown, recipe.smoothing, caches=caches)
@@ -117,6 +123,7 @@ def plan(
         warnings=(
             *warnings,
             *treatment.warnings,
+            *checks.fp8_warnings(checkpoint),
             *checks.dense_warnings(recipe),
             *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(held, activation_budget_bytes, spill_bytes),
@@ -140,7 +147,8 @@ def _layer_count(checkpoint: Checkpoint, decoder: Decoder) -> int:
     """Layers to look at: config.json cannot make us look for more than there are tensors."""
     count = tensors = 0
     while count < decoder.num_layers and tensors < len(checkpoint.tensors):
-        tensors += decoder.sizes["experts"] if decoder.is_sparse(count) else 1
+        shape = decoder.layer(count)
+        tensors += decoder.sizes["experts"] if decoder.is_sparse(count) and not shape.stacks else 1
         count += 1
     return count
 
@@ -172,8 +180,9 @@ def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
     return linears
 
 
-def _leaf_modules(expected: dict[str, tuple[int, ...]]) -> list[str]:
-    return list(dict.fromkeys([*(key.rpartition(".")[0] for key in expected), LM_HEAD]))
+def _leaf_modules(expected: dict[str, tuple[int, ...]], linears: Sequence[Linear]) -> list[str]:
+    names = (key.rpartition(".")[0] for key in expected if key.endswith((".weight", ".bias")))
+    return list(dict.fromkeys([*names, *(linear.name for linear in linears)]))
 
 
 def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment) -> list[ModulePlan]:
@@ -237,7 +246,7 @@ def _workload(
         itemsize=COMPUTE_ITEMSIZE,
         outside_bytes=sum(tensors[key].nbytes for key in decoder.outside_tensors()),
         layer_bytes=max(
-            sum(tensors[layer.prefix + name].nbytes for name in decoder.layer(layer.index).tensors)
+            sum(tensors[layer.prefix + name].nbytes for name in decoder.layer(layer.index).parameters)
             for layer in layers
         ),
         layer_output_bytes=max(

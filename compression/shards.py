@@ -85,7 +85,7 @@ def assign_shards(
         keys = {module.key for module in compressed}
         keys |= {key for fold in folds.values() for key in fold.keys}
         keys |= {key for fold in linear_folds for key in fold.keys}
-        copied = tuple(prefix + name for name in shape.tensors if prefix + name not in keys)
+        copied = tuple(prefix + name for name in shape.parameters if prefix + name not in keys)
         cache = _cache(checkpoint, decoder, prefix) if caches else None
         layers.append(LayerPlan(index, prefix, compressed, copied, names[index], folds, linear_folds, cache))
     return tuple(layers), tuple(zip(names[decoder.num_layers :], parts, strict=True))
