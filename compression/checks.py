@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.tensors import BlockScaledWeight
 from compression.decoder import Decoder
 from compression.errors import Problem
 from compression.native_models import NATIVE_MODEL_TYPES
@@ -101,7 +102,7 @@ def source_problems(checkpoint: Checkpoint, warnings: list[Problem]) -> list[Pro
             _of_model(
                 "source_already_quantized",
                 f"The model is already quantized: {sign}.",
-                "Start from the original checkpoint in BF16, F16 or F32.",
+                "Start from the original checkpoint in BF16, F16, F32 or block FP8 (weight_scale_inv).",
             )
         )
     return problems
@@ -206,6 +207,20 @@ def dense_warnings(recipe: Recipe) -> list[Problem]:
         Problem(
             "pruned_stored_dense",
             "Pruned weights are stored with their zeros: no reader takes a sparse format any more.",
+        )
+    ]
+
+
+def fp8_warnings(checkpoint: Checkpoint) -> list[Problem]:
+    """Weights that a step does not see as they are stored."""
+    weights = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, BlockScaledWeight)]
+    if not weights:
+        return []
+    return [
+        Problem(
+            "source_dequantized",
+            f"{len(weights)} weights are stored in block FP8. They are compressed from {weights[0].dtype}; "
+            "those that are not compressed are written in it.",
         )
     ]
 

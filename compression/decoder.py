@@ -16,30 +16,43 @@ from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, Linear
 LM_HEAD = "lm_head"
 MAX_EXPERTS = 4096
 """In one layer: config.json cannot make us look for any number."""
+MAX_STACKED_EXPERTS = 1 << 16
+"""In all layers, where few tensors stand for many experts."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """What a decoder layer is made of, under its prefix.
 
-    groups: in forward order. tensors: name -> shape, the linears in forward order, then the rest. routers:
-    modules that choose experts.
+    groups: in forward order. tensors: name on disk -> shape, the linears in forward order, then the rest.
+    routers: modules that choose experts and are no linears. stacks: those tensors that hold a linear of all
+    experts.
     """
 
     groups: Groups
     tensors: Mapping[str, tuple[int, ...]]
     routers: tuple[str, ...] = ()
+    stacks: frozenset[str] = frozenset()
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all that the layer of a model holds: as on disk, with linears in place of their stacks."""
+        weights = [f"{linear.name}.weight" for group in self.groups for linear in group.linears]
+        return tuple(n for n in dict.fromkeys([*self.tensors, *weights]) if n not in self.stacks)
 
 
 @dataclass(frozen=True)
 class SparseRule:
-    """Which layers have experts: from `first` on every `step`-th that is not in `dense`."""
+    """Which layers have experts: those `listed`, or from `first` on every `step`-th not in `dense`."""
 
     first: int
     step: int
     dense: tuple[Any, ...]
+    listed: frozenset[int] | None = None
 
     def holds(self, index: int) -> bool:
+        if self.listed is not None:
+            return index in self.listed
         return index >= self.first and index not in self.dense and (index + 1) % self.step == 0
 
 
@@ -110,7 +123,17 @@ class Decoder:
         groups: list[GroupSpec] = []
         for group in sparse.groups:
             groups += group.groups(self.sizes["experts"]) if isinstance(group, ExpertsSpec) else (group,)
-        return LayerShape(tuple(groups), self._tensors(groups, sparse.others), (sparse.experts.router,))
+        stacks = {name: self._stack(linears) for name, linears in sparse.experts.stacked().items()}
+        single = [group for group in groups if not (stacks and group.experts)]
+        tensors = self._tensors(single, sparse.others) | stacks
+        linears = {linear.name for group in single for linear in group.linears}
+        routers = tuple({sparse.experts.router} - linears)
+        return LayerShape(tuple(groups), tensors, routers, frozenset(stacks))
+
+    def _stack(self, linears: Sequence[LinearSpec]) -> tuple[int, ...]:
+        """[experts, in, outputs side by side]."""
+        shapes = [self.shape(linear) for linear in linears]
+        return self.sizes["experts"], shapes[0][1], sum(out for out, _ in shapes)
 
     def _tensors(
         self, groups: Sequence[GroupSpec], others: Mapping[str, tuple[str, ...]]
@@ -215,6 +238,9 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     }
     if sizes.get("experts", 1) > MAX_EXPERTS:
         problems.append(_problem("config_invalid", f"config.json: more than {MAX_EXPERTS} experts a layer."))
+    stacked = family.sparse is not None and bool(family.sparse.experts.stacks)
+    if stacked and layers * sizes["experts"] > MAX_STACKED_EXPERTS:
+        problems.append(_problem("config_invalid", f"config.json: more than {MAX_STACKED_EXPERTS} experts."))
     sparse = _sparse_rule(stated, family, problems)
     if problems:
         return problems
@@ -238,13 +264,15 @@ def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Probl
         return None
     told = {key: stated[key] for key in family.sparse.dense if key in stated}
     first, step = told.get("first_k_dense_replace", 0), told.get("decoder_sparse_step", 1)
-    dense = told.get("mlp_only_layers", [])
-    if type(first) is not int or type(step) is not int or step < 1 or not isinstance(dense, list):
+    dense, listed = told.get("mlp_only_layers", []), told.get("moe_layers")
+    numbers = [first, step, *(listed if isinstance(listed, list) else ())]
+    lists = isinstance(dense, list) and isinstance(listed, list | None)
+    if not lists or any(type(number) is not int for number in numbers) or step < 1:
         keys = ", ".join(family.sparse.dense)
         message = f"config.json: {keys} do not say which layers have experts."
         problems.append(_problem("config_invalid", message))
         return None
-    return SparseRule(first, step, tuple(dense))
+    return SparseRule(first, step, tuple(dense), None if listed is None else frozenset(listed))
 
 
 def _architecture_problems(

@@ -10,6 +10,9 @@ the linears under their names on disk:
 
 The router stays as it is. The function is that of Transformers' eager implementation, to the rounding of
 matrix products of another shape.
+
+Llama 4 scales what experts read, not what they make, and its block shows every expert every token, times a
+score that is 0 for all but a few: `ScaledInputs` runs it with the few.
 """
 
 from __future__ import annotations
@@ -111,6 +114,36 @@ class Experts(nn.ModuleList):
         return result
 
 
+class ScaledInputs(nn.Module):
+    """Llama 4's block: a shared expert, and experts that read tokens times the router's score.
+
+    Transformers hands each expert all tokens, most of them times 0, and holds 2 x experts x hidden numbers a
+    token. Here each gets the tokens that it was chosen for, already scaled.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self._top_k = block.top_k
+        self.router = block.router
+        self.experts = block.experts
+        self.shared_expert = block.shared_expert
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [batch, seq, hidden]. Gives [tokens, hidden], and logits [tokens, experts]."""
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = self.router(hidden_states)
+        routed = self._routed(hidden_states, scores, logits)
+        return self.shared_expert(hidden_states) + routed, logits
+
+    def _routed(self, hidden_states: Tensor, scores: Tensor, logits: Tensor) -> Tensor:
+        """What the experts make, [tokens, hidden]."""
+        chosen = logits.topk(self._top_k, dim=-1).indices
+        scores = scores.gather(-1, chosen)
+        scaled = (hidden_states[:, None] * scores[..., None]).flatten(0, 1)
+        made: Tensor = self.experts(scaled, chosen.view(-1, 1), torch.ones_like(scores).view(-1, 1))
+        return made.view(*chosen.shape, -1).sum(1)
+
+
 def unfuse(layer: nn.Module, spec: ExpertsSpec) -> None:
     """Take a decoder layer's experts apart, in place; their names become those on disk. A layer without
     experts stays as it is.
@@ -121,13 +154,16 @@ def unfuse(layer: nn.Module, spec: ExpertsSpec) -> None:
     holders = [name for name, child in layer.named_children() if hasattr(child, "experts")]
     if not holders:
         return
-    block = _rename_child(layer, holders[0], spec.name.rpartition(".")[0])
+    block_name = spec.name.rpartition(".")[0]
+    block = _rename_child(layer, holders[0], block_name)
     fused: Any = block.experts
     _check_layout(fused, spec)
-    _, hidden, inner = fused.down_proj.shape
+    _, inner, hidden = fused.down_proj.shape if spec.scales_inputs else fused.down_proj.mT.shape
     with torch.device(fused.down_proj.device):
         experts = [Expert(spec, hidden, inner, fused.act_fn) for _ in range(fused.num_experts)]
     block.experts = Experts(experts).to(fused.down_proj.dtype).requires_grad_(False).eval()
+    if spec.scales_inputs:
+        setattr(layer, block_name, ScaledInputs(block).eval())
 
 
 def _rename_child(module: nn.Module, old: str, new: str) -> nn.Module:
@@ -142,19 +178,24 @@ def _rename_child(module: nn.Module, old: str, new: str) -> nn.Module:
 
 def _check_layout(fused: nn.Module, spec: ExpertsSpec) -> None:
     """Whether the module is gate and up stacked along their outputs, without biases, silu or another act."""
-    names = {name for name, _ in fused.named_parameters()}
-    default_gate = getattr(type(fused), "_apply_gate", None)
-    stacked = (
-        names == {"gate_up_proj", "down_proj"}
-        and not getattr(fused, "is_transposed", True)
-        and getattr(fused, "is_concatenated", False)
-        and getattr(default_gate, "__name__", "") == "_default_apply_gate"
-    )
-    if not stacked:
+    shapes = {name: parameter.shape for name, parameter in fused.named_parameters()}
+    gate = getattr(type(fused), "_apply_gate", None)
+    if shapes.keys() != {"gate_up_proj", "down_proj"}:
+        known = False
+    elif spec.scales_inputs:  # Llama 4's module does not say itself how it is laid out
+        count, inner, hidden = shapes["down_proj"]
+        known = shapes["gate_up_proj"] == (count, hidden, 2 * inner)
+    else:
+        known = (
+            not getattr(fused, "is_transposed", True)
+            and getattr(fused, "is_concatenated", False)
+            and getattr(gate, "__name__", "") == "_default_apply_gate"
+        )
+    if not known:
         raise PlanError(
             Problem(
                 "plan_mismatch",
-                f"The experts in {spec.name} are not stored as the plan expects: {', '.join(sorted(names))}.",
+                f"The experts in {spec.name} are not laid out as planned: {', '.join(sorted(shapes))}.",
                 "This is a fault of Bitmill's tables; please report it with the model's config.json.",
             )
         )

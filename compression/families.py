@@ -22,12 +22,12 @@ def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str
     )
 
 
-def _gated_mlp(norm: str = "post_attention_layernorm", *, bias: str = "") -> Groups:
-    names = ("gate_proj", "up_proj")
-    gate_up = tuple(LinearSpec(f"mlp.{name}", "inner", "hidden", bias) for name in names)
+def _gated_mlp(norm: str = "post_attention_layernorm", *, bias: str = "", name: str = "mlp") -> Groups:
+    leaves = ("gate_proj", "up_proj")
+    gate_up = tuple(LinearSpec(f"{name}.{leaf}", "inner", "hidden", bias) for leaf in leaves)
     return (
         GroupSpec(gate_up, norm),
-        _alone("mlp.down_proj", "hidden", "inner", bias, producer="mlp.up_proj"),
+        _alone(f"{name}.down_proj", "hidden", "inner", bias, producer=f"{name}.up_proj"),
     )
 
 
@@ -65,12 +65,12 @@ def _router(name: str) -> dict[str, tuple[str, ...]]:
     return {f"{name}.weight": ("experts", "hidden")}
 
 
-def _shared_expert(name: str, gate: str = "") -> Groups:
-    """An expert that sees every token, and the gate that weighs what it makes, where there is one."""
+def _shared_expert(name: str, gate: str = "", gate_out: str = "one") -> Groups:
+    """An expert that sees every token, and a gate that reads the same, where there is one."""
     gate_up = tuple(
         LinearSpec(f"{name}.{leaf}", "shared_inner", "hidden") for leaf in ("gate_proj", "up_proj")
     )
-    gates = (LinearSpec(gate, "one", "hidden", gate=True),) if gate else ()
+    gates = (LinearSpec(gate, gate_out, "hidden", gate=True),) if gate else ()
     return (GroupSpec(gate_up + gates), _alone(f"{name}.down_proj", "hidden", "shared_inner"))
 
 
@@ -290,6 +290,39 @@ FAMILIES: dict[str, Family] = {
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
         },
+    ),
+    "llama4_text": Family(
+        "Llama4ForCausalLM",
+        _attention(**_ALL_BIASED) + _gated_mlp(name="feed_forward"),
+        _PRE_NORMS,
+        sparse=Sparse(
+            (
+                *_attention(**_ALL_BIASED),
+                ExpertsSpec(
+                    "feed_forward.experts",
+                    "feed_forward.router",
+                    stacks=("gate_up_proj", "down_proj"),
+                    scales_inputs=True,
+                ),
+                *_shared_expert("feed_forward.shared_expert", "feed_forward.router", "experts"),
+            ),
+            _PRE_NORMS,
+            dense=("moe_layers", "decoder_sparse_step"),
+        ),
+        sizes={
+            "experts": (("num_local_experts",),),
+            "expert_inner": (("intermediate_size",),),
+            "shared_inner": (("intermediate_size",),),
+        },
+        aliases={"interleave_moe_layer_step": "decoder_sparse_step"},
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 16,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16384,
+        },
+        intermediate_key="intermediate_size_mlp",
     ),
     "opt": Family(
         "OPTForCausalLM",

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import Any, Literal
 
-from compression.checkpoint.headers import TensorInfo
 from compression.checkpoint.sizes import layers, parameters, vision_tower
+from compression.checkpoint.tensors import StoredTensor
 from compression.recipe import Calibration, Recipe
 
 NOMINAL_ITEMSIZE = 2
@@ -53,7 +53,7 @@ class GuideModel:
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, TensorInfo], *, layers_prefix: str, num_layers: int, hidden_size: int
+        cls, tensors: Mapping[str, StoredTensor], *, layers_prefix: str, num_layers: int, hidden_size: int
     ) -> GuideModel:
         """Counted from headers: nothing is nominal and nothing is rounded.
 

@@ -44,6 +44,10 @@ class KVCache:
             self._see("v", values)
         return keys, values
 
+    def get_seq_length(self, _layer: int = 0) -> int:
+        """Tokens in the cache: none, every batch begins with its first."""
+        return 0
+
     def learned(self, planned: CachePlan) -> dict[str, Tensor]:
         """The scales of the layer that has been passed, [1], by their names on disk.
 

@@ -1,7 +1,7 @@
 """The names of a checkpoint's tensors as Transformers has them, where files have others.
 
 The engine speaks of modules as Transformers does, and so do a reader's `ignore` and targets; files keep the
-names that they came with, which every TensorInfo holds.
+names that they came with, which every tensor of the plan holds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from compression.checkpoint.headers import Checkpoint, TensorInfo
+from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.tensors import StoredTensor
 from compression.errors import PlanError, Problem
 from compression.structure import Vision
 
@@ -20,7 +21,7 @@ def with_model_names(checkpoint: Checkpoint, vision: Vision) -> Checkpoint:
     Raises:
         PlanError: `index_invalid`, where two tensors are the same one of the model.
     """
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, StoredTensor] = {}
     for stored, info in checkpoint.tensors.items():
         other = tensors.setdefault(vision.in_model(stored), info)
         if other is not info:
@@ -29,7 +30,7 @@ def with_model_names(checkpoint: Checkpoint, vision: Vision) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def on_disk(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorInfo]:
+def on_disk(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, StoredTensor]:
     """Tensors of the checkpoint by their names on disk."""
     infos = (checkpoint.tensors[name] for name in names)
     return {info.name: info for info in infos}

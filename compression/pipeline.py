@@ -20,8 +20,9 @@ from torch import Tensor
 from compression import device as machine
 from compression.calibration import dataset_digest, load_blocks
 from compression.checkpoint.formats import decode, encode
-from compression.checkpoint.headers import TensorInfo, read_header
+from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
+from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
 from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
@@ -130,7 +131,7 @@ def compress(
                 stored.update(streams.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
-                    tensors: dict[str, Tensor | TensorInfo] = {**stored, **copied}
+                    tensors: dict[str, Tensor | StoredTensor] = {**stored, **copied}
                     shard = write_shard(journal.folder / layer.shard, layer.on_disk(tensors))
                     finished = journal.commit(layer.index, shard, modules)
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from compression import checks
+from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.checkpoint.layout import file_size
 from compression.decoder import LM_HEAD, Decoder, read_decoder
@@ -24,9 +25,10 @@ from compression.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
 from compression.naming import module_names, on_disk, with_model_names
 from compression.plans import ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.served import NOT_SERVED
+from compression.served import NOT_SERVED, reordered
 from compression.shards import assign_shards, attention_linear, stored_layer
 from compression.sources import headers_of
+from compression.stacks import unstacked
 from compression.treatment import Linear, Treatment, treat
 from compression.workload import make_workload
 
@@ -50,14 +52,14 @@ def plan(
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
-            checkpoint's files has the codes of `read_checkpoint`; what the Hub refuses, those of `HubClient`.
+            checkpoint has the codes of `read_checkpoint` and `dequantized`; on the Hub, of `HubClient` too.
     """
     has_data = dataset is not None
     recipe = checks.with_observers(recipe, has_data)
     problems = checks.recipe_problems(recipe, has_data)
     try:
         folder, own_name = headers_of(source)
-        checkpoint = read_checkpoint(folder)
+        checkpoint = dequantized(read_checkpoint(folder))
     except SourceError as error:
         raise PlanError(Problem(error.code, error.message, error.hint, "/model"), *problems) from error
     warnings: list[Problem] = []
@@ -71,9 +73,12 @@ def plan(
     expected = _expected(checkpoint, decoder)
     if not any(problem.code == "source_already_quantized" for problem in problems):
         problems += checks.tensor_problems(checkpoint, decoder, expected)
-    names = [*_leaf_modules(expected), *module_names(checkpoint, tower)]
-    treatment = treat(_linears(checkpoint, decoder), names, recipe)
+    linears = _linears(checkpoint, decoder)
+    names = [*_leaf_modules(expected, linears), *module_names(checkpoint, tower)]
+    treatment = treat(linears, names, recipe)
     problems += treatment.problems
+    treated = ((linear.name, t.step, t.scheme) for linear, t in treatment.modules)
+    treatment.warnings += reordered(decoder.family.architecture, treated)
     if require == "vllm":
         problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
     problems += checks.smoothing_problems(recipe, decoder)
@@ -83,6 +88,7 @@ def plan(
         raise PlanError(*problems)
 
     unknown = tuple(sorted(checkpoint.tensors.keys() - expected.keys() - set(tower)))
+    checkpoint = unstacked(checkpoint, decoder)
     modules = _module_plans(checkpoint, decoder, treatment)
     caches = recipe.kv_cache_step is not None
     layers, outside = assign_shards(
@@ -115,6 +121,7 @@ def plan(
         warnings=(
             *warnings,
             *treatment.warnings,
+            *checks.fp8_warnings(checkpoint),
             *checks.dense_warnings(recipe),
             *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(work.held_bytes, activation_budget_bytes, work.spill_bytes),
@@ -142,7 +149,8 @@ def _layer_count(checkpoint: Checkpoint, decoder: Decoder) -> int:
     """Layers to look at: config.json cannot make us look for more than there are tensors."""
     count = tensors = 0
     while count < decoder.num_layers and tensors < len(checkpoint.tensors):
-        tensors += decoder.sizes["experts"] if decoder.is_sparse(count) else 1
+        shape = decoder.layer(count)
+        tensors += decoder.sizes["experts"] if decoder.is_sparse(count) and not shape.stacks else 1
         count += 1
     return count
 
@@ -174,8 +182,9 @@ def _linears(checkpoint: Checkpoint, decoder: Decoder) -> list[Linear]:
     return linears
 
 
-def _leaf_modules(expected: dict[str, tuple[int, ...]]) -> list[str]:
-    return list(dict.fromkeys([*(key.rpartition(".")[0] for key in expected), LM_HEAD]))
+def _leaf_modules(expected: dict[str, tuple[int, ...]], linears: Sequence[Linear]) -> list[str]:
+    names = (key.rpartition(".")[0] for key in expected if key.endswith((".weight", ".bias")))
+    return list(dict.fromkeys([*names, *(linear.name for linear in linears)]))
 
 
 def _module_plans(checkpoint: Checkpoint, decoder: Decoder, treatment: Treatment) -> list[ModulePlan]:

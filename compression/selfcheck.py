@@ -9,9 +9,10 @@ from pathlib import Path
 from compressed_tensors.quantization import QuantizationConfig
 
 from compression.checkpoint.formats import decode, quantization_config
-from compression.checkpoint.headers import TensorInfo, read_header
+from compression.checkpoint.headers import read_header
 from compression.checkpoint.layout import TensorSpec
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
+from compression.checkpoint.tensors import TensorInfo
 from compression.errors import PlanError, Problem, SelfCheckError
 from compression.model import StreamedModel
 from compression.naming import on_disk

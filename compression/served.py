@@ -10,6 +10,10 @@ from compression.schemes import SERVED_BITS, SERVED_GROUP_SIZES, Scheme
 NOT_SERVED = "not_served_by_vllm"
 
 
+_REORDERED = {"Llama4ForCausalLM": (".q_proj", ".k_proj")}
+"""Linears whose rows vLLM puts in another order when it loads a model, to rotate them as it does others."""
+
+
 def unserved(number: int, scheme: Scheme, fused: Iterable[Sequence[int]]) -> list[Problem]:
     """Why vLLM would not run what step `number` makes.
 
@@ -35,3 +39,28 @@ def unserved(number: int, scheme: Scheme, fused: Iterable[Sequence[int]]) -> lis
             hint = f"Its blocks take multiples of {height}. Use FP8_DYNAMIC, or leave these linears out."
             problems.append(Problem(NOT_SERVED, message, hint, f"{pointer}/scheme"))
     return problems
+
+
+def reordered(architecture: str, treated: Iterable[tuple[str, int | None, Scheme | None]]) -> list[Problem]:
+    """Zero points and scales of blocks, which do not follow the rows that vLLM reorders.
+
+    treated: name of each linear, and the step and scheme by which it is quantized.
+    """
+    names = _REORDERED.get(architecture, ())
+    left = {
+        step: scheme
+        for name, step, scheme in treated
+        if scheme
+        and name.endswith(names)
+        and (scheme.weights.block_structure or not scheme.weights.symmetric)
+    }
+    return [
+        Problem(
+            NOT_SERVED,
+            f"vLLM reorders the rows of q_proj and k_proj of {architecture}, but not what {scheme.name} "
+            "stores for several rows together.",
+            "Leave q_proj, k_proj and v_proj out with ignore, or use a scheme without zero points or blocks.",
+            f"/recipe/steps/{step}/scheme",
+        )
+        for step, scheme in left.items()
+    ]

@@ -85,7 +85,7 @@ def assign_shards(
         keys = {module.key for module in compressed}
         keys |= {key for fold in folds.values() for key in fold.keys}
         keys |= {key for fold in linear_folds for key in fold.keys}
-        copied = tuple(prefix + name for name in shape.tensors if prefix + name not in keys)
+        copied = tuple(prefix + name for name in shape.parameters if prefix + name not in keys)
         first = next(iter(shape.tensors))
         prefix_on_disk = checkpoint.tensors[prefix + first].name.removesuffix(first)
         cache = _cache(checkpoint, decoder, prefix) if caches else None

@@ -49,26 +49,37 @@ class ExpertsSpec:
     """The experts of a layer: modules "0", "1", ... of the module `name`, as many as the size "experts".
 
     router: the module that chooses among them. gate_up: an expert's linears that read the tokens routed to
-    it, in the order gate, up. down: its linear that reads act(gate) * up.
+    it, in the order gate, up. down: its linear that reads act(gate) * up. stacks: on disk, the
+    tensor [experts, in, outputs] of gate and up, and that of down, of all; () where each linear has its own.
+    scales_inputs: whether the router's scores scale what experts read, and not what they make.
     """
 
     name: str
     router: str
     gate_up: tuple[str, str] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    stacks: tuple[str, ...] = ()
+    scales_inputs: bool = False
+
+    @property
+    def stages(self) -> tuple[tuple[LinearSpec, ...], ...]:
+        """Linears of one expert that read one tensor: gate and up, then down."""
+        gate_up = tuple(LinearSpec(name, "expert_inner", "hidden") for name in self.gate_up)
+        return gate_up, (LinearSpec(self.down, "hidden", "expert_inner"),)
+
+    def stacked(self) -> dict[str, tuple[LinearSpec, ...]]:
+        """Name of each stack -> the linears of an expert that lie side by side in it."""
+        stacks = zip(self.stacks, self.stages, strict=False)  # without stacks there are none
+        return {f"{self.name}.{stack}": linears for stack, linears in stacks}
 
     def groups(self, count: int) -> Groups:
         """The experts one by one, all of the first stage before all of the second: none waits for another."""
-        stages = (
-            [LinearSpec(name, "expert_inner", "hidden") for name in self.gate_up],
-            [LinearSpec(self.down, "hidden", "expert_inner")],
-        )
         return tuple(
             GroupSpec(
                 tuple(replace(linear, name=f"{self.name}.{expert}.{linear.name}") for linear in stage),
                 experts=self.name,
             )
-            for stage in stages
+            for stage in self.stages
             for expert in range(count)
         )
 
@@ -78,7 +89,7 @@ class Sparse:
     """The layers of a family that have experts in place of the MLP.
 
     groups, others: as in Family, of such a layer. dense: the config keys that say which layers are no such
-    layers: first_k_dense_replace, mlp_only_layers, decoder_sparse_step.
+    layers: first_k_dense_replace, mlp_only_layers, decoder_sparse_step; or which are, moe_layers.
     """
 
     groups: tuple[GroupSpec | ExpertsSpec, ...]

@@ -11,13 +11,14 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from compression.checkpoint.layout import DTYPE_BITS, TensorSpec
+from compression.checkpoint.tensors import FileStamp, StoredTensor, TensorInfo
 from compression.errors import SourceError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -38,57 +39,18 @@ _WEIGHT_SUFFIXES = {".safetensors"} | _PICKLE_SUFFIXES | _OTHER_WEIGHT_SUFFIXES
 _REWRITTEN = {"config.json", "README.md", "recipe.yaml", "bitmill.json"}
 
 
-class FileStamp(NamedTuple):
-    """What tells that a file is still the one whose header was read."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, descriptor: int) -> FileStamp:
-        status = os.fstat(descriptor)
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor on disk: bytes [begin, end) of `file`, which had `stamp` when its header was read."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-    end: int
-    stamp: FileStamp
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
-
-    @property
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.dtype, self.shape)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder. `folder` and all files are resolved paths. `weight_names` are the names that the weight
-    files have in the folder; `other_files` are relative to it."""
+    files have in the folder, `weight_bytes` the size of all; `other_files` are relative to it."""
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
     weight_files: tuple[Path, ...]
     weight_names: tuple[str, ...]
+    weight_bytes: int
     other_files: tuple[str, ...]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(stamp.size for stamp in {info.stamp for info in self.tensors.values()})
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -113,7 +75,9 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         weight_files = tuple(resolve_inside(folder, name) for name in names)
         tensors = _read_headers(weight_files)
         _check_index(weight_map, tensors)
-        return Checkpoint(folder, config, tensors, weight_files, names, _other_files(folder))
+        weight_bytes = sum(stamp.size for stamp in {info.stamp for info in tensors.values()})
+        other_files = _other_files(folder)
+        return Checkpoint(folder, config, tensors, weight_files, names, weight_bytes, other_files)
     except OSError as error:
         raise SourceError(
             "source_unreadable", f"The model folder cannot be read: {error.strerror or error}."

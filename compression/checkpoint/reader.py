@@ -1,4 +1,4 @@
-"""Tensors from safetensors files into memory of our own.
+"""Tensors from safetensors files into memory of our own, made where they are stored in another form.
 
 Files are read with pread, never mapped: mapped pages would count in the process's memory and could change
 under our feet. A file is open only while its tensors are read, and must still be the one that was planned.
@@ -14,7 +14,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from compression.checkpoint.headers import Checkpoint, FileStamp, TensorInfo, open_regular
+from compression.checkpoint.headers import Checkpoint, open_regular
+from compression.checkpoint.tensors import BlockScaledWeight, FileStamp, StackedWeight, TensorInfo
 from compression.errors import SourceError
 
 CHUNK_BYTES = 8 << 20
@@ -44,19 +45,23 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint on the CPU, in their dtype on disk, in memory that nothing else holds.
+    """Tensors of a checkpoint on the CPU, in the dtype that it says, in memory that nothing else holds.
 
     Raises:
         KeyError: a name that the checkpoint does not have.
         SourceError: `source_changed`, `source_unreadable`, `unsupported_dtype`.
     """
-    infos = {name: checkpoint.tensors[name] for name in names}
-    stored = read_infos(infos.values())
-    return {name: stored[info.name] for name, info in infos.items()}
+    tensors = {name: checkpoint.tensors[name] for name in names}
+    stored = read_infos(tensor for tensor in tensors.values() if isinstance(tensor, TensorInfo))
+    return {
+        name: stored[tensor.name] if isinstance(tensor, TensorInfo) else make(tensor)
+        for name, tensor in tensors.items()
+    }
 
 
 def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The same for tensors of any files, by their names on disk, in the order of file and place in it."""
+    """The same for tensors of any files, by their names on disk and as they lie there, in the order of file and
+    place in it."""
     ordered = sorted(infos, key=lambda info: (info.file, info.begin, info.end))
     tensors = {}
     for _, group in groupby(ordered, key=lambda info: info.file):
@@ -65,6 +70,11 @@ def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
             for info in members:
                 tensors[info.name] = _read(descriptor, info)
     return tensors
+
+
+def make(tensor: StackedWeight | BlockScaledWeight) -> Tensor:
+    """A tensor that is stored in another form. Raises what `read_tensors` raises."""
+    return _unstacked(tensor) if isinstance(tensor, StackedWeight) else _dequantized(tensor)
 
 
 @contextmanager
@@ -88,6 +98,34 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, info: TensorInfo
         if count == 0:
             raise _source_changed(info)
         done += count
+
+
+def _unstacked(weight: StackedWeight) -> Tensor:
+    """Only this linear's part of each row of the stack is read."""
+    stack, dtype = weight.stack, TORCH_DTYPES[weight.dtype]
+    rows, width = stack.shape[1], stack.shape[2] * dtype.itemsize
+    first = stack.begin + weight.expert * rows * width + weight.begin * dtype.itemsize
+    part = weight.out * dtype.itemsize
+    storage = torch.empty(rows * part, dtype=torch.uint8)
+    buffer = storage.numpy().data
+    with open_unchanged(stack) as descriptor:
+        if part == width:
+            read_into(descriptor, buffer, first, stack)
+        else:
+            for row in range(rows):
+                read_into(descriptor, buffer[row * part : (row + 1) * part], first + row * width, stack)
+    return storage.view(dtype).reshape(rows, weight.out).t().contiguous()
+
+
+def _dequantized(weight: BlockScaledWeight) -> Tensor:
+    """Codes times scales in float32, one row of blocks after the other."""
+    codes, scales = (read_infos([info])[info.name] for info in (weight.codes, weight.scales))
+    (rows, columns), dtype = weight.block, TORCH_DTYPES[weight.dtype]
+    parts = [
+        (part.float() * scale.repeat_interleave(columns)[: part.shape[1]]).to(dtype)
+        for part, scale in zip(codes.split(rows), scales.float(), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _read(descriptor: int, info: TensorInfo) -> Tensor:

@@ -21,13 +21,13 @@ from torch import Tensor
 from compression.checkpoint.headers import (
     INDEX_FILE,
     Checkpoint,
-    TensorInfo,
     open_regular,
     read_header,
     resolve_inside,
 )
 from compression.checkpoint.layout import TensorSpec, build_header
-from compression.checkpoint.reader import CHUNK_BYTES, TORCH_DTYPES, open_unchanged, read_into
+from compression.checkpoint.reader import CHUNK_BYTES, TORCH_DTYPES, make, open_unchanged, read_into
+from compression.checkpoint.tensors import StoredTensor, TensorInfo
 from compression.errors import ResourceError
 
 TEMPORARY_SUFFIX = ".writing"
@@ -48,11 +48,11 @@ class Shard:
     tensor_bytes: int
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> Shard:
+def write_shard(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Shard:
     """Write a safetensors file; the same tensors give the same bytes, those the safetensors library writes.
 
-    A `Tensor` is written from memory, a `TensorInfo` is copied from file to file, byte for byte, under the
-    name that the mapping gives it.
+    A `Tensor` is written from memory; one of a checkpoint is copied from file to file, byte for byte, or made
+    when its turn comes, where it is stored in another form; under the names that the mapping gives them.
 
     Raises:
         ResourceError: `disk_full`; nothing is left of the file.
@@ -67,7 +67,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> Shard
             if isinstance(value, TensorInfo):
                 _copy_tensor(value, sink)
             else:
-                sink.write(_data(value))
+                sink.write(_data(value if isinstance(value, Tensor) else make(value)))
     return Shard(path.name, sink.digest(), sink.size, order, sink.size - len(header))
 
 
@@ -189,10 +189,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _spec(value: Tensor | TensorInfo) -> TensorSpec:
-    if isinstance(value, TensorInfo):
-        return value.spec
-    return TensorSpec(_SAFETENSORS_DTYPES[value.dtype], tuple(value.shape))
+def _spec(value: Tensor | StoredTensor) -> TensorSpec:
+    if isinstance(value, Tensor):
+        return TensorSpec(_SAFETENSORS_DTYPES[value.dtype], tuple(value.shape))
+    return value.spec
 
 
 def _data(tensor: Tensor) -> memoryview:

@@ -82,6 +82,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 3}),
     "deepseek_v3": ("deepseek_v3", {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "deepseek_v3 with two shared experts": ("deepseek_v3", {"n_shared_experts": 2, "attention_bias": True}),
+    "llama4": ("llama4_text", {"num_local_experts": 3}),
+    "llama4 with listed layers": ("llama4_text", {"num_local_experts": 3, "moe_layers": [1]}),
+    "llama4 every second layer": (
+        "llama4_text",
+        {"num_local_experts": 3, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 224},
+    ),
+    "llama4 without experts": ("llama4_text", {"moe_layers": [], "attention_bias": True}),
     "opt": ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 96}),
     "opt without biases": ("opt", {"ffn_dim": 160, "enable_bias": False, "max_position_embeddings": 77}),
     "llava": ("llava", {}),

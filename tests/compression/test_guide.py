@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from compression.checkpoint.headers import TensorInfo, read_checkpoint
+from compression.checkpoint.headers import read_checkpoint
 from compression.checkpoint.sizes import layers, stored_bytes, vision_tower
+from compression.checkpoint.tensors import StoredTensor
 from compression.guide import GuideEstimate, GuideModel, Method, gigabytes, guide_estimate
 from compression.planning import plan
 from compression.recipe import Calibration, DatasetSpec, Recipe
@@ -91,11 +93,11 @@ def test_a_large_tower_decides() -> None:
     assert estimate(tower, "awq").gpu_bytes == gb("9")
 
 
-def tensors_of(folder: Path) -> dict[str, TensorInfo]:
+def tensors_of(folder: Path) -> Mapping[str, StoredTensor]:
     return read_checkpoint(folder).tensors
 
 
-def from_headers(tensors: dict[str, TensorInfo], num_layers: int, hidden_size: int) -> GuideModel:
+def from_headers(tensors: Mapping[str, StoredTensor], num_layers: int, hidden_size: int) -> GuideModel:
     return GuideModel.of(
         tensors, layers_prefix="model.layers.", num_layers=num_layers, hidden_size=hidden_size
     )

@@ -3,7 +3,7 @@
     python peer_rtn.py < jobs.json
 
 jobs: [{"source", "output", "method": "rtn" | "gptq", "scheme", "group_size": int | null, "tokens",
-        "kv_cache_scheme"}, ...]
+        "ignore", "kv_cache_scheme"}, ...]
 
 tokens: rows of token ids to calibrate on, null where nothing is learned from data.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
@@ -20,6 +21,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 
 def run(job: dict[str, Any]) -> None:
@@ -28,8 +30,11 @@ def run(job: dict[str, Any]) -> None:
         scheme.weights.group_size = job["group_size"]
     modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[job["method"]]
     cache = job["kv_cache_scheme"] and QuantizationArgs.model_validate(job["kv_cache_scheme"])
-    recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"], kv_cache_scheme=cache)
+    recipe = modifier(config_groups={"group_0": scheme}, ignore=job["ignore"], kv_cache_scheme=cache)
     model = AutoModelForCausalLM.from_pretrained(job["source"], dtype="auto")
+    for module in model.modules():
+        if isinstance(module, Llama4TextExperts):  # LLM Compressor looks for the config of the whole Llama 4
+            module.config = SimpleNamespace(text_config=model.config)
     data: dict[str, Any] = {}
     if rows := job["tokens"]:
         masks = [[1] * len(row) for row in rows]

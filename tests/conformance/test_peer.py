@@ -58,7 +58,9 @@ CHOICES = [
 FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 UNPACKED_BY_PEER = ("W4A8", "W4AFP8")
 """It gives each 4-bit code a byte (int-quantized); we pack them, as vLLM has kernels that read them so."""
-WITH_EXPERTS = ("mixtral", "qwen3_moe")
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "llama4_text")
+IGNORED_BY_PEER = {"llama4_text": ["re:.*router"]}
+"""Its recipes for Llama 4 say so: the router is a linear there, which we never compress."""
 NAMED_BY_PEER = {"mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
 """It names every family's experts so; we leave them the names of the source, which vLLM's Mixtral reads."""
 IDS = [f"{scheme}-{group_size or 'preset'}" for scheme, group_size in CHOICES]
@@ -89,6 +91,7 @@ def job(
         "scheme": scheme,
         "group_size": group_size,
         "tokens": tokens and [block.tolist() for block in tokens],
+        "ignore": ["lm_head", *IGNORED_BY_PEER.get(dtype, [])],
         "kv_cache_scheme": None,
     }
 

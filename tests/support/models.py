@@ -55,6 +55,10 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
         "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
     },
+    "llama4_text": {
+        "hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256, "num_local_experts": 3,
+        "moe_layers": [0], "no_rope_layer_interval": 2, "attention_chunk_size": 16, "floor_scale": 8,
+    },
 }  # fmt: skip
 """By model type: what makes a tiny model show the family's own features, such as two kinds of masks."""
 
@@ -194,6 +198,21 @@ def pseudo_english(seed: int, sentences: int = 12) -> str:
             words.append(choices[(state >> 16) % len(choices)])
         parts.append(" ".join(words).capitalize() + ".")
     return " ".join(parts)
+
+
+def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Llama 4's stacks of experts as the weights [out, in] of single ones; all else as it is."""
+    single = {}
+    for name, tensor in tensors.items():
+        block, _, stack = name.rpartition(".")
+        leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(stack)
+        if leaves is None:
+            single[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            for leaf, weight in zip(leaves, expert.T.chunk(len(leaves)), strict=True):
+                single[f"{block}.{number}.{leaf}.weight"] = weight.contiguous()
+    return single
 
 
 def _randomize_one_dimensional(model: torch.nn.Module) -> None:

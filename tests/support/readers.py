@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from tests.support.models import load_model
 
@@ -49,7 +51,8 @@ def _load(folder: Path) -> nn.Module:
     has_experts = any(
         "experts." in name for shard in folder.glob("*.safetensors") for name in load_file(shard)
     )
-    if has_experts and any(group["format"] != "pack-quantized" for group in groups):
+    packed = all(group["format"] == "pack-quantized" for group in groups)
+    if groups and has_experts and not (packed and config.model_type != "llama4_text"):
         return _load_dequantized(folder, groups[0], quantization["ignore"])
     if any(not group["weights"]["symmetric"] for group in groups):
         # compressed-tensors 0.20 expects unpacked zero points of a compressed model, against its own format
@@ -65,8 +68,8 @@ def _load(folder: Path) -> nn.Module:
 
 
 def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]) -> nn.Module:
-    """Transformers 5.23 reads experts packed only: others are dequantized here, scale times code, and what
-    linears and experts read is quantized by the library."""
+    """Transformers 5.23 reads experts packed only, and Llama 4's stacked only: others are dequantized here,
+    scale times code, and what linears and experts read is quantized by the library."""
     dense = folder.with_name(folder.name + "-dense")
     shutil.copytree(folder, dense, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((dense / "config.json").read_text())
@@ -75,17 +78,57 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
     stored = {
         key: tensor for shard in folder.glob("*.safetensors") for key, tensor in load_file(shard).items()
     }
-    scales = {key.removesuffix("_scale"): stored.pop(key) for key in list(stored) if key.endswith("_scale")}
-    weights = {key: tensor.float() * scales.get(key, 1.0) for key, tensor in stored.items()}
+    weights = _dequantized(stored, group["weights"]["num_bits"])
+    if config["model_type"] == "llama4_text":
+        weights = _stacked(weights)
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     model = load_model(dense, dtype=torch.float32)
+    if group["input_activations"] is None:
+        return model
     args = QuantizationArgs.model_validate(group["input_activations"])
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in ignore:
             module.register_forward_pre_hook(lambda _module, inputs: (_quantized(inputs[0], args),))
         elif hasattr(module, "num_experts") and hasattr(module, "gate_up_proj"):
-            module.forward = partial(_experts_forward, module, args)
+            forward = _scaled_experts_forward if isinstance(module, Llama4TextExperts) else _experts_forward
+            module.forward = partial(forward, module, args)
     return model
+
+
+def _dequantized(stored: dict[str, Tensor], num_bits: int) -> dict[str, Tensor]:
+    """float32 weights under their plain names; what is not compressed is converted only."""
+    weights = {}
+    for key, tensor in stored.items():
+        name, _, suffix = key.rpartition(".")
+        if suffix in ("weight_scale", "weight_shape"):
+            continue
+        codes = tensor.float()
+        if suffix == "weight_packed":
+            shape = torch.Size(stored[f"{name}.weight_shape"].tolist())
+            codes, suffix = unpack_from_int32(tensor, num_bits, shape).float(), "weight"
+        scale = stored.get(f"{name}.weight_scale") if suffix == "weight" else None
+        if scale is not None:
+            codes = codes * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+        weights[f"{name}.{suffix}"] = codes
+    return weights
+
+
+def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Llama 4's experts as it stores them: [experts, in, gate and up], [experts, inner, out]."""
+    stacked = {key: tensor for key, tensor in weights.items() if ".experts." not in key}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for key in weights.keys() - stacked.keys():
+        name, _, linear = key.partition(".experts.")
+        blocks.setdefault(f"{name}.experts", {})[linear] = weights[key].T
+    for name, linears in blocks.items():
+        experts = range(len(linears) // 3)
+        gate, up, down = (
+            torch.stack([linears[f"{number}.{leaf}_proj.weight"] for number in experts])
+            for leaf in ("gate", "up", "down")
+        )
+        stacked[f"{name}.gate_up_proj"] = torch.cat((gate, up), dim=-1)
+        stacked[f"{name}.down_proj"] = down
+    return stacked
 
 
 def _quantized(x: Tensor, args: QuantizationArgs) -> Tensor:
@@ -106,3 +149,12 @@ def _experts_forward(
         inner = _quantized(experts.act_fn(gate) * up, args)
         result += weights * (inner @ experts.down_proj[number].T)
     return result
+
+
+def _scaled_experts_forward(experts: nn.Module, args: QuantizationArgs, x: Tensor) -> Tensor:
+    """Every expert has tokens of its own in x [experts * tokens, hidden], times 0 where it was not chosen."""
+    gate, up = (_quantized(x, args).unflatten(0, (experts.num_experts, -1)) @ experts.gate_up_proj).chunk(
+        2, -1
+    )
+    inner = _quantized(experts.act_fn(gate) * up, args)
+    return (inner @ experts.down_proj).flatten(0, 1)
