@@ -45,8 +45,9 @@ def _block(quantization: Any) -> tuple[int, int] | None:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
         return None
     block = quantization.get("weight_block_size")
-    sizes = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    if not sizes or quantization.get("activation_scheme", "dynamic") != "dynamic":
+    if quantization.get("activation_scheme", "dynamic") != "dynamic" or not isinstance(block, list):
+        return None
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         return None
     return block[0], block[1]
 

@@ -123,7 +123,7 @@ def _dequantized(weight: BlockScaledWeight) -> Tensor:
     (rows, columns), dtype = weight.block, TORCH_DTYPES[weight.dtype]
     parts = [
         (part.float() * scale.repeat_interleave(columns)[: part.shape[1]]).to(dtype)
-        for part, scale in zip(codes.split(rows), scales.float(), strict=True)
+        for part, scale in zip(torch.split(codes, rows), scales.float(), strict=True)
     ]
     return torch.cat(parts)
 

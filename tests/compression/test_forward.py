@@ -66,8 +66,8 @@ def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
 
 
 def one_expert_at_a_time(experts: nn.Module, x: Tensor) -> Tensor:
-    """What Llama 4's experts make of x [experts * tokens, hidden], in products of the size of ours. Theirs are
-    of all tokens, and round otherwise: test_llama4.py compares the function itself."""
+    """What Llama 4's experts make of x [experts * tokens, hidden], in products of the size of ours. Their own
+    are of all tokens, and round otherwise: test_llama4.py compares the function itself."""
     result = torch.zeros_like(x)
     of_experts = zip(x.chunk(experts.num_experts), result.chunk(experts.num_experts), strict=True)
     for number, (read, made) in enumerate(of_experts):

@@ -51,11 +51,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "opt"])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [("llama", {}), ("gemma2", {}), ("phi3", {}), ("opt", {}), ("llama4_text", {"moe_layers": []})],
+)
 def test_reported_perplexity_is_that_of_the_checkpoint_with_its_cache_in_fp8(
-    model_type: str, tiny_texts: Path, tmp_path: Path
+    model_type: str, config: dict[str, Any], tiny_texts: Path, tmp_path: Path
 ) -> None:
-    source = tiny_model(tmp_path / "model", model_type, dtype=torch.float32)
+    source = tiny_model(tmp_path / "model", model_type, dtype=torch.float32, **config)
     report = run(source, tmp_path / "out", tiny_texts)
     blocks = load_blocks(DatasetSpec(path=str(tiny_texts)), source, SMALL, HELD_OUT).evaluation
     assert report.evaluation is not None
