@@ -1,5 +1,5 @@
 """All configuration, read once. Nothing else in Bitmill reads the environment, but for the variables of the
-Hub (compression/hub/environment.py)."""
+Hub (compression/hub/environment.py) and of S3 (compression/s3.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from compression.s3 import S3Ref
+
 
 class Settings(BaseSettings):
     """Settings of the service; each is the environment variable of its name with the prefix `BITMILL_`.
@@ -18,6 +20,7 @@ class Settings(BaseSettings):
     data_dir: holds the defaults of the URLs and scratch_dir, credentials.json and secret.key.
     broker_url: `memory://` is the embedded mode; otherwise a redis:// URL of Valkey or Redis.
     local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
+    s3_prefixes: `s3://bucket` or `s3://bucket/folder` that datasets may lie in, separated by commas.
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
     max_attempts: counted attempts (crashes, lost leases) after which a job fails.
@@ -35,6 +38,7 @@ class Settings(BaseSettings):
     broker_url: str = "memory://"
     store_url: str = ""
     local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    s3_prefixes: Annotated[tuple[str, ...], NoDecode] = ()
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     device: str = "auto"
@@ -62,6 +66,19 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
+
+    @field_validator("s3_prefixes", mode="before")
+    @classmethod
+    def _split_prefixes(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part) if isinstance(value, str) else value
+
+    @field_validator("s3_prefixes")
+    @classmethod
+    def _good_prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            if S3Ref.parse(f"{prefix.rstrip('/')}/key") is None:
+                raise ValueError(f"{prefix!r} is not s3://bucket or s3://bucket/folder")
+        return prefixes
 
     @model_validator(mode="before")
     @classmethod

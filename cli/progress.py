@@ -75,7 +75,7 @@ def sentence(event: Event) -> str | None:
 
 
 def _amount(data: dict[str, Any]) -> str:
-    if data["what"] == "dataset":
+    if data["total"] is None:
         return f"{data['done']} rows"
     return f"{bytes_text(data['done'])} of {bytes_text(data['total'])}"
 

@@ -111,7 +111,7 @@ def _dataset(options: JobOptions) -> dict[str, Any] | None:
             raise BadOptions(f"{names} describe a --dataset, and none is given.")
         return None
     told = DatasetSpec.model_validate(_server_path(options.dataset))
-    return {**told.model_dump(include={"path", "hub"}, exclude_none=True), **details}
+    return {**told.model_dump(include={"path", "hub", "s3"}, exclude_none=True), **details}
 
 
 def _group_size(text: str | None) -> int | str | None:

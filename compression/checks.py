@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.tensors import BlockScaledWeight
 from compression.decoder import Decoder
-from compression.errors import Problem
+from compression.documents import check_format
+from compression.errors import Problem, SourceError
 from compression.native_models import NATIVE_MODEL_TYPES
-from compression.recipe import Recipe
+from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import get_scheme
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
@@ -71,6 +73,17 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
         )
         for what, pointer in learning
     ]
+
+
+def dataset_problems(dataset: DatasetSpec | None) -> list[Problem]:
+    """A file of a kind that no text is read from."""
+    file = dataset and (dataset.path or dataset.s3)
+    try:
+        if file:
+            check_format(PurePath(file))
+    except SourceError as error:
+        return [Problem(error.code, error.message, error.hint, "/dataset")]
+    return []
 
 
 def source_problems(checkpoint: Checkpoint, warnings: list[Problem]) -> list[Problem]:

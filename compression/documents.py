@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from compression.columns import Column, Document, invalid, json_name
@@ -33,7 +33,7 @@ def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
     if dataset.texts is not None:
         documents = [text for text in dataset.texts if text.strip()]
     else:
-        assert dataset.path is not None  # what is on the Hub was made a file
+        assert dataset.path is not None  # what was fetched is a file
         documents = _open_file(Path(dataset.path), Column(dataset.text_column, dataset.messages_column))
     if not documents:
         raise SourceError("dataset_empty", "The dataset holds no text.", "Give at least one document.")
@@ -181,13 +181,18 @@ def _open_file(path: Path, column: Column) -> Sequence[Document]:
         raise SourceError("dataset_not_found", f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _existing(path: Path) -> Path:
+def check_format(path: PurePath) -> None:
+    """Raises SourceError: dataset_format_unsupported."""
     if path.suffix.lower() not in DATASET_SUFFIXES:
         raise SourceError(
             "dataset_format_unsupported",
             f"{path.name} is not a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file.",
             "Write one JSON object a line to a .jsonl file, or plain text to a .txt file.",
         )
+
+
+def _existing(path: Path) -> Path:
+    check_format(path)
     if not path.is_file():
         raise SourceError("dataset_not_found", f"There is no dataset file {path}.")
     return path

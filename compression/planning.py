@@ -56,7 +56,7 @@ def plan(
     """
     has_data = dataset is not None
     recipe = checks.with_observers(recipe, has_data)
-    problems = checks.recipe_problems(recipe, has_data)
+    problems = checks.recipe_problems(recipe, has_data) + checks.dataset_problems(dataset)
     try:
         folder, own_name = headers_of(source)
         checkpoint = dequantized(read_checkpoint(folder))

@@ -15,6 +15,7 @@ from compression.errors import PlanError, Problem
 from compression.hub.presets import PRESETS
 from compression.hub.references import HubRef
 from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
+from compression.s3 import S3Ref
 from compression.schemes import get_scheme, sparse_fields
 from compression.steps import (
     PRUNING,
@@ -159,16 +160,17 @@ class Recipe(Frozen):
 
 
 DATASET_SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
-"""Of local files that text is read from."""
+"""Of files that text is read from."""
 
 
 class DatasetSpec(Frozen):
-    """Where calibration text comes from. Exactly one of `path`, `hub` and `texts`.
+    """Where calibration text comes from. Exactly one of `path`, `hub`, `s3` and `texts`.
 
     path: a local .jsonl, .parquet, .csv or .txt file (one document a line of JSON or a row; a text file is
     split at blank lines). hub: the name of a preset (c4, open_platypus, ultrachat_200k, wikitext), or
     `owner/name`, or either with `@revision`; config and split: which part of it; by default what the preset
-    says, else `train` of the only config.
+    says, else `train` of the only config. s3: such a file, as `s3://bucket/key`; version_id and etag: which
+    state of it, by default the one that is first fetched. texts: the documents themselves.
 
     text_column: the column that holds the text; by default the first there is of text, content, messages,
     prompt. messages_column: a column with chat messages, each with a role, to which the model's chat template
@@ -179,6 +181,9 @@ class DatasetSpec(Frozen):
     hub: str | None = None
     config: str | None = None
     split: str | None = None
+    s3: str | None = None
+    version_id: str | None = None
+    etag: str | None = None
     texts: tuple[str, ...] | None = None
     text_column: str | None = None
     messages_column: str | None = None
@@ -186,25 +191,36 @@ class DatasetSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        """A string is a file's path if it looks like one, else a name on the Hub if it can be one."""
+        """A string is what it looks like: an object in S3, a file, a name on the Hub; else a file."""
         if not isinstance(value, str):
             return value
+        if value.startswith("s3://"):
+            return {"s3": value}
         is_file = value.startswith(("/", ".", "~")) or value.lower().endswith(DATASET_SUFFIXES)
         return {"path" if is_file or not _is_on_hub(value) else "hub": value}
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSpec:
-        if sum(source is not None for source in (self.path, self.hub, self.texts)) != 1:
-            raise ValueError("give exactly one of path, hub and texts")
+        if sum(source is not None for source in (self.path, self.hub, self.s3, self.texts)) != 1:
+            raise ValueError("give exactly one of path, hub, s3 and texts")
         if self.hub is None and (self.config is not None or self.split is not None):
             raise ValueError("config and split are parts of a dataset on the Hub: give hub")
         if self.hub is not None and not _is_on_hub(self.hub):
             raise ValueError(
                 f"hub is owner/name or one of {', '.join(PRESETS)}, either with @revision or without"
             )
+        if self.s3 is None and (self.version_id is not None or self.etag is not None):
+            raise ValueError("version_id and etag are of an object in S3: give s3")
+        if self.s3 is not None and S3Ref.parse(self.s3) is None:
+            raise ValueError("s3 is s3://bucket/key, without empty parts, . or .. in the key")
         if self.text_column is not None and self.messages_column is not None:
             raise ValueError("give at most one of text_column and messages_column")
         return self
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched first."""
+        return self.hub is not None or self.s3 is not None
 
 
 def _is_on_hub(text: str) -> bool:

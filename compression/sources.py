@@ -1,11 +1,11 @@
-"""Where a job's model and text are: on this machine, or on the Hub, from where they are brought here."""
+"""Where a job's model and text are: on this machine, or on the Hub or in S3, from where they are fetched."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compression.events import FetchProgress, OnEvent
 from compression.hub.client import HubClient
@@ -15,6 +15,7 @@ from compression.hub.references import HubRef
 from compression.hub.rows import fetch_rows
 from compression.hub.snapshots import fetch_model
 from compression.recipe import Calibration, DatasetSpec, Evaluation
+from compression.s3 import S3Ref, fetch_object
 
 _EVENT_SECONDS = 2.0
 """Between two events of one download."""
@@ -22,13 +23,15 @@ _EVENT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run works on. name: what the model is called. origins: where on the Hub what is from there came
-    from: {"model" or "dataset": {"hub", "revision"}}."""
+    """What a run works on. name: what the model is called. origins: where that is from which was fetched, by
+    "model" and "dataset": {"hub", "revision"} or {"s3", "etag", "version_id", "size"}. pinned: the dataset as
+    a later run has to ask for it to get the same; None where nothing has to be added."""
 
     folder: Path
     name: str
     dataset: DatasetSpec | None
-    origins: dict[str, dict[str, str]]
+    origins: dict[str, dict[str, Any]]
+    pinned: DatasetSpec | None = None
 
 
 def hub_reference(source: str | Path) -> HubRef | None:
@@ -39,8 +42,8 @@ def hub_reference(source: str | Path) -> HubRef | None:
 
 
 def local(source: str | Path, dataset: DatasetSpec | None) -> Sources | None:
-    """The sources of a job that has nothing on the Hub, else None."""
-    if hub_reference(source) is not None or (dataset is not None and dataset.hub is not None):
+    """The sources of a job that has nothing to fetch, else None."""
+    if hub_reference(source) is not None or (dataset is not None and dataset.is_remote):
         return None
     return Sources(Path(source), Path(source).name, dataset, {})
 
@@ -69,11 +72,11 @@ def fetch(
 ) -> Sources:
     """Have everything on this machine. `on_event` hears of it now and then; what it raises ends the fetching.
 
-    Raises SourceError: what `fetch_model` and `fetch_rows` raise.
+    Raises SourceError: what `fetch_model`, `fetch_rows` and `fetch_object` raise.
     """
     environment = HubEnvironment.read()
-    origins = {}
-    folder, name = Path(source), Path(source).name
+    origins: dict[str, dict[str, Any]] = {}
+    folder, name, pinned = Path(source), Path(source).name, None
     if ref := hub_reference(source):
         folder, name = fetch_model(ref, environment, _Teller(on_event, "model", str(ref)).bytes), ref.name
         origins["model"] = {"hub": ref.id, "revision": folder.name}
@@ -81,7 +84,22 @@ def fetch(
         teller = _Teller(on_event, "dataset", dataset.hub)
         dataset, found = fetch_rows(dataset, calibration, evaluation, environment, teller.rows)
         origins["dataset"] = {"hub": found.id, "revision": found.revision}
-    return Sources(folder, name, dataset, origins)
+    elif dataset is not None and dataset.s3 is not None:
+        dataset, pinned, origins["dataset"] = _from_s3(dataset, environment.home, on_event)
+    return Sources(folder, name, dataset, origins, pinned)
+
+
+def _from_s3(
+    asked: DatasetSpec, home: Path, on_event: OnEvent
+) -> tuple[DatasetSpec, DatasetSpec, dict[str, Any]]:
+    """The dataset as a local file, pinned, and where it came from."""
+    ref = S3Ref.parse(asked.s3 or "")
+    assert ref is not None  # DatasetSpec has seen to that
+    teller = _Teller(on_event, "dataset", str(ref))
+    path, found = fetch_object(ref, asked.etag, asked.version_id, home, teller.bytes)
+    here = DatasetSpec(path=str(path), text_column=asked.text_column, messages_column=asked.messages_column)
+    pinned = asked.model_copy(update={"etag": found.etag, "version_id": found.version_id})
+    return here, pinned, found.to_dict()
 
 
 class _Teller:

@@ -10,9 +10,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.s3 import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +34,12 @@ def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.models import tiny_dataset
 
     return tiny_dataset(tmp_path_factory.mktemp("tiny_texts") / "texts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; tests use keys of their own."""
+    from tests.support.s3 import running_s3
+
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -44,12 +44,16 @@ def engine_environment(scratch: Path, environment: Mapping[str, str] = os.enviro
     return {**passed, **own}
 
 
-def fetcher_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The fetching process's whole environment: the engine's, the network, and the Hub with its token."""
+def fetcher_environment(
+    scratch: Path, environment: Mapping[str, str] = os.environ, *, s3: bool = False
+) -> dict[str, str]:
+    """The fetching process's whole environment: the engine's, the network, the Hub with its token, and for a
+    job that has something in S3 what AWS libraries read."""
+    prefixes = ("HF_", "AWS_") if s3 else ("HF_",)
     network = {
         name: value
         for name, value in environment.items()
-        if name.startswith("HF_") or name.upper() in NETWORK_VARIABLES
+        if name.startswith(prefixes) or name.upper() in NETWORK_VARIABLES
     }
     offline = {"HF_HUB_OFFLINE": environment.get("HF_HUB_OFFLINE", "0")}
     return {**engine_environment(scratch, environment), **network, **offline}

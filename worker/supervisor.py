@@ -1,6 +1,6 @@
 """One attempt at one claimed job, from the lease to its end.
 
-    fetch      what earlier attempts finished, from the store; what is on the Hub, by a process of its own
+    fetch      what earlier attempts finished, from the store; what is elsewhere, by a process of its own
     plan, compress, verify      the engine, in its own process; every finished layer goes to the store
     upload     the output, then the row that publishes it
 
@@ -13,7 +13,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
 from compression.errors import CompressionError
 from compression.events import PARTIAL_SUFFIX
+from compression.recipe import DatasetSpec
 from compression.sources import local
 from worker import upload
 from worker.context import WorkerContext
@@ -37,6 +37,7 @@ from worker.runner import EngineSpec
 
 _TICK_SECONDS = 0.2
 _TERMINAL = ("succeeded", "failed")
+_WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
 
 log = structlog.get_logger(__name__)
 
@@ -132,6 +133,21 @@ def _failure(error: Exception) -> AttemptFailed:
     )
 
 
+def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
+    return EngineSpec.model_validate(
+        {
+            "source": job.source,
+            "recipe": job.recipe,
+            "dataset": job.dataset,
+            "calibration": job.calibration,
+            "evaluation": job.evaluation,
+            "device": worker.settings.device,
+            "activation_budget_bytes": worker.settings.activation_budget_bytes,
+            "output_dir": output,
+        }
+    )
+
+
 class _Attempt:
     """The work itself. facts: what was seen of the engine so far."""
 
@@ -148,6 +164,7 @@ class _Attempt:
         self._output = folder / "output"
         self._partial = folder / f"output{PARTIAL_SUFFIX}"
         self._started = time.monotonic()
+        self._spec = _specification(worker, job, self._output)
         self._digests: dict[str, str] = {}  # of finished layers' shards, by file name
         self.facts = AttemptFacts()
 
@@ -164,8 +181,13 @@ class _Attempt:
             layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
         if self._job.resolved_plan is not None:
             self._restore(self._job.resolved_plan, layers)
-        if local(self._spec.source, self._spec.dataset) is None:
-            self._run(EngineProcess(self._spec, self._folder, FETCHER, fetcher_environment(self._folder)))
+        dataset = self._spec.dataset
+        if local(self._spec.source, dataset) is None:
+            s3 = dataset is not None and dataset.s3 is not None
+            environment = fetcher_environment(self._folder, s3=s3)
+            found = self._run(EngineProcess(self._spec, self._folder, FETCHER, environment))
+            if found["dataset"] is not None:
+                self._pin(found["dataset"])
 
     def _restore(self, resolved_plan: dict[str, Any], layers: Sequence[JobLayer]) -> None:
         lost = restore(self._store, resolved_plan, layers, self._partial)
@@ -173,27 +195,19 @@ class _Attempt:
         if lost:
             self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
 
-    def _compress(self) -> dict[str, Any]:
-        return self._run(EngineProcess(self._spec, self._folder, RUNNER, engine_environment(self._folder)))
+    def _pin(self, dataset: dict[str, Any]) -> None:
+        """From here on the job is about this state of its dataset, in this attempt and in later ones."""
+        with self._database.write() as session:
+            leases.pin_dataset(session, self._lease, dataset)
+        self._spec = self._spec.model_copy(update={"dataset": DatasetSpec.model_validate(dataset)})
 
-    @cached_property
-    def _spec(self) -> EngineSpec:
-        job = self._job
-        return EngineSpec.model_validate(
-            {
-                "source": job.source,
-                "recipe": job.recipe,
-                "dataset": job.dataset,
-                "calibration": job.calibration,
-                "evaluation": job.evaluation,
-                "device": self._worker.settings.device,
-                "activation_budget_bytes": self._worker.settings.activation_budget_bytes,
-                "output_dir": self._output,
-            }
-        )
+    def _compress(self) -> dict[str, Any]:
+        engine = EngineProcess(self._spec, self._folder, RUNNER, engine_environment(self._folder))
+        report: dict[str, Any] = self._run(engine)["report"]
+        return report
 
     def _run(self, engine: EngineProcess) -> dict[str, Any]:
-        """See a process through to its end; its report, if it makes one."""
+        """See a process through to its end; what it gives."""
         try:
             return self._supervise(engine)
         except (CancelRequested, ShuttingDown, AttemptFailed):
@@ -204,7 +218,7 @@ class _Attempt:
             engine.kill()
 
     def _supervise(self, engine: EngineProcess) -> dict[str, Any]:
-        """The report of an engine that succeeded."""
+        """The data of the last message of a process that succeeded."""
         while True:
             self._check_engine(engine)
             try:
@@ -295,20 +309,19 @@ class _Attempt:
         )
 
     def _result(self, message: dict[str, Any]) -> dict[str, Any]:
-        data = message["data"]
-        report: dict[str, Any] = data.get("report", {})
+        data: dict[str, Any] = message["data"]
         self.facts = dataclasses.replace(
             self.facts,
             peak_host_bytes=data["peak_host_bytes"],
-            peak_gpu_bytes=report.get("peak_gpu_bytes"),
+            peak_gpu_bytes=data.get("report", {}).get("peak_gpu_bytes"),
         )
         if message["type"] == "succeeded":
-            return report
+            return data
         is_memory = data["code"] == "out_of_memory"
         outcome = AttemptOutcome.OUT_OF_MEMORY if is_memory else AttemptOutcome.FAILED
         message_and_hint = f"{data['message']} {data['hint']}".strip()
         raise AttemptFailed(
-            outcome, data["code"], message_and_hint, retryable=data["code"] == "hub_unreachable"
+            outcome, data["code"], message_and_hint, retryable=data["code"] in _WORTH_RETRYING
         )
 
     def _hold_to_quality_gate(self, report: dict[str, Any]) -> None:

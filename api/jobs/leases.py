@@ -177,6 +177,11 @@ def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
         append_event(session, lease, "warning", {"code": "plan_changed", "message": message})
 
 
+def pin_dataset(session: Session, lease: Lease, dataset: dict[str, Any]) -> None:
+    """Keep which state of the dataset the first attempt found, so that later ones ask for the same."""
+    _fenced_update(session, lease, dataset=dataset)
+
+
 def append_event(session: Session, lease: Lease, type: str, data: dict[str, Any]) -> int:
     """Add an event of this attempt and return its seq."""
     seq = events.append(session, lease.job_id, type, data, attempt=lease.attempt, where=_fence(lease))

@@ -40,7 +40,7 @@ class Resources(BaseModel):
 
 
 def _accept_string_dataset(schema: dict[str, Any]) -> None:
-    """A dataset may be a string: a path or a name on the Hub, which `DatasetSpec` tells apart."""
+    """A dataset may be a string, of which `DatasetSpec` says what it means."""
     schema["properties"]["dataset"]["anyOf"].insert(0, {"type": "string"})
 
 
@@ -129,7 +129,7 @@ class JobRead(BaseModel):
     layers_done: int
     layers_total: int
     model: str
-    dataset: str | None = Field(description="The dataset's path or name, or how many inline texts there are.")
+    dataset: str | None = Field(description="Where the dataset is, or how many inline texts it has.")
     scheme: str
     method: str
     recipe: Recipe

@@ -218,7 +218,7 @@ def _found(job: Job | None, job_id: str) -> Job:
 def _dataset_label(dataset: DatasetSpec | None) -> str | None:
     if dataset is None:
         return None
-    return dataset.path or dataset.hub or f"{len(dataset.texts or ())} inline texts"
+    return dataset.path or dataset.hub or dataset.s3 or f"{len(dataset.texts or ())} inline texts"
 
 
 def _body_digest(body: JobSubmit) -> str:

@@ -1,4 +1,5 @@
-"""Models and datasets: on the Hub, or on this machine below the configured roots, after resolving links."""
+"""Models and datasets: on the Hub, in S3 below the configured prefixes, or on this machine below the
+configured roots, after resolving links."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from compression.hub.references import HubRef
 from compression.hub.snapshots import cached_commit, fetch_model
 from compression.hub.streaming import HubDataset
 from compression.recipe import DATASET_SUFFIXES, DatasetSpec
+from compression.s3 import S3Ref
 
 _NAME = re.compile(r"\w[\w.-]*")
 _HUB_RETRY_SECONDS = 30
@@ -68,16 +70,22 @@ def _model_on_hub(ref: HubRef, hub: HubEnvironment) -> ModelSource:
         raise _refusal(error, "/model") from error
 
 
-def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path], hub: HubEnvironment) -> DatasetSpec:
-    """The same dataset with its path resolved, or its revision on the Hub.
+def resolve_dataset(
+    dataset: DatasetSpec, roots: Sequence[Path], s3_prefixes: Sequence[str], hub: HubEnvironment
+) -> DatasetSpec:
+    """The same dataset with its path resolved, or its revision on the Hub. What is in S3 is pinned by the
+    worker that first fetches it.
 
     Raises:
-        PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root,
-            `dataset_format_unsupported`, or `hub_...` for what the Hub does not give.
+        PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root, or
+            `hub_...` for what the Hub does not give.
         Unavailable: `hub_unreachable`.
     """
     if dataset.hub is not None:
         return _dataset_on_hub(dataset, hub)
+    if dataset.s3 is not None:
+        _check_prefix(dataset.s3, s3_prefixes)
+        return dataset
     if dataset.path is None:
         return dataset
     pointer = "/dataset"
@@ -88,10 +96,14 @@ def resolve_dataset(dataset: DatasetSpec, roots: Sequence[Path], hub: HubEnviron
         hint = f"Give {_KINDS}, or the texts themselves under `texts`."
         message = f"There is no dataset file {dataset.path!r}."
         raise PlanError(Problem("dataset_not_found", message, hint, pointer))
-    if file.suffix.lower() not in DATASET_SUFFIXES:
-        message = f"{file.name} is of another kind."
-        raise PlanError(Problem("dataset_format_unsupported", message, f"Give {_KINDS}.", pointer))
     return dataset.model_copy(update={"path": str(file)})
+
+
+def _check_prefix(s3: str, prefixes: Sequence[str]) -> None:
+    ref = S3Ref.parse(s3)
+    if ref is None or not any(ref.is_below(prefix) for prefix in prefixes):
+        hint = "The server reads only below the prefixes of its setting BITMILL_S3_PREFIXES."
+        raise PlanError(_not_allowed(s3, hint, "/dataset"))
 
 
 def _dataset_on_hub(dataset: DatasetSpec, hub: HubEnvironment) -> DatasetSpec:

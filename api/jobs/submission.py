@@ -51,7 +51,9 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
     except PlanError as error:
         problems += error.problems
     try:
-        dataset = body.dataset and resolve_dataset(body.dataset, settings.local_roots, hub)
+        dataset = body.dataset and resolve_dataset(
+            body.dataset, settings.local_roots, settings.s3_prefixes, hub
+        )
     except PlanError as error:
         problems += error.problems
     problems += _gate_problems(body)

@@ -11,7 +11,7 @@ import importlib, pkgutil, sys
 class Blocker:
     names = {
         "torch", "transformers", "datasets", "accelerate", "compressed_tensors", "safetensors", "numpy",
-        "huggingface_hub", "pyarrow", "tqdm",
+        "huggingface_hub", "pyarrow", "tqdm", "boto3", "botocore",
     }
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

@@ -52,3 +52,12 @@ def test_secrets_are_not_printed() -> None:
     settings = Settings.model_validate({"api_key": "bitmill_abc", "secret_key": "hush"})
     assert "bitmill_abc" not in repr(settings)
     assert "hush" not in repr(settings)
+
+
+def test_prefixes_in_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITMILL_S3_PREFIXES", "s3://texts, s3://more/data/")
+    assert Settings().s3_prefixes == ("s3://texts", "s3://more/data/")
+    for wrong in ("texts", "s3://", "/texts", "s3://texts/../more"):
+        monkeypatch.setenv("BITMILL_S3_PREFIXES", wrong)
+        with pytest.raises(ValidationError, match="s3://bucket"):
+            Settings()

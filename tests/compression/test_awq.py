@@ -200,6 +200,21 @@ class TestRecipe:
         offloaded = Recipe(steps=(AWQModifier(offload_device="cpu"), QuantizationModifier(scheme="W4A16")))
         assert plain.canonical_json() == offloaded.canonical_json()
 
+    def test_offload_device_changes_no_bytes(
+        self, tiny_llama: Path, tiny_texts: Path, tmp_path: Path
+    ) -> None:
+        for name, more in (("plain", {}), ("offloaded", {"offload_device": "cpu"})):
+            run(
+                tiny_llama,
+                tmp_path / name,
+                tiny_texts,
+                [{"type": "AWQModifier", "n_grid": 3, **ASYM, **more}],
+            )
+        shards = [path.name for path in (tmp_path / "plain").glob("*.safetensors")]
+        assert len(shards) == 3
+        for shard in shards:
+            assert (tmp_path / "plain" / shard).read_bytes() == (tmp_path / "offloaded" / shard).read_bytes()
+
     @pytest.mark.parametrize(
         "steps",
         [

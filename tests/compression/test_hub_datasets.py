@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 from pydantic import ValidationError
 
+from compression.calibration import load_blocks
 from compression.documents import Document, dataset_digest, open_documents
 from compression.errors import SourceError
 from compression.hub.environment import HubEnvironment
@@ -22,6 +23,7 @@ from compression.hub.presets import PRESETS
 from compression.hub.rows import fetch_rows
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from tests.support.hub import Hub, online, running_hub
+from tests.support.models import tiny_tokenizer
 
 SMALL = Calibration(num_calibration_samples=2, max_seq_length=8)
 OFF = Evaluation(enabled=False)
@@ -119,6 +121,13 @@ def test_wikitext_is_text(environment: HubEnvironment) -> None:
 def test_ultrachat_is_conversations(environment: HubEnvironment) -> None:
     assert documents(environment, "ultrachat_200k") == [TURNS, TURNS * 2]
     assert documents(environment, {"hub": "ultrachat_200k", "text_column": "prompt"}) == ["Hi", "Hi"]
+
+
+def test_ultrachat_goes_through_the_chat_template(environment: HubEnvironment, tiny_llama: Path) -> None:
+    rows = SMALL.model_copy(update={"max_seq_length": 100, "packing": False})
+    blocks = load_blocks(fetch(environment, "ultrachat_200k"), tiny_llama, rows, OFF)
+    texts = {tiny_tokenizer().decode(block) for block in blocks.calibration}
+    assert texts == {"[user]Hi\n[assistant]Hello\n", "[user]Hi\n[assistant]Hello\n" * 2}
 
 
 def test_open_platypus_is_written_as_it_was_trained_on(environment: HubEnvironment) -> None:

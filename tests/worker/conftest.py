@@ -24,7 +24,8 @@ Submit = Callable[..., str]
 def worker(tmp_path: Path, tiny_llama: Path, tiny_texts: Path) -> Iterator[WorkerContext]:
     """A worker in a data folder of its own, on this machine's CPU."""
     roots = (tiny_llama.parent, tiny_texts.parent)
-    settings = Settings(data_dir=tmp_path / "data", local_roots=roots, device="cpu")
+    prefixes = ("s3://texts", "s3://versioned", "s3://private")
+    settings = Settings(data_dir=tmp_path / "data", local_roots=roots, s3_prefixes=prefixes, device="cpu")
     migrations.upgrade(settings.database_url)
     context = WorkerContext.open(settings)
     yield context

