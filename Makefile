@@ -11,7 +11,7 @@ LINTED := api benchmarks cli compression migrations tests worker
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check test-peer test-vllm bench lock clean
+.PHONY: help install demo test check test-peer test-vllm bench results lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ $(VLLM_INSTALLED): tests/conformance/requirements-vllm.txt
 
 bench: install $(PEER_INSTALLED)  ## time and score Bitmill and LLM Compressor side by side
 	@$(BIN)/python -m benchmarks
+
+results: install $(PEER_INSTALLED)  ## write docs/results.md: perplexities beside LLM Compressor's; what was measured is kept
+	@$(BIN)/python -m benchmarks.results
 
 # Pins stay where they are unless the file is removed first: rm requirements.lock && make lock upgrades everything.
 lock:  ## write requirements.lock and requirements-api.lock again from pyproject.toml

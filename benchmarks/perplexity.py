@@ -2,8 +2,8 @@
 
     python benchmarks/perplexity.py CHECKPOINT TOKENS.safetensors
 
-TOKENS holds `input_ids`, int64 [blocks, tokens]. The arithmetic is float32 for every checkpoint. Prints one
-line of JSON. Nothing of Bitmill is imported.
+TOKENS holds `input_ids`, int64 [blocks, tokens]. The arithmetic is float32 for every checkpoint; activations
+are quantized where its scheme says so. Prints one line of JSON. Nothing of Bitmill is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,24 @@ import sys
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def load(checkpoint: str) -> torch.nn.Module:
+    """The model in float32: the differences are those of the checkpoints, on any processor."""
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    quantization = getattr(config, "quantization_config", {})
+    groups = quantization.get("config_groups", {}).values()
+    if any(not group["weights"]["symmetric"] for group in groups):
+        # compressed-tensors 0.20 expects unpacked zero points, against its own format, unless it dequantizes
+        # at once; then weights are rounded to the stored dtype, and activations are left as they are
+        if any(group["input_activations"] for group in groups):
+            raise SystemExit("asymmetric weights beside quantized activations cannot be scored")
+        quantization["dequantize"] = True
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval()
 
 
 def negative_log_likelihoods(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
@@ -28,12 +45,7 @@ def negative_log_likelihoods(model: torch.nn.Module, blocks: torch.Tensor) -> to
 
 @torch.inference_mode()
 def main(checkpoint: str, tokens: str) -> None:
-    # float32 for all: the differences are those of the weights, and a CPU without bfloat16 is not in the way
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, local_files_only=True
-    ).eval()
-    blocks = load_file(tokens)["input_ids"]
-    losses = negative_log_likelihoods(model, blocks)
+    losses = negative_log_likelihoods(load(checkpoint), load_file(tokens)["input_ids"])
     score = {
         "perplexity": math.exp(losses.mean()),
         "tokens": losses.numel(),

@@ -1,0 +1,245 @@
+"""Perplexity after compression, Bitmill and LLM Compressor: docs/results.md, cell by cell.
+
+    python -m benchmarks.results [--only PATTERN ...] [--rehearse]
+
+A cell is one compressed model, scored on held-out text, such as small/ours-fp8_dynamic. Those in
+build/results are not run again, so this may be stopped and repeated; --only runs those that a pattern matches
+(small/*, */ours-*). --rehearse makes every cell from next to no data, elsewhere, and prints the table instead
+of writing docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import sides, train_small
+from benchmarks.console import say
+from benchmarks.inputs import GROUP_SIZE, Inputs, Size, prepare, prepare_small
+from benchmarks.sides import Modifiers
+
+REHEARSAL = Size(samples=2, length=64, heldout_tokens=2048, steps=2)
+OBSERVERS = ("memoryless_mse", "imatrix_mse")
+"""The peer's other observers of weights, which these schemes can have beside its default."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that everything is done with. group_size: of int4 weights."""
+
+    title: str
+    prepare: Callable[[Path, Size], Inputs]
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what each side makes. limit: of the ratio of our perplexity to the peer's best."""
+
+    title: str
+    ours: str
+    theirs: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One checkpoint to make and score. side: original, ours or peer; modifiers: its recipe."""
+
+    model: str
+    name: str
+    side: str
+    modifiers: Modifiers
+
+
+HEAD = """\
+# Results
+
+Perplexity of what Bitmill and LLM Compressor (the peer) make of the same model, calibrated on the same
+64 x 512 tokens and scored by the same program on 32,768 tokens that neither saw. Lower is better. The peer's
+columns are its default and its other observers of weights, and the ratio is to the best of them. Its AWQ does
+not run without a GPU, so its GPTQ stands in for it. `make results` writes this file, and
+[benchmarks/README.md](../benchmarks/README.md) says what was read and how it was scored.
+"""
+MODELS = {
+    "small": Model("small Llama", prepare_small, train_small.GROUP_SIZE),
+    "smollm2": Model("SmolLM2-135M", prepare, GROUP_SIZE),
+}
+ROWS = (
+    Row("AWQ W4A16_ASYM", "awq-w4a16_asym", "gptq-w4a16_asym", 1.0),
+    Row("AWQ + GPTQ W4A16_ASYM", "awq-gptq-w4a16_asym", "gptq-w4a16_asym", 1.0),
+    Row("GPTQ W4A16_ASYM", "gptq-w4a16_asym", "gptq-w4a16_asym", 1.0),
+    Row("GPTQ W4A16", "gptq-w4a16", "gptq-w4a16", 1.0),
+    Row("SmoothQuant + GPTQ W8A8", "smoothquant-gptq-w8a8", "smoothquant-gptq-w8a8", 1.002),
+    Row("FP8_DYNAMIC", "fp8_dynamic", "fp8_dynamic", 1.002),
+    Row("SparseGPT 2:4", "sparsegpt-2of4", "sparsegpt-2of4", 1.0),
+)
+
+
+def recipes(group_size: int) -> dict[str, Modifiers]:
+    """What there is to compare, in LLM Compressor's words, without observers."""
+    linears = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    symmetric = sides.int4(symmetric=True, group_size=group_size)
+    asymmetric = sides.int4(symmetric=False, group_size=group_size)
+    return {
+        "awq-w4a16_asym": {"AWQModifier": asymmetric},
+        "awq-gptq-w4a16_asym": {"AWQModifier": {}, "GPTQModifier": asymmetric},
+        "gptq-w4a16_asym": {"GPTQModifier": asymmetric},
+        "gptq-w4a16": {"GPTQModifier": symmetric},
+        "smoothquant-gptq-w8a8": {
+            "SmoothQuantModifier": {"smoothing_strength": 0.8},
+            "GPTQModifier": {"scheme": "W8A8", **linears},
+        },
+        "fp8_dynamic": {"QuantizationModifier": {"scheme": "FP8_DYNAMIC", **linears}},
+        "sparsegpt-2of4": {"SparseGPTModifier": {"sparsity": 0.5, "mask_structure": "2:4", **linears}},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.results", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells to run")
+    parser.add_argument("--rehearse", action="store_true", help="from next to no data; figures mean nothing")
+    options = parser.parse_args(argv)
+    size = REHEARSAL if options.rehearse else Size()
+    work = sides.ROOT / "build" / ("results-rehearsal" if options.rehearse else "results")
+
+    @cache
+    def inputs(model: str) -> Inputs:
+        return MODELS[model].prepare(work / model, size)
+
+    for cell in cells():
+        wanted = any(fnmatch(f"{cell.model}/{cell.name}", pattern) for pattern in options.only)
+        if wanted and _read(work, cell) is None:
+            _write(work, cell, inputs(cell.model))
+    text = markdown({(cell.model, cell.name): _read(work, cell) for cell in cells()})
+    if options.rehearse:
+        say("\n" + text)
+    else:
+        (sides.ROOT / "docs" / "results.md").write_text(text)
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell, ours before the peer's, the peer's defaults before its other observers."""
+    for key, model in MODELS.items():
+        known = recipes(model.group_size)
+        yield Cell(key, "original", "original", {})
+        for name in dict.fromkeys(row.ours for row in ROWS):
+            yield Cell(key, f"ours-{name}", "ours", known[name])
+        theirs = list(dict.fromkeys(row.theirs for row in ROWS))
+        for observer in (None, *reversed(OBSERVERS)):
+            for name in theirs:
+                if observer is None or _observed(known[name]):
+                    yield Cell(key, _peer_cell(name, observer), "peer", _with(observer, known[name]))
+
+
+def _peer_cell(recipe: str, observer: str | None) -> str:
+    return f"peer-{recipe}" if observer is None else f"peer-{recipe}-{observer}"
+
+
+def _observed(modifiers: Modifiers) -> list[str]:
+    """Those of the modifiers that find scales for weights."""
+    return [name for name in modifiers if name in ("GPTQModifier", "QuantizationModifier")]
+
+
+def _with(observer: str | None, modifiers: Modifiers) -> Modifiers:
+    if observer is None:
+        return modifiers
+    chosen = {name: {**modifiers[name], "weight_observer": observer} for name in _observed(modifiers)}
+    return {**modifiers, **chosen}
+
+
+def _file(work: Path, cell: Cell) -> Path:
+    return work / cell.model / "cells" / f"{cell.name}.json"
+
+
+def _read(work: Path, cell: Cell) -> dict[str, Any] | None:
+    """A finished cell; None where there is none, or one of another recipe."""
+    file = _file(work, cell)
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found if found["recipe"] == cell.modifiers else None
+
+
+def _write(work: Path, cell: Cell, inputs: Inputs) -> None:
+    """Makes the checkpoint, scores it, keeps the score and drops the checkpoint."""
+    file = _file(work, cell)
+    file.parent.mkdir(exist_ok=True)
+    result: dict[str, Any] = {"recipe": cell.modifiers, "machine": sides.machine()}
+    name = f"{cell.model}/{cell.name}"
+    if cell.side == "original":
+        result["score"] = sides.score(name, inputs.model, inputs)
+    else:
+        output = file.with_suffix("")
+        recipe = sides.write_recipe(file.with_suffix(".yaml"), cell.modifiers)
+        if cell.side == "ours":
+            command = [*sides.ours(inputs, recipe, output), "--no-evaluation", "--no-self-check"]
+        else:
+            command = sides.peer(inputs, recipe, output, sides.faster_peer_precision())
+        result["run"] = asdict(sides.timed(cell.name, command, file.parent))
+        python = Path(sys.executable) if cell.side == "ours" else sides.PEER_PYTHON
+        result["versions"] = sides.versions(python)
+        result["score"] = sides.score(name, output, inputs)
+        shutil.rmtree(output)
+    file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+Results = Mapping[tuple[str, str], dict[str, Any] | None]
+"""(model, cell) -> what its file holds."""
+
+
+def markdown(results: Results) -> str:
+    """docs/results.md."""
+    observers = " | ".join(("peer", *OBSERVERS))
+    lines = [
+        HEAD,
+        f"| model | recipe | original | Bitmill | {observers} | ratio | at most | holds |",
+        "| --- | --- |" + " ---: |" * (5 + len(OBSERVERS)) + " --- |",
+    ]
+    for key in MODELS:
+        lines += (_line(key, row, results) for row in ROWS)
+    return "\n".join([*lines, "", *_made_with(results)]) + "\n"
+
+
+def _line(model: str, row: Row, results: Results) -> str:
+    """A row of the table for one model. Of what is measured, the best of the peer is compared."""
+    ours = results[model, f"ours-{row.ours}"]
+    theirs = [(model, _peer_cell(row.theirs, observer)) for observer in (None, *OBSERVERS)]
+    figures = [_figure(results[key]) if key in results else "" for key in theirs]
+    ratio, verdict = "", ""
+    measured = [found["score"] for key in theirs if (found := results.get(key))]
+    if ours is not None and measured:
+        best = min(measured, key=lambda score: score["perplexity"])
+        value, error = sides.paired_ratio(ours["score"], best)
+        ratio, verdict = f"{value:.4f} ± {error:.4f}", "yes" if value <= row.limit else "**no**"
+    cells = [MODELS[model].title, row.title, _figure(results[model, "original"]), _figure(ours), *figures]
+    return f"| {' | '.join([*cells, ratio, f'{row.limit:g}', verdict])} |"
+
+
+def _figure(found: dict[str, Any] | None) -> str:
+    return "not run" if found is None else f"{found['score']['perplexity']:.3f}"
+
+
+def _made_with(results: Results) -> Iterator[str]:
+    """The machines and the versions that the cells were made with."""
+    done = [each for each in results.values() if each is not None]
+    for machine in _distinct(each["machine"] for each in done):
+        yield f"Made on {machine['cores']} cores of {machine['cpu']}, Python {machine['python']}."
+    for versions in _distinct(each["versions"] for each in done if "versions" in each):
+        yield ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + "."
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
+
+
+if __name__ == "__main__":
+    main()
