@@ -38,8 +38,8 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
     "qwen2_moe": {
-        "hidden_size": 128, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
-        "shared_expert_intermediate_size": 128,
+        "hidden_size": 128, "head_dim": 32, "num_experts": 3, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
     },
     "olmoe": {
         "hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "num_experts": 3,
@@ -49,7 +49,7 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
         "hidden_size": 128, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
         "moe_intermediate_size": 128, "first_k_dense_replace": 1, "q_lora_rank": 128, "kv_lora_rank": 128,
         "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64, "head_dim": 32,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     },
     "qwen2_5_vl": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},

@@ -16,7 +16,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from tests.support.models import load_model
@@ -36,12 +36,19 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
 def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
     """Of a checkpoint, read as `logits` reads it; block by block."""
     model = _load(folder)
-    losses = []
-    with torch.no_grad():
-        for block in blocks:
-            logits = model(input_ids=block[None]).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]))
-    return float(torch.stack(losses).mean().exp())
+    return float(torch.stack([_losses(model, block).mean() for block in blocks]).mean().exp())
+
+
+def losses(folder: Path, text: str) -> Tensor:
+    """Negative log likelihood, in nats, of each token of the text but the first, float64, read the same way."""
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0]
+    return _losses(_load(folder), tokens)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens[None]).logits[0, :-1].double()
+    return nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
 
 
 def _load(folder: Path) -> nn.Module:
