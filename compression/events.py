@@ -39,7 +39,10 @@ class PhaseChanged(Event):
 
 @dataclass(frozen=True)
 class FetchProgress(Event):
-    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes). total: None for rows."""
+    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes).
+
+    total: None for rows.
+    """
 
     type: ClassVar[str] = "fetch_progress"
     what: Literal["model", "dataset"]

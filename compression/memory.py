@@ -17,7 +17,7 @@ from compression.recipe import Calibration, Evaluation
 PROCESS_BYTES = 407 << 20
 """Peak resident memory of a whole run on a tiny model. Measured with torch 2.13, transformers 5.23."""
 LINEAR_BYTES = 6 << 10
-"""What one linear takes without storage: modules, parameters, hooks, its lines in plan and report. Assumed."""
+"""What one linear takes without storage: modules, parameters, hooks, lines in plan and report. Assumed."""
 CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
 LARGEST_ITEMSIZE = 4

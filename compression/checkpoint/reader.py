@@ -60,8 +60,8 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tens
 
 
 def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The same for tensors of any files, by their names on disk and as they lie there. Their order: by file, then
-    by place in it."""
+    """The same for tensors of any files, by their names on disk and as they lie there, in the order of file
+    and place in it."""
     ordered = sorted(infos, key=lambda info: (info.file, info.begin, info.end))
     tensors = {}
     for _, group in groupby(ordered, key=lambda info: info.file):

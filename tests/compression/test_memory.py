@@ -105,13 +105,13 @@ class TestFromHeaders:
 
     def test_deepseek_r1(self, tmp_path: Path) -> None:
         """A layer with experts is 23.0 GB in bf16; of 256 experts one is solved at a time."""
-        made = plan(deepseek_r1(tmp_path / "model"), Recipe.from_short("W4A16", has_dataset=True), dataset=DATA)
+        made = plan(
+            deepseek_r1(tmp_path / "model"), Recipe.from_short("W4A16", has_dataset=True), dataset=DATA
+        )
         assert round(item(estimate(made.workload, 2), "layer") / 1e9, 1) == 23.0
         assert (made.workload.linears, made.workload.active_experts) == (3 * 8 + 58 * (8 + 3 * 256), 8)
         experts = {group.name: count for group, count in made.workload.groups.items() if group.expert}
-        assert experts == dict.fromkeys(
-            ("mlp.experts.*.gate_proj", "mlp.experts.*.down_proj"), 58 * 256
-        )
+        assert experts == dict.fromkeys(("mlp.experts.*.gate_proj", "mlp.experts.*.down_proj"), 58 * 256)
 
     def test_a_float32_checkpoint_is_converted_nowhere(self, tmp_path: Path) -> None:
         dtypes = dict.fromkeys(llama_shapes(TINY), "F32")

@@ -137,16 +137,19 @@ def test_a_solved_linear_is_finite_and_reads_back_or_is_named(case: Case) -> Non
     modules, weights, inputs = case.linears()
     gram = accumulate_gram([inputs], precision="float32")
     largest_input = inputs.abs().amax()
+    refused = None
     try:
         solved = list(solve(modules, weights, gram, case.recipe, largest_input=largest_input))
     except NumericalError as error:
-        assert PARENT in error.message
-        assert error.hint
+        refused = error
+    if refused:
+        assert PARENT in refused.message
+        assert refused.hint
         limit = torch.finfo(DTYPES[case.dtype]).max
-        if error.code == "non_finite_activations":  # of a scale that is fixed
+        if refused.code == "non_finite_activations":  # of a scale that is fixed
             assert largest_input > limit
         else:
-            assert error.code == OUT_OF_RANGE
+            assert refused.code == OUT_OF_RANGE
             # asymmetric ranges reach twice as far, errors that are fed back further
             assert max(weight.abs().amax().double() for weight in weights) > limit / 1000
         return
@@ -354,6 +357,7 @@ def test_a_run_gives_finite_numbers_or_names_a_module(
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
     source = with_factor(models[dtype], folder / "model", changed, factor)
+    refused = None
     try:
         report = compress(
             source,
@@ -364,8 +368,10 @@ def test_a_run_gives_finite_numbers_or_names_a_module(
             evaluation=Evaluation(num_samples=1),
         )
     except CompressionError as error:
-        assert error.code in (OUT_OF_RANGE, "non_finite_activations", "non_finite_logits")
-        assert "model.layers.0." in error.message or error.code == "non_finite_logits"
+        refused = error
+    if refused:
+        assert refused.code in (OUT_OF_RANGE, "non_finite_activations", "non_finite_logits")
+        assert "model.layers.0." in refused.message or refused.code == "non_finite_logits"
         assert factor > 1
         assert not (folder / "out").exists()
         return

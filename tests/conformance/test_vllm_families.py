@@ -40,8 +40,8 @@ LEARNED = ("FP8", "NVFP4", "W4A16-fp8-cache")
 WEIGHTS_ONLY = ("original", "W4A16", "W4A16-group-64", "W4A16_ASYM", "SPARSE_2OF4")
 
 DENSE = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "glm", "glm4"),
-    *("olmo2", "cohere", "cohere2", "opt"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"),
+    *("glm", "glm4", "olmo2", "cohere", "cohere2", "opt"),
 )
 EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3")
 

@@ -6,21 +6,23 @@ request: {"checkpoints": {name: path}, "conversation": [message, ...], "passage"
 
 The last line of what it prints is JSON:
 
-    {"amx": bool, "exact_int8": bool, "seen": {name: {"answer": text, "losses": [nats, ...]} or {"error": text}}}
+    {"amx": bool, "exact_int8": bool,
+     "seen": {name: {"answer": text, "losses": [nats, ...]} or {"error": text}}}
 
 A conversation ends with the first words of the model's answer; it may be empty. losses: the negative log
 likelihood of each token of the passage but the first. error: why vLLM did not load or run the checkpoint.
 
 vLLM chooses its CPU kernels by what the processor has, which matters to who compares numbers:
 
-- W4A16 needs AVX-512. Without it, that one matrix product is done in plain torch here, on the weights as vLLM has
-  read and repacked them; everything else is vLLM's own. With AMX, vLLM would round activations to int8 (W4A8):
-  that is turned off.
+- W4A16 needs AVX-512. Without it, that one matrix product is done in plain torch here, on the weights as vLLM
+  has read and repacked them; everything else is vLLM's own. With AMX, vLLM would round activations to int8
+  (W4A8): that is turned off.
 - int8 products saturate without VNNI where two neighbouring ones add up to more than 16 bits hold: then
   `exact_int8` is false.
-- FP8_BLOCK and experts need AMX (`amx`). With it, activations of FP8 and FP8_BLOCK stay in bfloat16, and those of
-  4-bit experts are rounded to int8.
+- FP8_BLOCK and experts need AMX (`amx`). With it, activations of FP8 and FP8_BLOCK stay in bfloat16, those
+  of 4-bit experts are rounded to int8.
 """
+
 from __future__ import annotations
 
 import json

@@ -40,7 +40,7 @@ def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
 
 
 def losses(folder: Path, text: str) -> Tensor:
-    """Negative log likelihood, in nats, of each token of the text but the first, float64, read the same way."""
+    """Negative log likelihood in nats of each token of a text but the first, float64, read the same way."""
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0]
     return _losses(_load(folder), tokens)
 
