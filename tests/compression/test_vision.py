@@ -310,5 +310,12 @@ def test_a_tower_that_lacks_a_tensor_is_refused_before_compute(tiny_texts: Path,
     assert caught.value.code == "plan_mismatch"
 
 
+def test_a_tokenizer_with_more_tokens_than_text_config_has(tiny_texts: Path, tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", "llava", vocab=200)
+    with pytest.raises(CompressionError) as caught:
+        run(source, tmp_path / "out", tiny_texts)
+    assert caught.value.code == "tokenizer_mismatch"
+
+
 def test_the_table_and_the_tests_know_the_same_towers() -> None:
     assert TOWERS.keys() == {model_type for model_type, family in FAMILIES.items() if family.vision.modules}
