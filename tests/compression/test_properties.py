@@ -137,25 +137,27 @@ def test_a_solved_linear_is_finite_and_reads_back_or_is_named(case: Case) -> Non
     modules, weights, inputs = case.linears()
     gram = accumulate_gram([inputs], precision="float32")
     largest_input = inputs.abs().amax()
-    refused = None
     try:
         solved = list(solve(modules, weights, gram, case.recipe, largest_input=largest_input))
     except NumericalError as error:
-        refused = error
-    if refused:
-        assert PARENT in refused.message
-        assert refused.hint
-        limit = torch.finfo(DTYPES[case.dtype]).max
-        if refused.code == "non_finite_activations":  # of a scale that is fixed
-            assert largest_input > limit
-        else:
-            assert refused.code == OUT_OF_RANGE
-            # asymmetric ranges reach twice as far, errors that are fed back further
-            assert max(weight.abs().amax().double() for weight in weights) > limit / 1000
+        refused(error, case, weights, largest_input)
         return
     assert [each.module for each in solved] == modules
     for each, before in zip(solved, weights, strict=True):
         check(each, before, case)
+
+
+def refused(error: NumericalError, case: Case, weights: Sequence[Tensor], largest_input: Tensor) -> None:
+    """By name, and for a reason."""
+    assert PARENT in error.message
+    assert error.hint
+    limit = torch.finfo(DTYPES[case.dtype]).max
+    if error.code == "non_finite_activations":  # of a scale that is fixed
+        assert largest_input > limit
+        return
+    assert error.code == OUT_OF_RANGE
+    # asymmetric ranges reach twice as far, errors that are fed back further
+    assert max(weight.abs().amax().double() for weight in weights) > limit / 1000
 
 
 def check(solved: Solved, before: Tensor, case: Case) -> None:
@@ -357,7 +359,7 @@ def test_a_run_gives_finite_numbers_or_names_a_module(
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
     source = with_factor(models[dtype], folder / "model", changed, factor)
-    refused = None
+    raised = None
     try:
         report = compress(
             source,
@@ -368,10 +370,11 @@ def test_a_run_gives_finite_numbers_or_names_a_module(
             evaluation=Evaluation(num_samples=1),
         )
     except CompressionError as error:
-        refused = error
-    if refused:
-        assert refused.code in (OUT_OF_RANGE, "non_finite_activations", "non_finite_logits")
-        assert "model.layers.0." in refused.message or refused.code == "non_finite_logits"
+        raised = error
+    if raised is not None:
+        assert raised.code in (OUT_OF_RANGE, "non_finite_activations", "non_finite_logits")
+        assert "model.layers.0." in raised.message or raised.code == "non_finite_logits"
+        assert raised.hint
         assert factor > 1
         assert not (folder / "out").exists()
         return

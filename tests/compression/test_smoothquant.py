@@ -116,7 +116,7 @@ def test_folds_leave_the_function_as_it_was(
 ) -> None:
     """In float32, all of them made, nothing rounded."""
     source = with_outliers(tiny_model(tmp_path / "model", model_type, dtype=torch.float32))
-    made = folds.planned(source, tiny_texts, [SMOOTH, {"type": "rtn", "scheme": "W8A8"}])
+    made = folds.planned(source, tiny_texts, [SMOOTH, {"type": "rtn", "scheme": "W4A16"}])
     measured, done = folds.folded_only(made, tiny_texts)
     groups = {module.group for layer in made.layers for module in layer.modules}
     assert done == {group for group in groups if not group.endswith(left)}
