@@ -52,7 +52,7 @@ def logits(folder: Path, tokens: Tensor, scheme: QuantizationScheme) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if scheme.weights.scale_dtype is not None:
         model.hf_quantizer.compressor.decompress_model(model)
-        model.float()  # compressed-tensors makes bfloat16 of these, whatever the model is in
+        torch.nn.Module.float(model)  # compressed-tensors makes bfloat16 of these, whatever the model is in
     result: Tensor = model(input_ids=tokens).logits
     return result.float()
 
