@@ -21,19 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
     """Of a checkpoint in Transformers and compressed-tensors, activations quantized as they serve them."""
     model = _load(folder)
-    return float(torch.stack([_losses(model, block).mean() for block in blocks]).mean().exp())
+    losses = []
+    with torch.no_grad():
+        for block in blocks:
+            logits = model(input_ids=block[None]).logits[0, :-1].double()
+            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]))
+    return float(torch.stack(losses).mean().exp())
 
 
 def losses(folder: Path, text: str) -> Tensor:
-    """Negative log likelihood, in nats, of each token of the text but the first, float64, read the same way."""
-    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0]
-    return _losses(_load(folder), tokens)
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(input_ids=tokens[None]).logits[0, :-1].double()
-    return nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+    """Negative log likelihood of each token of the text but the first, in nats, read the same way."""
+    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = _load(folder)(input_ids=tokens).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
 
 
 def _load(folder: Path) -> nn.Module:
@@ -70,11 +71,7 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
         key: tensor for shard in folder.glob("*.safetensors") for key, tensor in load_file(shard).items()
     }
     scales = {key.removesuffix("_scale"): stored.pop(key) for key in list(stored) if key.endswith("_scale")}
-    block = group["weights"]["block_structure"]
-    weights = {
-        key: tensor.float() * (_spread(scales[key], tensor, block) if key in scales else 1.0)
-        for key, tensor in stored.items()
-    }
+    weights = {key: tensor.float() * scales.get(key, 1.0) for key, tensor in stored.items()}
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     args = QuantizationArgs.model_validate(group["input_activations"])
@@ -84,14 +81,6 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
         elif hasattr(module, "num_experts") and hasattr(module, "gate_up_proj"):
             module.forward = partial(_experts_forward, module, args)
     return model
-
-
-def _spread(scale: Tensor, weight: Tensor, block: Sequence[int] | None) -> Tensor:
-    """The scales of rows [out, 1], those of blocks once for each weight [out, in]."""
-    if block is None:
-        return scale
-    rows = scale.repeat_interleave(block[0], 0)[: weight.shape[0]]
-    return rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
 
 
 def _quantized(x: Tensor, args: QuantizationArgs) -> Tensor:
