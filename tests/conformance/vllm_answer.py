@@ -14,15 +14,16 @@ likelihood of each token of the passage but the first. error: why vLLM did not l
 
 vLLM chooses its CPU kernels by what the processor has, which matters to who compares numbers:
 
-- W4A16 needs AVX-512. Without it, that one matrix product is done in plain torch here, on the weights as vLLM
-  has read and repacked them; everything else is vLLM's own. With AMX, vLLM would round activations to int8
-  (W4A8): that is turned off.
+- W4A16 needs AVX-512. Without it, that one matrix product is done in torch here, on the weights as vLLM
+  has read and repacked them. With AMX, vLLM would round activations to int8: that is turned off.
 - int8 products saturate without VNNI where two neighbouring ones add up to more than 16 bits hold: then
   `exact_int8` is false.
-- FP8_BLOCK and experts need AMX (`amx`). With it, activations of FP8 and FP8_BLOCK stay in bfloat16, those
-  of 4-bit experts are rounded to int8.
-"""
+- FP8_BLOCK and compressed experts need AMX (`amx`). With it, activations of FP8 and FP8_BLOCK are left alone,
+  and those of 4-bit experts are rounded to int8.
 
+Of FP8, q, k and v get one scale as they are put together, by an operation that the CPU build does not
+have (scaled_fp8_quant): it is done in torch here. Everything else is vLLM's own.
+"""
 from __future__ import annotations
 
 import json
@@ -39,6 +40,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
 SIGNATURE = (
@@ -118,12 +120,14 @@ def read(checkpoint: str, conversation: list[dict[str, str]], passage: str) -> d
 
 def main() -> None:
     request = json.load(sys.stdin)
+    torch.cpu._init_amx()  # Linux grants AMX to who asks, and the kernel of W4A16 does not
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         library = torch.library.Library("_C", "FRAGMENT")
         library.define(SIGNATURE)
         library.impl("cpu_gemm_wna16", wna16, "CPU")
     ops.scaled_fp8_quant = scaled_fp8_quant
+    registry._run_in_subprocess = lambda function: function()  # or it imports vLLM anew for each architecture
     seen: dict[str, dict[str, Any]] = {}
     for name, checkpoint in request["checkpoints"].items():
         try:
