@@ -66,7 +66,8 @@ def test_a_checkpoint_is_scored_as_it_is_served(
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for name, module in dense.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            module.weight.copy_(decode(name, stored, get_scheme(scheme), torch.float32))
+            dtype = torch.bfloat16 if scheme == "W4A16_ASYM" else torch.float32
+            module.weight.copy_(decode(name, stored, get_scheme(scheme), dtype))
             if activations is not None:
                 module.register_forward_pre_hook(lambda _module, read: (activations(read[0]),))
     tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
