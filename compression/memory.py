@@ -285,9 +285,9 @@ _PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
 def _solver_bytes(group: GroupWork, itemsize: int, *, has_gram: bool) -> tuple[int, str]:
     """The work space of one group, its Gram matrix apart: bytes, and how they were found.
 
-    All its weights are there in float32, for which float32 ones need no copy, once more stacked where they are
-    several; then the method's own copies; later codes, the weights that were replaced, and one linear after
-    the other being packed.
+    All its weights are there in float32, for which float32 ones need no copy, once more stacked where they
+    are several; then the method's own copies; later codes, the weights that were replaced, and one linear
+    after the other being packed.
     """
     numbers, largest = group.rows * group.columns, group.largest_rows * group.columns
     gram = _FLOAT32 * group.columns**2 if has_gram else 0

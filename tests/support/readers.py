@@ -45,23 +45,11 @@ def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
 
 
 def losses(folder: Path, text: str) -> Tensor:
-<<<<<<< HEAD
-    """Negative log likelihood in nats of each token of a text but the first, float64, read the same way."""
-    tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0]
-    return _losses(_load(folder), tokens)
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(input_ids=tokens[None]).logits[0, :-1].double()
-    return nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-=======
     """Negative log likelihood of each token of the text but the first, in nats, read the same way."""
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = _load(folder)(input_ids=tokens).logits[0, :-1].double()
     return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
->>>>>>> b-vllm
 
 
 def _load(folder: Path) -> nn.Module:
@@ -98,14 +86,9 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
     stored = {
         key: tensor for shard in folder.glob("*.safetensors") for key, tensor in load_file(shard).items()
     }
-<<<<<<< HEAD
     weights = _dequantized(stored, group["weights"]["num_bits"])
     if config["model_type"] == "llama4_text":
         weights = _stacked(weights)
-=======
-    scales = {key.removesuffix("_scale"): stored.pop(key) for key in list(stored) if key.endswith("_scale")}
-    weights = {key: tensor.float() * scales.get(key, 1.0) for key, tensor in stored.items()}
->>>>>>> b-vllm
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     model = load_model(dense, dtype=torch.float32)
     if group["input_activations"] is None:
@@ -120,7 +103,6 @@ def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]
     return model
 
 
-<<<<<<< HEAD
 def _dequantized(stored: dict[str, Tensor], num_bits: int) -> dict[str, Tensor]:
     """float32 weights under their plain names; what is not compressed is converted only."""
     weights = {}
@@ -157,8 +139,6 @@ def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-=======
->>>>>>> b-vllm
 def _quantized(x: Tensor, args: QuantizationArgs) -> Tensor:
     """A scale for each token; the library takes the second of three dimensions for tokens."""
     tokens = x.reshape(1, -1, x.shape[-1])
