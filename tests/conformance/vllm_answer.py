@@ -24,6 +24,7 @@ vLLM chooses its CPU kernels by what the processor has, which matters to who com
 Of FP8, q, k and v get one scale as they are put together, by an operation that the CPU build does not
 have (scaled_fp8_quant): it is done in torch here. Everything else is vLLM's own.
 """
+
 from __future__ import annotations
 
 import json
