@@ -10,194 +10,120 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compression.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec, Sparse, Vision
-
-
-def _attention(norm: str = "input_layernorm", *, qkv_bias: str = "", o_bias: str = "") -> Groups:
-    names = (("q_proj", "q"), ("k_proj", "kv"), ("v_proj", "kv"))
-    qkv = tuple(LinearSpec(f"self_attn.{name}", size, "hidden", qkv_bias) for name, size in names)
-    return (
-        GroupSpec(qkv, norm),
-        _alone("self_attn.o_proj", "hidden", "q", o_bias, producer="self_attn.v_proj"),
-    )
-
-
-def _gated_mlp(norm: str = "post_attention_layernorm", *, bias: str = "", name: str = "mlp") -> Groups:
-    leaves = ("gate_proj", "up_proj")
-    gate_up = tuple(LinearSpec(f"{name}.{leaf}", "inner", "hidden", bias) for leaf in leaves)
-    return (
-        GroupSpec(gate_up, norm),
-        _alone(f"{name}.down_proj", "hidden", "inner", bias, producer=f"{name}.up_proj"),
-    )
-
-
-def _alone(name: str, out: str, inp: str, bias: str = "", norm: str = "", producer: str = "") -> GroupSpec:
-    return GroupSpec((LinearSpec(name, out, inp, bias),), norm, producer)
-
-
-def _parallel(attention: Groups, mlp: Groups) -> Groups:
-    """Attention and MLP read one norm, side by side: their first groups are one."""
-    first = GroupSpec(attention[0].linears + mlp[0].linears, attention[0].norm)
-    return (first, *attention[1:], *mlp[1:])
-
-
-_FUSED_MLP: Groups = (
-    _alone("mlp.gate_up_proj", "gate_up", "hidden", norm="post_attention_layernorm"),
-    _alone("mlp.down_proj", "hidden", "inner", producer="mlp.gate_up_proj"),
+from compression.layer_parts import (
+    ALL_BIASED,
+    FOUR_NORMS,
+    FUSED_MLP,
+    LATENT_ATTENTION,
+    LATENT_NORMS,
+    LATENT_SIZES,
+    PRE_NORMS,
+    QK_NORMS,
+    alone,
+    attention,
+    gated_mlp,
+    layer_norm,
+    norms,
+    parallel,
+    router,
+    shared_expert,
 )
+from compression.structure import ExpertsSpec, Family, GroupSpec, LinearSpec, Sparse, Vision
 
-
-def _norms(*names: str, shape: tuple[str, ...] = ("hidden",)) -> dict[str, tuple[str, ...]]:
-    return {f"{name}.weight": shape for name in names}
-
-
-def _layer_norm(name: str) -> dict[str, tuple[str, ...]]:
-    return {f"{name}.weight": ("hidden",), f"{name}.bias": ("hidden",)}
-
-
-_PRE_NORMS = _norms("input_layernorm", "post_attention_layernorm")
-_FOUR_NORMS = _PRE_NORMS | _norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
-_QK_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", shape=("head",))
-_ALL_BIASED = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
-
-
-def _router(name: str) -> dict[str, tuple[str, ...]]:
-    return {f"{name}.weight": ("experts", "hidden")}
-
-
-def _shared_expert(name: str, gate: str = "", gate_out: str = "one") -> Groups:
-    """An expert that sees every token, and a gate that reads the same, where there is one."""
-    gate_up = tuple(
-        LinearSpec(f"{name}.{leaf}", "shared_inner", "hidden") for leaf in ("gate_proj", "up_proj")
-    )
-    gates = (LinearSpec(gate, gate_out, "hidden", gate=True),) if gate else ()
-    return (GroupSpec(gate_up + gates), _alone(f"{name}.down_proj", "hidden", "shared_inner"))
-
-
-_LATENT_ATTENTION: Groups = (
-    GroupSpec(
-        (
-            LinearSpec("self_attn.q_a_proj", "q_lora", "hidden", "attention_bias"),
-            LinearSpec("self_attn.kv_a_proj_with_mqa", "kv_a", "hidden", "attention_bias"),
-        ),
-        "input_layernorm",
-    ),
-    _alone("self_attn.q_b_proj", "q", "q_lora", norm="self_attn.q_a_layernorm"),
-    _alone("self_attn.kv_b_proj", "kv_b", "kv_lora"),  # reads a view of its norm's output
-    _alone("self_attn.o_proj", "hidden", "attended", "attention_bias"),
-)
-_LATENT_SIZES = {
-    "q": (("num_attention_heads", "qk_nope_head_dim"), ("num_attention_heads", "qk_rope_head_dim")),
-    "q_lora": (("q_lora_rank",),),
-    "kv_lora": (("kv_lora_rank",),),
-    "kv_a": (("kv_lora_rank",), ("qk_rope_head_dim",)),
-    "kv_b": (("num_attention_heads", "qk_nope_head_dim"), ("num_attention_heads", "v_head_dim")),
-    "attended": (("num_attention_heads", "v_head_dim"),),
-    "head": (("qk_rope_head_dim",),),
-}
-_LATENT_NORMS = (
-    _PRE_NORMS
-    | _norms("self_attn.q_a_layernorm", shape=("q_lora",))
-    | _norms("self_attn.kv_a_layernorm", shape=("kv_lora",))
-)
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS),
+DECODERS: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"), PRE_NORMS),
     "mistral": Family(
-        "MistralForCausalLM", _attention() + _gated_mlp(), _PRE_NORMS, defaults={"num_key_value_heads": 8}
+        "MistralForCausalLM", attention() + gated_mlp(), PRE_NORMS, defaults={"num_key_value_heads": 8}
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        _attention(qkv_bias="always") + _gated_mlp(),
-        _PRE_NORMS,
+        attention(qkv_bias="always") + gated_mlp(),
+        PRE_NORMS,
         defaults={"num_key_value_heads": 32},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
-        _PRE_NORMS | _QK_NORMS,
+        attention(**ALL_BIASED) + gated_mlp(),
+        PRE_NORMS | QK_NORMS,
         defaults={"num_key_value_heads": 32, "head_dim": 128},
     ),
     "gemma": Family(
         "GemmaForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
-        _PRE_NORMS,
+        attention(**ALL_BIASED) + gated_mlp(),
+        PRE_NORMS,
         defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
         norm_offset=1,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp("pre_feedforward_layernorm"),
-        _FOUR_NORMS,
+        attention(**ALL_BIASED) + gated_mlp("pre_feedforward_layernorm"),
+        FOUR_NORMS,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
         norm_offset=1,
         eager=True,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp("pre_feedforward_layernorm"),
-        _FOUR_NORMS | _QK_NORMS,
+        attention(**ALL_BIASED) + gated_mlp("pre_feedforward_layernorm"),
+        FOUR_NORMS | QK_NORMS,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
         norm_offset=1,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
         (
-            _alone("self_attn.qkv_proj", "qkv", "hidden", norm="input_layernorm"),
-            _alone("self_attn.o_proj", "hidden", "q", producer="self_attn.qkv_proj"),
-            *_FUSED_MLP,
+            alone("self_attn.qkv_proj", "qkv", "hidden", norm="input_layernorm"),
+            alone("self_attn.o_proj", "hidden", "q", producer="self_attn.qkv_proj"),
+            *FUSED_MLP,
         ),
-        _PRE_NORMS,
+        PRE_NORMS,
     ),
-    "granite": Family(
-        "GraniteForCausalLM", _attention(**_ALL_BIASED) + _gated_mlp(bias="mlp_bias"), _PRE_NORMS
-    ),
+    "granite": Family("GraniteForCausalLM", attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"), PRE_NORMS),
     "glm": Family(
         "GlmForCausalLM",
-        _attention(qkv_bias="attention_bias") + _FUSED_MLP,
-        _PRE_NORMS,
+        attention(qkv_bias="attention_bias") + FUSED_MLP,
+        PRE_NORMS,
         defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
     ),
     "glm4": Family(
         "Glm4ForCausalLM",
-        _attention(qkv_bias="attention_bias") + _FUSED_MLP,
-        _PRE_NORMS | _norms("post_self_attn_layernorm", "post_mlp_layernorm"),
+        attention(qkv_bias="attention_bias") + FUSED_MLP,
+        PRE_NORMS | norms("post_self_attn_layernorm", "post_mlp_layernorm"),
         defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        _attention("", **_ALL_BIASED) + _gated_mlp(""),
-        _norms("post_attention_layernorm", "post_feedforward_layernorm")
-        | _norms("self_attn.q_norm", shape=("q",))
-        | _norms("self_attn.k_norm", shape=("kv",)),
+        attention("", **ALL_BIASED) + gated_mlp(""),
+        norms("post_attention_layernorm", "post_feedforward_layernorm")
+        | norms("self_attn.q_norm", shape=("q",))
+        | norms("self_attn.k_norm", shape=("kv",)),
     ),
     "cohere": Family(
         "CohereForCausalLM",
-        _parallel(_attention(**_ALL_BIASED), _gated_mlp()),
-        _norms("input_layernorm"),
+        parallel(attention(**ALL_BIASED), gated_mlp()),
+        norms("input_layernorm"),
         optional={
-            "use_qk_norm": _norms("self_attn.q_norm", shape=("heads", "head"))
-            | _norms("self_attn.k_norm", shape=("kv_heads", "head"))
+            "use_qk_norm": norms("self_attn.q_norm", shape=("heads", "head"))
+            | norms("self_attn.k_norm", shape=("kv_heads", "head"))
         },
         defaults={"tie_word_embeddings": True},
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        _parallel(_attention(**_ALL_BIASED), _gated_mlp()),
-        _norms("input_layernorm"),
+        parallel(attention(**ALL_BIASED), gated_mlp()),
+        norms("input_layernorm"),
         defaults={"tie_word_embeddings": True},
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        _attention(),
-        _PRE_NORMS,
+        attention(),
+        PRE_NORMS,
         sparse=Sparse(
             (
-                *_attention(),
+                *attention(),
                 ExpertsSpec("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3"), "w2"),
             ),
-            _PRE_NORMS | _router("block_sparse_moe.gate"),
+            PRE_NORMS | router("block_sparse_moe.gate"),
         ),
         sizes={"experts": (("num_local_experts",),), "expert_inner": (("intermediate_size",),)},
         aliases={"num_experts": "num_local_experts"},
@@ -205,11 +131,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(),
-        _PRE_NORMS | _QK_NORMS,
+        attention(**ALL_BIASED) + gated_mlp(),
+        PRE_NORMS | QK_NORMS,
         sparse=Sparse(
-            (*_attention(**_ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
-            _PRE_NORMS | _QK_NORMS | _router("mlp.gate"),
+            (*attention(**ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
+            PRE_NORMS | QK_NORMS | router("mlp.gate"),
             dense=("mlp_only_layers", "decoder_sparse_step"),
         ),
         sizes={"experts": (("num_experts",),), "expert_inner": (("moe_intermediate_size",),)},
@@ -218,15 +144,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
-        _attention(qkv_bias="qkv_bias") + _gated_mlp(),
-        _PRE_NORMS,
+        attention(qkv_bias="qkv_bias") + gated_mlp(),
+        PRE_NORMS,
         sparse=Sparse(
             (
-                *_attention(qkv_bias="qkv_bias"),
-                *_shared_expert("mlp.shared_expert", "mlp.shared_expert_gate"),
+                *attention(qkv_bias="qkv_bias"),
+                *shared_expert("mlp.shared_expert", "mlp.shared_expert_gate"),
                 ExpertsSpec("mlp.experts", "mlp.gate"),
             ),
-            _PRE_NORMS | _router("mlp.gate"),
+            PRE_NORMS | router("mlp.gate"),
             dense=("mlp_only_layers", "decoder_sparse_step"),
         ),
         sizes={
@@ -245,14 +171,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
-        _attention(**_ALL_BIASED),
-        _PRE_NORMS,
+        attention(**ALL_BIASED),
+        PRE_NORMS,
         sparse=Sparse(
-            (*_attention(**_ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
-            _PRE_NORMS
-            | _norms("self_attn.q_norm", shape=("hidden",))
-            | _norms("self_attn.k_norm", shape=("kv",))
-            | _router("mlp.gate"),
+            (*attention(**ALL_BIASED), ExpertsSpec("mlp.experts", "mlp.gate")),
+            PRE_NORMS
+            | norms("self_attn.q_norm", shape=("hidden",))
+            | norms("self_attn.k_norm", shape=("kv",))
+            | router("mlp.gate"),
         ),
         sizes={"experts": (("num_experts",),), "expert_inner": (("intermediate_size",),)},
         aliases={"num_local_experts": "num_experts"},
@@ -260,18 +186,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        _LATENT_ATTENTION + _gated_mlp(),
-        _LATENT_NORMS,
+        LATENT_ATTENTION + gated_mlp(),
+        LATENT_NORMS,
         sparse=Sparse(
             (
-                *_LATENT_ATTENTION,
+                *LATENT_ATTENTION,
                 ExpertsSpec("mlp.experts", "mlp.gate"),
-                *_shared_expert("mlp.shared_experts"),
+                *shared_expert("mlp.shared_experts"),
             ),
-            _LATENT_NORMS | _router("mlp.gate") | {"mlp.gate.e_score_correction_bias": ("experts",)},
+            LATENT_NORMS | router("mlp.gate") | {"mlp.gate.e_score_correction_bias": ("experts",)},
             dense=("first_k_dense_replace",),
         ),
-        sizes=_LATENT_SIZES
+        sizes=LATENT_SIZES
         | {
             "experts": (("n_routed_experts",),),
             "expert_inner": (("moe_intermediate_size",),),
@@ -293,20 +219,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama4_text": Family(
         "Llama4ForCausalLM",
-        _attention(**_ALL_BIASED) + _gated_mlp(name="feed_forward"),
-        _PRE_NORMS,
+        attention(**ALL_BIASED) + gated_mlp(name="feed_forward"),
+        PRE_NORMS,
         sparse=Sparse(
             (
-                *_attention(**_ALL_BIASED),
+                *attention(**ALL_BIASED),
                 ExpertsSpec(
                     "feed_forward.experts",
                     "feed_forward.router",
                     stacks=("gate_up_proj", "down_proj"),
                     scales_inputs=True,
                 ),
-                *_shared_expert("feed_forward.shared_expert", "feed_forward.router", "experts"),
+                *shared_expert("feed_forward.shared_expert", "feed_forward.router", "experts"),
             ),
-            _PRE_NORMS,
+            PRE_NORMS,
             dense=("moe_layers", "decoder_sparse_step"),
         ),
         sizes={
@@ -331,11 +257,12 @@ FAMILIES: dict[str, Family] = {
                 tuple(LinearSpec(f"self_attn.{n}_proj", "hidden", "hidden", "enable_bias") for n in "qkv"),
                 "self_attn_layer_norm",
             ),
-            _alone("self_attn.out_proj", "hidden", "hidden", "enable_bias", producer="self_attn.v_proj"),
-            _alone("fc1", "inner", "hidden", "enable_bias", "final_layer_norm"),
-            _alone("fc2", "hidden", "inner", "enable_bias"),
+            alone("self_attn.out_proj", "hidden", "q", "enable_bias", producer="self_attn.v_proj"),
+            alone("fc1", "inner", "hidden", "enable_bias", "final_layer_norm"),
+            alone("fc2", "hidden", "inner", "enable_bias"),
         ),
-        _layer_norm("self_attn_layer_norm") | _layer_norm("final_layer_norm"),
+        layer_norm("self_attn_layer_norm") | layer_norm("final_layer_norm"),
+        sizes={"q": (("hidden_size",),), "kv": (("hidden_size",),)},  # whatever keys for others say
         defaults={"enable_bias": True, "tie_word_embeddings": True, "max_position_embeddings": 2048},
         fixed={
             "word_embed_proj_dim": "hidden_size",
@@ -346,11 +273,11 @@ FAMILIES: dict[str, Family] = {
         layers_prefix="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
         outside={"model.decoder.embed_positions.weight": ("positions + 2", "hidden")}
-        | _layer_norm("model.decoder.final_layer_norm"),
+        | layer_norm("model.decoder.final_layer_norm"),
         intermediate_key="ffn_dim",
     ),
 }
-"""By `model_type`."""
+"""Families that read text alone, by `model_type`."""
 
 _QWEN_VISION = Vision(
     "qwen2_5_vl_text",
@@ -385,17 +312,18 @@ def _reads_images(architecture: str, text: Family, vision: Vision, **defaults: i
         defaults={**text.defaults, **defaults},
         layers_prefix="model.language_model.layers.",
         embedding="model.language_model.embed_tokens.weight",
-        outside=_norms("model.language_model.norm"),
+        outside=norms("model.language_model.norm"),
     )
 
 
-FAMILIES |= {
+FAMILIES: dict[str, Family] = {
+    **DECODERS,
     "qwen2_5_vl": _reads_images(
-        "Qwen2_5_VLForConditionalGeneration", FAMILIES["qwen2"], _QWEN_VISION, num_key_value_heads=8
+        "Qwen2_5_VLForConditionalGeneration", DECODERS["qwen2"], _QWEN_VISION, num_key_value_heads=8
     ),
     "llava": _reads_images(
         "LlavaForConditionalGeneration",
-        FAMILIES["llama"],
+        DECODERS["llama"],
         _LLAVA_VISION,
         vocab_size=32000,
         hidden_size=4096,
@@ -404,3 +332,4 @@ FAMILIES |= {
         num_attention_heads=32,
     ),
 }
+"""By `model_type`."""

@@ -189,9 +189,7 @@ class TestFromHeaders:
         assert more.host_bytes > less.host_bytes
 
 
-@pytest.mark.parametrize(
-    "model_type", [each for each in FAMILIES if each != "opt"]
-)  # docs/memory.md says why
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_suspended_forward_holds_what_the_plan_counts(
     model_type: str, tiny_texts: Path, tmp_path: Path
 ) -> None:

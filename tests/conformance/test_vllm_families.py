@@ -105,9 +105,10 @@ def test_vllm_reads_what_transformers_reads(
     between two codes falls to one side in vLLM and to the other here, and 0.15 nats are allowed.
     """
     case = f"{family}-{name}"
-    if not run.amx and (name == "FP8_BLOCK" or (family in EXPERTS and name != "original")):
-        pytest.skip("vLLM's CPU kernels for this need AMX")
     seen = run.seen[case]
+    if not run.amx and (name == "FP8_BLOCK" or (family in EXPERTS and name != "original")):
+        assert seen.error  # vLLM's CPU kernels for these need AMX
+        return
     assert not seen.error
     gaps = torch.tensor(seen.losses) - losses(checkpoints[case], PASSAGE)
     assert gaps.abs().mean() < (0.02 if name in WEIGHTS_ONLY else 0.15)
