@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
+from compression import DatasetSpec, Evaluation, Recipe, plan
 from compression.errors import PlanError
 from compression.events import Event, LayerSolved
 from compression.expert_grams import ExpertGrams
@@ -24,16 +24,13 @@ from compression.forward import ExpertsInputs, Forwards
 from compression.gram import Gram, fill_up
 from compression.memory import ParkedTokens, expert_gram_bytes
 from compression.model import StreamedModel
-from compression.report import Report
 from compression.structure import ExpertsSpec, GroupSpec
+from tests.compression.expert_runs import GPTQ, SMALL, run
 from tests.compression.plans import codes, problems_of
 from tests.support.models import tiny_model
 
-SMALL = Calibration(num_calibration_samples=4, max_seq_length=64)
-FEW = Evaluation(num_samples=4)
 TOKENS = ParkedTokens(calibration=256, evaluation=256, block=64)
 Steps = list[dict[str, Any]]
-GPTQ = [{"type": "gptq", "scheme": "W4A16", "group_size": 32}]
 BLOCK = "model.layers.0.block_sparse_moe.experts"
 
 
@@ -59,13 +56,6 @@ def prefer_two_experts(folder: Path) -> Path:
     gate[2:] = 0
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
-
-
-def run(
-    source: Path, output: Path, texts: Path, steps: list[dict[str, Any]] = GPTQ, **options: Any
-) -> Report:
-    recipe, dataset = Recipe.model_validate(steps), DatasetSpec(path=str(texts))
-    return compress(source, recipe, output, dataset=dataset, calibration=SMALL, evaluation=FEW, **options)
 
 
 def same_bytes(one: Path, other: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextDecoderLayer
 
-from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
+from compression import DatasetSpec, Recipe, plan
 from compression.checkpoint.reader import read_tensors
 from compression.errors import PlanError
 from compression.events import Event, LayerSolved
@@ -23,13 +23,10 @@ from compression.experts import Experts, Routed, unfuse
 from compression.families import FAMILIES
 from compression.forward import ExpertsInputs, Forwards
 from compression.model import StreamedModel
-from compression.report import Report
+from tests.compression.expert_runs import GPTQ, run
 from tests.compression.plans import codes, problem_of, problems_of
 from tests.support.models import single_experts, tiny_model
 
-SMALL = Calibration(num_calibration_samples=4, max_seq_length=64)
-FEW = Evaluation(num_samples=4)
-GPTQ = [{"type": "gptq", "scheme": "W4A16", "group_size": 32}]
 SPARSE = FAMILIES["llama4_text"].sparse
 BLOCK = "model.layers.0.feed_forward"
 
@@ -45,11 +42,6 @@ def tiny_llama4(folder: Path, **config: Any) -> Path:
     heads = {"heads": 2, "head_dim": 16, "kv_heads": 1}
     settings = {**sizes, **heads, "num_local_experts": 4, **config}
     return tiny_model(folder, "llama4_text", dtype=torch.float32, **settings)
-
-
-def run(source: Path, output: Path, texts: Path, steps: Any = GPTQ, **options: Any) -> Report:
-    recipe, dataset = Recipe.model_validate(steps), DatasetSpec(path=str(texts))
-    return compress(source, recipe, output, dataset=dataset, calibration=SMALL, evaluation=FEW, **options)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

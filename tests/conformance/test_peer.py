@@ -10,7 +10,6 @@ there.
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.steps import KVCacheScheme
 from tests.compression.grids import spread
-from tests.conformance.peer import ENVIRONMENT, PYTHON
+from tests.conformance.peer import in_peer
 from tests.support.models import tiny_model
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
@@ -108,14 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> Path:
     jobs.append(job(folder, "bfloat16", "gptq", "W4A16", None, tiny_texts))
     jobs += [job(folder, model_type, "rtn", "W4A16", None, tiny_texts) for model_type in WITH_EXPERTS]
     jobs.append(cache_job(folder, tiny_texts))
-    subprocess.run(
-        [PYTHON, Path(__file__).with_name("peer_rtn.py")],
-        input=json.dumps(jobs),
-        text=True,
-        check=True,
-        cwd=folder,
-        env=ENVIRONMENT,
-    )
+    in_peer("peer_rtn.py", folder, request=json.dumps(jobs))
     return folder
 
 

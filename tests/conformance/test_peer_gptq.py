@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from compression.methods.gptq import gptq
 from compression.params import QuantizationParams
 from compression.quantizer import minmax_params
 from tests.compression.grids import WEIGHTS, correlated_inputs, library_args, restored
-from tests.conformance.peer import ENVIRONMENT, PYTHON
+from tests.conformance.peer import in_peer
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
@@ -50,16 +48,9 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         fields = library_args(WEIGHTS[of[0]].weights).model_dump(mode="json")
         args[name] = {**fields, "actorder": "static"}
     save_file(tensors, folder / "layers.safetensors")
-    script = Path(__file__).with_name("peer_gptq.py")
-    subprocess.run(
-        [PYTHON, script, folder / "layers.safetensors", folder / "solved.safetensors"],
-        input=json.dumps(args),
-        text=True,
-        check=True,
-        cwd=folder,
-        env=ENVIRONMENT,
-    )
-    return load_file(folder / "solved.safetensors")
+    solved = folder / "solved.safetensors"
+    in_peer("peer_gptq.py", folder, folder / "layers.safetensors", solved, request=json.dumps(args))
+    return load_file(solved)
 
 
 def proxy_loss(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:

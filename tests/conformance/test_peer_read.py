@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, 
 from compression.calibration import load_blocks
 from compression.checkpoint.formats import decode
 from compression.plans import Plan
-from tests.conformance.peer import ENVIRONMENT, PYTHON
+from tests.conformance.peer import in_peer
 from tests.support import readers
 from tests.support.models import tiny_model
 from tests.support.recipes import QUANTIZED
@@ -63,14 +62,7 @@ def read(checkpoints: Path, tokens: Tensor) -> Path:
         }
         for name in QUANTIZED
     ]
-    subprocess.run(
-        [PYTHON, Path(__file__).with_name("peer_read.py")],
-        input=json.dumps(jobs),
-        text=True,
-        check=True,
-        cwd=folder,
-        env=ENVIRONMENT,
-    )
+    in_peer("peer_read.py", folder, request=json.dumps(jobs))
     return folder
 
 
