@@ -22,7 +22,7 @@ CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
 LARGEST_ITEMSIZE = 4
 """Bytes of a number in the forward pass where it is computed in float32, as a CPU without native 16-bit
-products does. At submission nobody knows which worker will come, so jobs are admitted by this one."""
+products does. At submission nobody knows which worker will come, so plans show this one."""
 ACTIVATION_BUDGET_BYTES = 4 << 30
 """What suspended forwards may hold together, unless a caller allows more."""
 BATCH_TOKENS = 4096

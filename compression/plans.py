@@ -189,7 +189,7 @@ class Plan:
 
     @property
     def memory(self) -> MemoryEstimate:
-        """The peak of a run that computes in float32, which takes most; by it jobs are admitted."""
+        """The peak of a run that computes in float32, which takes most."""
         return estimate(self.workload)
 
     @property
