@@ -110,8 +110,9 @@ def _dataset(options: JobOptions) -> dict[str, Any] | None:
             names = ", ".join(f"--{_OPTION_OF.get(name, name.replace('_', '-'))}" for name in details)
             raise BadOptions(f"{names} describe a --dataset, and none is given.")
         return None
-    told = DatasetSpec.model_validate(_server_path(options.dataset))
-    return {**told.model_dump(include={"path", "hub", "s3"}, exclude_none=True), **details}
+    named = options.dataset
+    told = DatasetSpec.model_validate(named if named == "self" else _server_path(named))
+    return {**told.model_dump(include={"path", "hub", "s3", "generated"}, exclude_none=True), **details}
 
 
 def _group_size(text: str | None) -> int | str | None:

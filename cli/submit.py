@@ -37,7 +37,8 @@ def submit(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a .jsonl, .parquet, .csv or .txt file, or a name on the Hub.", **_What
+            help="Calibration text: a .jsonl, .parquet, .csv or .txt file, a name on the Hub, or self.",
+            **_What,
         ),
     ] = None,
     method: Annotated[

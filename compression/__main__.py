@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")
-    result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file, or a name on the Hub")
+    result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file, a name on the Hub, or self")
     result.add_argument("--dataset-config", help="part of a dataset on the Hub")
     result.add_argument("--dataset-split", help="split of it; train unless given")
     result.add_argument("--text-column", help="column with the text; found unless given")

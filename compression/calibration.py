@@ -28,7 +28,7 @@ from compression.errors import SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.report import DataReport
 
-__all__ = ["TokenBlocks", "dataset_digest", "load_blocks"]
+__all__ = ["TokenBlocks", "dataset_digest", "load_blocks", "load_tokenizer"]
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is tokenized in one call; bounds memory, and changes no result."""
@@ -71,7 +71,7 @@ def load_blocks(
     chat_template_missing, dataset_invalid, dataset_too_small.
     """
     documents = open_documents(dataset)
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for_calibration = calibration.num_calibration_samples if calibrate else 0
     for_evaluation = evaluation.samples(calibration)
     order = list(range(len(documents)))
@@ -197,8 +197,11 @@ def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
         ) from None
 
 
-def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights; no download, no code of the model's."""
+def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights; no download, no code of the model's.
+
+    Raises SourceError: tokenizer_missing.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,6 +10,7 @@ from compression.checkpoint.tensors import BlockScaledWeight
 from compression.decoder import Decoder
 from compression.documents import check_format
 from compression.errors import Problem, SourceError
+from compression.memory import Workload
 from compression.native_models import NATIVE_MODEL_TYPES
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import get_scheme
@@ -261,6 +262,21 @@ def spill_warnings(held_bytes: int, budget_bytes: int, spill_bytes: int) -> list
             f"{budget_bytes / 1e9:.2f} GB. Hidden states go to a scratch file of {spill_bytes / 1e9:.2f} GB, "
             "and each layer runs up to each of its groups once more.",
             "Fewer or shorter calibration samples, or a larger budget, make the job faster.",
+        )
+    ]
+
+
+def generation_warnings(work: Workload) -> list[Problem]:
+    """Text that the model is to write itself, which no other figure of the plan counts."""
+    if not work.generates:
+        return []
+    numbers = work.layers_numbers + 2 * work.matrix_numbers
+    return [
+        Problem(
+            "generation_not_in_duration",
+            f"The model writes its own calibration text, token by token, each from all of its {numbers:,} "
+            "weights. The duration does not count that.",
+            "Fewer or shorter calibration samples, or text of your own, make the job faster.",
         )
     ]
 

@@ -43,10 +43,14 @@ def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
 def dataset_digest(dataset: DatasetSpec) -> str:
     """sha256 (hex) of the documents as bytes and of how they are read; where the file lies plays no part.
 
+    Documents that the model writes are decided by what else is in a work key.
+
     Raises SourceError: dataset_not_found, dataset_format_unsupported.
     """
     if dataset.texts is not None:
         kind, content = "texts", hashlib.sha256(json.dumps(dataset.texts).encode()).hexdigest()
+    elif dataset.generated:
+        kind, content = "generated", None
     else:
         path = _existing(Path(dataset.path or ""))
         kind = path.suffix.lower()

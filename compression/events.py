@@ -17,7 +17,7 @@ JOURNAL_FILE = ".bitmill/journal.jsonl"
 """The journal in that folder. To resume elsewhere: write it from `PlanResolved.header` and every
 `LayerSolved.entry`, one JSON object a line, and put the shards that the entries name beside it."""
 
-Phase = Literal["fetch", "plan", "compress", "verify", "upload"]
+Phase = Literal["fetch", "plan", "generate", "compress", "verify", "upload"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class PhaseChanged(Event):
 
 @dataclass(frozen=True)
 class FetchProgress(Event):
-    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes).
+    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes), or from the model
+    itself (tokens).
 
     total: None for rows.
     """

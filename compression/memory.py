@@ -33,11 +33,15 @@ LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 COMPARISON_BYTES = 64 << 20
 """Work space of the comparison of two streams of logits: four float32 chunks of 16 MiB."""
+GENERATION_CACHE_BYTES = 1 << 30
+"""Keys and values of documents that the model writes side by side."""
+GENERATION_WEIGHTS_BYTES = 1 << 30
+"""Layers that stay in memory while the model writes; where they are more, each is read when it runs."""
 
 _FLOAT32 = 4
 
-Phase = Literal["embed", "forward", "gram", "solve", "head", "compare"]
-"""embed: tokens become hidden states. forward: a batch runs through a layer. gram: statistics of a group are
+Phase = Literal["generate", "embed", "forward", "gram", "solve", "head", "compare"]
+"""generate: the model writes its own calibration text. embed: tokens become hidden states. forward: a batch runs through a layer. gram: statistics of a group are
 taken. solve: the group is solved, packed and put back. head: lm_head is loaded. compare: logits are."""
 IN_LAYERS: tuple[Phase, ...] = ("forward", "gram", "solve")
 
@@ -156,8 +160,9 @@ class GroupWork:
 class Workload:
     """The sizes that decide the peak, in numbers rather than bytes where the compute dtype decides.
 
-    matrix_numbers, matrix_bytes: of the larger of embeddings and lm_head, which are never there together, and
-    as stored. layer_numbers: of the largest layer; layer_output_bytes: the same, compressed. groups: how many
+    matrix_numbers, matrix_bytes: of the larger of embeddings and lm_head, which are there together only while
+    the model writes text (`generates`), and as stored. layers_numbers: of all layers, layer_numbers: of the
+    largest; layer_output_bytes: the same, compressed. groups: how many
     there are of each kind. linears: of the whole model. rotary_width: numbers a position in the tables of a
     rotary embedding. window: of sliding attention, 0 without. eager: whether attention scores are kept whole.
     parked: None where no token runs. budget_bytes: what suspended forwards may hold. expert_columns: the most
@@ -167,6 +172,7 @@ class Workload:
 
     matrix_numbers: int
     matrix_bytes: int
+    layers_numbers: int
     layer_numbers: int
     layer_output_bytes: int
     groups: Mapping[GroupWork, int]
@@ -183,6 +189,7 @@ class Workload:
     expert_columns: int = 0
     experts: int = 0
     active_experts: int = 0
+    generates: bool = False
 
     @property
     def held_bytes(self) -> int:
@@ -240,6 +247,8 @@ def estimate(work: Workload, itemsize: int = LARGEST_ITEMSIZE) -> MemoryEstimate
         ),
         MemoryItem("compressed layer", work.layer_output_bytes, "the largest as it is written", IN_LAYERS),
     ]
+    if work.generates:
+        around += _generated(work, itemsize)
     if work.parked is not None:
         around += _embedded(work, work.parked, itemsize)
         if work.parked.evaluation:
@@ -372,6 +381,19 @@ def _embedded(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[M
         tokens = max(batch for _, batch in parked.batches(work.vocab_size))
     basis = f"{tokens} tokens x {work.hidden_size} numbers"
     yield MemoryItem("first hidden states", tokens * work.hidden_size * itemsize, basis, ("embed",))
+
+
+def _generated(work: Workload, itemsize: int) -> Iterable[MemoryItem]:
+    """The whole model, or one layer of it at a time, and what it remembers of documents it has begun."""
+    matrices = 2 * work.matrix_numbers * itemsize + work.matrix_bytes
+    yield MemoryItem("embeddings and lm_head", matrices, "both, and one as stored", ("generate",))
+    layers, basis = work.layers_numbers * itemsize, "all"
+    if layers > GENERATION_WEIGHTS_BYTES:
+        layers, basis = work.layer_numbers * itemsize, "the largest, each is read when it runs"
+    yield MemoryItem("layers that write", layers, basis, ("generate",))
+    yield MemoryItem(
+        "keys and values", GENERATION_CACHE_BYTES, "at most, of documents side by side", ("generate",)
+    )
 
 
 def _compared(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[MemoryItem]:

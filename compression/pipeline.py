@@ -28,6 +28,7 @@ from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
 from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
 from compression.folding import fold, fold_linears
+from compression.generation import written_by_model
 from compression.gram import require_finite_gram
 from compression.identity import resolve, source_digests
 from compression.journal import FinishedLayer, Journal
@@ -41,7 +42,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
 from compression.selfcheck import check_against_model, check_files
 from compression.solve import solve
-from compression.sources import Sources, fetch, local
+from compression.sources import Sources, Teller, fetch, local
 from compression.streams import Streams
 
 
@@ -97,13 +98,14 @@ def compress(
             emit(WarningRaised(warning.code, warning.message))
         journal = Journal.open(Path(output_dir))
         arithmetic = _begin(plan, sources, device, journal, emit)
-        model = StreamedModel(
-            plan.checkpoint,
-            plan.layers_prefix,
-            device=arithmetic.device,
-            compute_dtype=DTYPES[arithmetic.compute_dtype],
-        )
+        model = _model(plan, arithmetic)
         check_against_model(plan, model)
+    if dataset is not None and dataset.generated:
+        emit(PhaseChanged("generate"))
+        with clock.phase("generate"):
+            told = Teller(emit, "dataset", "self").tokens
+            dataset = written_by_model(plan, _model(plan, arithmetic), journal.scratch, told)
+    with clock.phase("plan"):
         blocks = None
         if dataset is not None:
             blocks = load_blocks(dataset, plan.source, calibration, evaluation, calibrate=plan.calibrates)
@@ -192,6 +194,15 @@ def _begin(plan: Plan, sources: Sources, device: str, journal: Journal, emit: On
     machine.apply(here)
     emit(PlanResolved(header))
     return here
+
+
+def _model(plan: Plan, arithmetic: Arithmetic) -> StreamedModel:
+    return StreamedModel(
+        plan.checkpoint,
+        plan.layers_prefix,
+        device=arithmetic.device,
+        compute_dtype=DTYPES[arithmetic.compute_dtype],
+    )
 
 
 def _stored_dtype(plan: Plan) -> str:

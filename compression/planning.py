@@ -101,7 +101,10 @@ def plan(
     kept = tuple(module for module in modules if not module.compressed)
     parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates)
     running = parked if has_data and parked.total else None
-    work = make_workload(checkpoint, decoder, layers, stored, recipe, running, activation_budget_bytes)
+    generates = dataset is not None and dataset.generated is True
+    work = make_workload(
+        checkpoint, decoder, layers, stored, recipe, running, activation_budget_bytes, generates=generates
+    )
     return Plan(
         source=folder,
         name=name or own_name,
@@ -125,6 +128,7 @@ def plan(
             *checks.dense_warnings(recipe),
             *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(work.held_bytes, activation_budget_bytes, work.spill_bytes),
+            *checks.generation_warnings(work),
             *checks.unknown_warnings(unknown),
         ),
         workload=work,

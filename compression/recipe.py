@@ -7,7 +7,7 @@ identity is computed from. Two spellings of the same recipe have the same canoni
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -164,13 +164,14 @@ DATASET_SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
 
 class DatasetSpec(Frozen):
-    """Where calibration text comes from. Exactly one of `path`, `hub`, `s3` and `texts`.
+    """Where calibration text comes from. Exactly one of `path`, `hub`, `s3`, `texts` and `generated`.
 
     path: a local .jsonl, .parquet, .csv or .txt file (one document a line of JSON or a row; a text file is
     split at blank lines). hub: the name of a preset (c4, open_platypus, ultrachat_200k, wikitext), or
     `owner/name`, or either with `@revision`; config and split: which part of it; by default what the preset
     says, else `train` of the only config. s3: such a file, as `s3://bucket/key`; version_id and etag: which
-    state of it, by default the one that is first fetched. texts: the documents themselves.
+    state of it, by default the one that is first fetched. texts: the documents themselves. generated: the
+    model writes them (generation.py); as a string, "self".
 
     text_column: the column that holds the text; by default the first there is of text, content, messages,
     prompt. messages_column: a column with chat messages, each with a role, to which the model's chat template
@@ -185,15 +186,18 @@ class DatasetSpec(Frozen):
     version_id: str | None = None
     etag: str | None = None
     texts: tuple[str, ...] | None = None
+    generated: Literal[True] | None = None
     text_column: str | None = None
     messages_column: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        """A string is what it looks like: an object in S3, a file, a name on the Hub; else a file."""
+        """A string is what it looks like: "self", an object in S3, a file, a name on the Hub; else a file."""
         if not isinstance(value, str):
             return value
+        if value == "self":
+            return {"generated": True}
         if value.startswith("s3://"):
             return {"s3": value}
         is_file = value.startswith(("/", ".", "~")) or value.lower().endswith(DATASET_SUFFIXES)
@@ -201,8 +205,9 @@ class DatasetSpec(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSpec:
-        if sum(source is not None for source in (self.path, self.hub, self.s3, self.texts)) != 1:
-            raise ValueError("give exactly one of path, hub, s3 and texts")
+        kinds = (self.path, self.hub, self.s3, self.texts, self.generated)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("give exactly one of path, hub, s3, texts and generated")
         if self.hub is None and (self.config is not None or self.split is not None):
             raise ValueError("config and split are parts of a dataset on the Hub: give hub")
         if self.hub is not None and not _is_on_hub(self.hub):
@@ -213,6 +218,8 @@ class DatasetSpec(Frozen):
             raise ValueError("version_id and etag are of an object in S3: give s3")
         if self.s3 is not None and S3Ref.parse(self.s3) is None:
             raise ValueError("s3 is s3://bucket/key, without empty parts, . or .. in the key")
+        if self.generated and (self.text_column is not None or self.messages_column is not None):
+            raise ValueError("text that the model writes has no columns")
         if self.text_column is not None and self.messages_column is not None:
             raise ValueError("give at most one of text_column and messages_column")
         return self

@@ -78,10 +78,10 @@ def fetch(
     origins: dict[str, dict[str, Any]] = {}
     folder, name, pinned = Path(source), Path(source).name, None
     if ref := hub_reference(source):
-        folder, name = fetch_model(ref, environment, _Teller(on_event, "model", str(ref)).bytes), ref.name
+        folder, name = fetch_model(ref, environment, Teller(on_event, "model", str(ref)).bytes), ref.name
         origins["model"] = {"hub": ref.id, "revision": folder.name}
     if dataset is not None and dataset.hub is not None:
-        teller = _Teller(on_event, "dataset", dataset.hub)
+        teller = Teller(on_event, "dataset", dataset.hub)
         dataset, found = fetch_rows(dataset, calibration, evaluation, environment, teller.rows)
         origins["dataset"] = {"hub": found.id, "revision": found.revision}
     elif dataset is not None and dataset.s3 is not None:
@@ -95,14 +95,14 @@ def _from_s3(
     """The dataset as a local file, pinned, and where it came from."""
     ref = S3Ref.parse(asked.s3 or "")
     assert ref is not None  # DatasetSpec has seen to that
-    teller = _Teller(on_event, "dataset", str(ref))
+    teller = Teller(on_event, "dataset", str(ref))
     path, found = fetch_object(ref, asked.etag, asked.version_id, home, teller.bytes)
     here = DatasetSpec(path=str(path), text_column=asked.text_column, messages_column=asked.messages_column)
     pinned = asked.model_copy(update={"etag": found.etag, "version_id": found.version_id})
     return here, pinned, found.to_dict()
 
 
-class _Teller:
+class Teller:
     """Events about one download, of which there are many more steps than anyone wants to hear of."""
 
     def __init__(self, on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> None:
@@ -114,6 +114,10 @@ class _Teller:
 
     def bytes(self, done: int, total: int) -> None:
         """So many bytes of so many."""
+        self._tell(done, total)
+
+    def tokens(self, done: int, total: int) -> None:
+        """So many tokens of so many."""
         self._tell(done, total)
 
     def rows(self, done: int) -> None:

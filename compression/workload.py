@@ -24,10 +24,12 @@ def make_workload(
     recipe: Recipe,
     parked: ParkedTokens | None,
     activation_budget_bytes: int,
+    *,
+    generates: bool = False,
 ) -> Workload:
     """The sizes that decide the peak memory, and whether hidden states go to disk.
 
-    stored: what each of `layers` is on disk, compressed.
+    stored: what each of `layers` is on disk, compressed. generates: whether the model writes the text.
     """
     sizes, tensors = decoder.sizes, checkpoint.tensors
     matrices = [tensors[key] for key in (decoder.embedding, f"{LM_HEAD}.weight") if key in tensors]
@@ -43,6 +45,7 @@ def make_workload(
     return Workload(
         matrix_numbers=largest.spec.elements,
         matrix_bytes=largest.nbytes,
+        layers_numbers=sum(count * sum(map(prod, shape.tensors.values())) for shape, count in kinds),
         layer_numbers=max(sum(map(prod, shape.tensors.values())) for shape, _ in kinds),
         layer_output_bytes=max(sum(spec.nbytes for spec in specs.values()) for specs in stored),
         groups=groups,
@@ -59,6 +62,7 @@ def make_workload(
         expert_columns=max(decoder.hidden_size, sizes["expert_inner"]) if experts else 0,
         experts=experts,
         active_experts=_active_experts(checkpoint, experts),
+        generates=generates,
     )
 
 

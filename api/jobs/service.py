@@ -218,6 +218,8 @@ def _found(job: Job | None, job_id: str) -> Job:
 def _dataset_label(dataset: DatasetSpec | None) -> str | None:
     if dataset is None:
         return None
+    if dataset.generated:
+        return "self"
     return dataset.path or dataset.hub or dataset.s3 or f"{len(dataset.texts or ())} inline texts"
 
 
