@@ -40,6 +40,8 @@ MOST_AT_ONCE = 256
 """Documents side by side."""
 _SLACK_BLOCKS = 2
 """The held-out text and the calibration's each end within a document, the rest of which is dropped."""
+_MORE = 1.25
+"""Tokens that are begun for one that is still needed: some documents will end before their last one."""
 _TRIES = 4
 """Tokens written for one that is needed, before a model is given up that ends its documents early."""
 
@@ -82,28 +84,30 @@ def _enough(writer: _Writer, plan: Plan, on_tokens: OnTokens) -> Iterator[str]:
     blocks += calibration.num_calibration_samples if plan.calibrates else 0
     length = min(LONGEST, calibration.max_seq_length)
     needed = (blocks + _SLACK_BLOCKS) * calibration.max_seq_length if calibration.packing else blocks * length
-    tokens = documents = written = 0
-    while tokens < needed if calibration.packing else documents < blocks:
-        if written > _TRIES * (needed + writer.at_once * length):
+    missing, tokens, documents, written = needed, 0, 0, 0
+    while missing > 0:
+        if written > _TRIES * needed:
             raise SourceError(
                 "generated_text_too_short",
                 f"The model wrote {documents} documents with {tokens} tokens in place of {needed}.",
                 "It ends its documents early: give it text of your own as the dataset.",
             )
-        for text in writer.write(length):
+        lot = min(writer.at_once, 1 + int(_MORE * missing) // length)
+        for text in writer.write(lot, length):
             size = len(writer.tokenizer(text, verbose=False)["input_ids"])
             if size > 1:
                 tokens, documents = tokens + size, documents + 1
                 yield text
-        written += writer.at_once * length
-        on_tokens(min(tokens, needed), needed)
+        written += lot * length
+        missing = needed - (tokens if calibration.packing else documents * length)
+        on_tokens(min(needed - missing, needed), needed)
 
 
 @dataclass
 class _Writer:
     """Writes some documents at a time, each lot going on in the random sequence of the one before.
 
-    at_once: documents side by side; found from what the cache takes for one token.
+    at_once: documents side by side at most; found from what the cache takes for one token.
     """
 
     model: StreamedModel
@@ -126,13 +130,13 @@ class _Writer:
         a_token = _cache_bytes(cache) / (len(self._prefix) + 1)
         self.at_once = max(1, min(MOST_AT_ONCE, int(GENERATION_CACHE_BYTES / a_token / LONGEST)))
 
-    def write(self, length: int) -> list[str]:
-        """The texts of `at_once` documents of at most `length` tokens, each up to where the model ends it."""
-        first = torch.randint(len(self._starts), (self.at_once, 1), generator=self._random)
-        prefix = torch.tensor([self._prefix] * self.at_once, dtype=torch.int64).view(self.at_once, -1)
+    def write(self, count: int, length: int) -> list[str]:
+        """The texts of some documents of at most `length` tokens, each up to where the model ends it."""
+        first = torch.randint(len(self._starts), (count, 1), generator=self._random)
+        prefix = torch.tensor([self._prefix] * count, dtype=torch.int64).view(count, -1)
         latest = torch.cat([prefix, self._starts[first]], dim=1)
         tokens = latest
-        ended = torch.zeros(self.at_once, 1, dtype=torch.bool)
+        ended = torch.zeros(count, 1, dtype=torch.bool)
         cache = self._new_cache()
         for position in range(length - latest.shape[1]):
             logits = self._next_logits(latest, cache)
