@@ -1,6 +1,6 @@
 """Calibration text that the model writes itself, for who has none that is like what it will read.
 
-    BOS, a token from anywhere in the vocabulary ─▶ the likeliest few ─▶ tokens drawn as the model weights them
+    BOS, a token from anywhere in the vocabulary ─▶ the likeliest few ─▶ tokens drawn from the distribution
 
 as LLM-QAT's hybrid sampling does (Liu et al., arXiv 2305.17888, section 3.1): the first words find a subject,
 and after that the text is as varied as the model's own distribution.

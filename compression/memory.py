@@ -41,8 +41,9 @@ GENERATION_WEIGHTS_BYTES = 1 << 30
 _FLOAT32 = 4
 
 Phase = Literal["generate", "embed", "forward", "gram", "solve", "head", "compare"]
-"""generate: the model writes its own calibration text. embed: tokens become hidden states. forward: a batch runs through a layer. gram: statistics of a group are
-taken. solve: the group is solved, packed and put back. head: lm_head is loaded. compare: logits are."""
+"""generate: the model writes its own calibration text. embed: tokens become hidden states. forward: a batch
+runs through a layer. gram: statistics of a group are taken. solve: the group is solved, packed and put back.
+head: lm_head is loaded. compare: logits are."""
 IN_LAYERS: tuple[Phase, ...] = ("forward", "gram", "solve")
 
 

@@ -43,6 +43,8 @@ DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"),
     *("glm", "glm4", "olmo2", "cohere", "cohere2", "opt"),
 )
+TIED = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2")
+"""Families of which vLLM always takes the embeddings for lm_head."""
 EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3")
 
 NOT_ON_CPU = [
@@ -75,7 +77,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> d
     for family, name in CASES + NOT_ON_CPU:
         source = folder / f"{family}-original"
         if not source.exists():
-            tiny_model(source, family)
+            tiny_model(source, family, tied=family in TIED)
         output = folder / f"{family}-{name}"
         if RECIPES[name]:
             compress(
