@@ -64,6 +64,8 @@ def sentence(event: Event) -> str | None:
             return f"layer {data['layer'] + 1}/{data['layers_total']}  was finished before"
         case "fetch_progress":
             return f"fetching {data['what']} {data['name']}: {_amount(data)}"
+        case "generation_progress":
+            return f"writing calibration text: {_tokens(data)}"
         case "warning":
             return f"warning {data['code']}: {data['message']}"
         case "attempt_ended" if data["outcome"] != "succeeded":
@@ -78,6 +80,10 @@ def _amount(data: dict[str, Any]) -> str:
     if data["total"] is None:
         return f"{data['done']} rows"
     return f"{bytes_text(data['done'])} of {bytes_text(data['total'])}"
+
+
+def _tokens(data: dict[str, Any]) -> str:
+    return f"{data['done']:,} of {data['total']:,} tokens"
 
 
 def _details(data: dict[str, Any]) -> str:
@@ -149,6 +155,8 @@ class Bar:
                 self._layer(data, "  was finished before")
             case "fetch_progress":
                 self._progress.update(self._task, details=f"  {data['name']}: {_amount(data)}")
+            case "generation_progress":
+                self._progress.update(self._task, details=f"  {_tokens(data)}")
             case _:
                 line = sentence(event)
                 if line is not None:

@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compression.errors import CompressionError
-from compression.events import Event, FetchProgress, LayerReplayed, LayerSolved, PhaseChanged, WarningRaised
+from compression.events import (
+    Event,
+    FetchProgress,
+    GenerationProgress,
+    LayerReplayed,
+    LayerSolved,
+    PhaseChanged,
+    WarningRaised,
+)
 from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
@@ -134,6 +142,8 @@ def _run(
                     progress.update(bar, description=phase)
                 case FetchProgress(_, name, done, total):
                     progress.update(bar, total=total, completed=done, note=name)
+                case GenerationProgress(done, total):
+                    progress.update(bar, total=total, completed=done, note="tokens")
                 case LayerSolved(layer, total, error):
                     note = "" if error is None else f"relative error {error:.2e}"
                     progress.update(bar, total=total, completed=layer + 1, note=note)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -39,8 +40,7 @@ class PhaseChanged(Event):
 
 @dataclass(frozen=True)
 class FetchProgress(Event):
-    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes), or from the model
-    itself (tokens).
+    """What of a model (bytes) or of a dataset has come from the Hub (rows) or S3 (bytes).
 
     total: None for rows.
     """
@@ -50,6 +50,15 @@ class FetchProgress(Event):
     name: str
     done: int
     total: int | None
+
+
+@dataclass(frozen=True)
+class GenerationProgress(Event):
+    """Tokens of calibration text that the model has written, of those that are needed."""
+
+    type: ClassVar[str] = "generation_progress"
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -95,3 +104,25 @@ class WarningRaised(Event):
 
 
 OnEvent = Callable[[Event], None]
+
+
+class Teller:
+    """Events about one thing that goes on in many more steps than anyone wants to hear of.
+
+    make: the event for (done, total), which is emitted every `seconds` at most, and at the end.
+    """
+
+    def __init__(
+        self, on_event: OnEvent, make: Callable[[int, int | None], Event], seconds: float = 2.0
+    ) -> None:
+        self._on_event = on_event
+        self._make = make
+        self._seconds = seconds
+        self._told_at = time.monotonic()
+        self._told = -1
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        now = time.monotonic()
+        if done != self._told and (now - self._told_at >= self._seconds or done == total):
+            self._told, self._told_at = done, now
+            self._on_event(self._make(done, total))

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,20 @@ def _enough(writer: _Writer, plan: Plan, on_tokens: OnTokens) -> Iterator[str]:
                 "It ends its documents early: give it text of your own as the dataset.",
             )
         lot = min(writer.at_once, 1 + int(_MORE * missing) // length)
-        for text in writer.write(lot, length):
+        begun = partial(_told, on_tokens, needed - missing, lot, needed)
+        for text in writer.write(lot, length, begun):
             size = len(writer.tokenizer(text, verbose=False)["input_ids"])
             if size > 1:
                 tokens, documents = tokens + size, documents + 1
                 yield text
         written += lot * length
         missing = needed - (tokens if calibration.packing else documents * length)
-        on_tokens(min(needed - missing, needed), needed)
+    on_tokens(needed, needed)
+
+
+def _told(on_tokens: OnTokens, finished: int, lot: int, needed: int, position: int) -> None:
+    """So many tokens are finished, and of a lot of documents as many as have come to `position`."""
+    on_tokens(min(finished + lot * position, needed - 1), needed)
 
 
 @dataclass
@@ -130,7 +137,7 @@ class _Writer:
         a_token = _cache_bytes(cache) / (len(self._prefix) + 1)
         self.at_once = max(1, min(MOST_AT_ONCE, int(GENERATION_CACHE_BYTES / a_token / LONGEST)))
 
-    def write(self, count: int, length: int) -> list[str]:
+    def write(self, count: int, length: int, on_position: Callable[[int], None]) -> list[str]:
         """The texts of some documents of at most `length` tokens, each up to where the model ends it."""
         first = torch.randint(len(self._starts), (count, 1), generator=self._random)
         prefix = torch.tensor([self._prefix] * count, dtype=torch.int64).view(count, -1)
@@ -145,6 +152,7 @@ class _Writer:
             else:
                 latest = torch.multinomial(logits.softmax(-1), 1, generator=self._random)
             tokens = torch.cat([tokens, latest], dim=1)
+            on_position(position)
             ended |= torch.isin(latest, self._ends)
             if ended.all():
                 break

@@ -26,7 +26,16 @@ from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
 from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
-from compression.events import LayerReplayed, LayerSolved, OnEvent, PhaseChanged, PlanResolved, WarningRaised
+from compression.events import (
+    GenerationProgress,
+    LayerReplayed,
+    LayerSolved,
+    OnEvent,
+    PhaseChanged,
+    PlanResolved,
+    Teller,
+    WarningRaised,
+)
 from compression.folding import fold, fold_linears
 from compression.generation import written_by_model
 from compression.gram import require_finite_gram
@@ -42,7 +51,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
 from compression.selfcheck import check_against_model, check_files
 from compression.solve import solve
-from compression.sources import Sources, Teller, fetch, local
+from compression.sources import Sources, fetch, local
 from compression.streams import Streams
 
 
@@ -103,7 +112,7 @@ def compress(
     if dataset is not None and dataset.generated:
         emit(PhaseChanged("generate"))
         with clock.phase("generate"):
-            told = Teller(emit, "dataset", "self").tokens
+            told = Teller(emit, GenerationProgress)
             dataset = written_by_model(plan, _model(plan, arithmetic), journal.scratch, told)
     with clock.phase("plan"):
         blocks = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from compression.events import FetchProgress, OnEvent
+from compression.events import FetchProgress, OnEvent, Teller
 from compression.hub.client import HubClient
 from compression.hub.environment import HubEnvironment
 from compression.hub.headers import header_folder
@@ -16,10 +16,6 @@ from compression.hub.rows import fetch_rows
 from compression.hub.snapshots import fetch_model
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.s3 import S3Ref, fetch_object
-
-_EVENT_SECONDS = 2.0
-"""Between two events of one download."""
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -78,11 +74,11 @@ def fetch(
     origins: dict[str, dict[str, Any]] = {}
     folder, name, pinned = Path(source), Path(source).name, None
     if ref := hub_reference(source):
-        folder, name = fetch_model(ref, environment, Teller(on_event, "model", str(ref)).bytes), ref.name
+        folder, name = fetch_model(ref, environment, _told(on_event, "model", str(ref))), ref.name
         origins["model"] = {"hub": ref.id, "revision": folder.name}
     if dataset is not None and dataset.hub is not None:
-        teller = Teller(on_event, "dataset", dataset.hub)
-        dataset, found = fetch_rows(dataset, calibration, evaluation, environment, teller.rows)
+        told = _told(on_event, "dataset", dataset.hub)
+        dataset, found = fetch_rows(dataset, calibration, evaluation, environment, told)
         origins["dataset"] = {"hub": found.id, "revision": found.revision}
     elif dataset is not None and dataset.s3 is not None:
         dataset, pinned, origins["dataset"] = _from_s3(dataset, environment.home, on_event)
@@ -95,37 +91,12 @@ def _from_s3(
     """The dataset as a local file, pinned, and where it came from."""
     ref = S3Ref.parse(asked.s3 or "")
     assert ref is not None  # DatasetSpec has seen to that
-    teller = Teller(on_event, "dataset", str(ref))
-    path, found = fetch_object(ref, asked.etag, asked.version_id, home, teller.bytes)
+    told = _told(on_event, "dataset", str(ref))
+    path, found = fetch_object(ref, asked.etag, asked.version_id, home, told)
     here = DatasetSpec(path=str(path), text_column=asked.text_column, messages_column=asked.messages_column)
     pinned = asked.model_copy(update={"etag": found.etag, "version_id": found.version_id})
     return here, pinned, found.to_dict()
 
 
-class Teller:
-    """Events about one download, of which there are many more steps than anyone wants to hear of."""
-
-    def __init__(self, on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> None:
-        self._on_event = on_event
-        self._what = what
-        self._name = name
-        self._told_at = time.monotonic()
-        self._told = -1
-
-    def bytes(self, done: int, total: int) -> None:
-        """So many bytes of so many."""
-        self._tell(done, total)
-
-    def tokens(self, done: int, total: int) -> None:
-        """So many tokens of so many."""
-        self._tell(done, total)
-
-    def rows(self, done: int) -> None:
-        """So many rows."""
-        self._tell(done, None)
-
-    def _tell(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if done != self._told and (now - self._told_at >= _EVENT_SECONDS or done == total):
-            self._told, self._told_at = done, now
-            self._on_event(FetchProgress(self._what, self._name, done, total))
+def _told(on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> Teller:
+    return Teller(on_event, partial(FetchProgress, what, name))

@@ -28,6 +28,7 @@ def test_a_model_on_the_hub_is_sent_as_it_is() -> None:
             {"hub": "org/data", "config": "en", "split": "test", "text_column": "body"},
         ),
         ({"dataset": "texts.jsonl"}, {"path": "texts.jsonl"}),
+        ({"dataset": "self"}, {"generated": True}),
         (
             {"dataset": "/data/chats.parquet", "messages_column": "m"},
             {"path": "/data/chats.parquet", "messages_column": "m"},

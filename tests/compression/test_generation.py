@@ -22,7 +22,7 @@ from compression import (
     generation,
     plan,
 )
-from compression.events import Event, FetchProgress, PhaseChanged
+from compression.events import Event, GenerationProgress, PhaseChanged
 from compression.families import FAMILIES
 from compression.generation import LIKELIEST, written_by_model
 from compression.memory import estimate
@@ -116,8 +116,7 @@ def test_a_model_is_compressed_with_text_of_its_own(tiny_llama: Path, tmp_path: 
     assert [event.phase for event in events if isinstance(event, PhaseChanged)] == [
         "plan", "generate", "compress", "verify",
     ]  # fmt: skip
-    told = [event for event in events if isinstance(event, FetchProgress)]
-    assert told[-1].name == "self"
+    told = [event for event in events if isinstance(event, GenerationProgress)]
     assert told[-1].done == told[-1].total
     assert not (tmp_path / "out" / "generated.jsonl").exists()
 

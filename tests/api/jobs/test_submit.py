@@ -102,6 +102,12 @@ class TestAccepted:
         refusal = refused(server, scheme="W4A16_ASYM", method="awq", group_size=48)
         assert pointers(refusal) == {"/group_size": "group_size_does_not_divide"}
 
+    def test_text_that_the_model_is_to_write(self, server: Server) -> None:
+        job = server.submit(dataset="self")
+        assert job["dataset"] == "self"
+        warnings = {warning["code"] for warning in job["plan"]["warnings"]}
+        assert "generation_not_in_duration" in warnings
+
     def test_inline_texts_are_counted_not_shown(self, server: Server) -> None:
         job = server.submit(dataset={"texts": ["some words " * 500] * 3})
         assert job["dataset"] == "3 inline texts"
