@@ -112,9 +112,7 @@ class Teller:
     make: the event for (done, total), which is emitted every `seconds` at most, and at the end.
     """
 
-    def __init__(
-        self, on_event: OnEvent, make: Callable[[int, int | None], Event], seconds: float = 2.0
-    ) -> None:
+    def __init__(self, on_event: OnEvent, make: Callable[[int, Any], Event], seconds: float = 2.0) -> None:
         self._on_event = on_event
         self._make = make
         self._seconds = seconds

@@ -201,8 +201,8 @@ def _awake(model: StreamedModel, weights_bytes: int) -> Iterator[None]:
 
 
 def _cache_bytes(cache: DynamicCache) -> int:
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from compression.hub.snapshots import fetch_model
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.s3 import S3Ref, fetch_object
 
+
 @dataclass(frozen=True)
 class Sources:
     """What a run works on. name: what the model is called. origins: where that is from which was fetched, by
