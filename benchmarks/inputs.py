@@ -57,12 +57,12 @@ def prepare(work: Path, size: Size = Size()) -> Inputs:
     return inputs
 
 
-def prepare_small(work: Path, size: Size = Size()) -> Inputs:
+def prepare_small(work: Path, size: Size = Size(), *, experts: int = 0) -> Inputs:
     """The small model, trained unless it is in `work`, and two texts: of its training, and of that kind."""
     work.mkdir(parents=True, exist_ok=True)
     texts = train_small.read_texts(work / "downloads")
     inputs = Inputs(
-        model=train_small.make(work / "model", texts, steps=size.steps),
+        model=train_small.make(work / "model", texts, steps=size.steps, experts=experts),
         dataset=train_small.write_dataset(work / "texts.jsonl", texts),
         calibration=work / "calibration.safetensors",
         heldout=work / "heldout.safetensors",

@@ -4,8 +4,8 @@
 
 A cell is one compressed model, scored on held-out text, such as small/ours-fp8_dynamic. Those in
 build/results are not run again, so this may be stopped and repeated; --only runs those that a pattern matches
-(small/*, */ours-*). --rehearse makes every cell from next to no data, elsewhere, and prints the table instead
-of writing docs/results.md.
+(small/*, */ours-*, variants/*). --rehearse makes every cell from next to no data, elsewhere, and prints the
+table instead of writing docs/results.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import sides, train_small
+from benchmarks import sides, train_small, variants
 from benchmarks.console import say
 from benchmarks.inputs import GROUP_SIZE, Inputs, Size, prepare, prepare_small
 from benchmarks.sides import Modifiers
@@ -115,11 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def inputs(model: str) -> Inputs:
         return MODELS[model].prepare(work / model, size)
 
+    def wanted(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in options.only)
+
     for cell in cells():
-        wanted = any(fnmatch(f"{cell.model}/{cell.name}", pattern) for pattern in options.only)
-        if wanted and _read(work, cell) is None:
+        if wanted(f"{cell.model}/{cell.name}") and _read(work, cell) is None:
             _write(work, cell, inputs(cell.model))
-    text = markdown({(cell.model, cell.name): _read(work, cell) for cell in cells()})
+    variants.measure(work, size, wanted)
+    text = markdown({(cell.model, cell.name): _read(work, cell) for cell in cells()}, variants.section(work))
     if options.rehearse:
         say("\n" + text)
     else:
@@ -196,8 +199,8 @@ Results = Mapping[tuple[str, str], dict[str, Any] | None]
 """(model, cell) -> what its file holds."""
 
 
-def markdown(results: Results) -> str:
-    """docs/results.md."""
+def markdown(results: Results, more: Sequence[str]) -> str:
+    """docs/results.md. more: lines between the table and what it was made with."""
     observers = " | ".join(("peer", *OBSERVERS))
     lines = [
         HEAD,
@@ -206,7 +209,7 @@ def markdown(results: Results) -> str:
     ]
     for key in MODELS:
         lines += (_line(key, row, results) for row in ROWS)
-    return "\n".join([*lines, "", *_made_with(results)]) + "\n"
+    return "\n".join([*lines, "", *more, "", *_made_with(results)]) + "\n"
 
 
 def _line(model: str, row: Row, results: Results) -> str:

@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -26,7 +27,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.console import say
 from cli.demo.wheels import fetch_wheel
@@ -81,8 +89,11 @@ def write_dataset(path: Path, texts: Texts) -> Path:
     return path
 
 
-def make(folder: Path, texts: Texts, *, steps: int = STEPS) -> Path:
-    """Trains the model and saves it in bfloat16 to `folder`, unless it is there; returns `folder`."""
+def make(folder: Path, texts: Texts, *, steps: int = STEPS, experts: int = 0) -> Path:
+    """Trains the model and saves it in bfloat16 to `folder`, unless it is there; returns `folder`.
+
+    experts: makes it a Mixtral with so many in each layer, of which each token goes to two.
+    """
     if folder.exists():
         return folder
     tokenizer = _train_tokenizer(texts.training)
@@ -91,20 +102,25 @@ def make(folder: Path, texts: Texts, *, steps: int = STEPS) -> Path:
     stream = torch.tensor([token for document in documents for token in (*document, end)])
     say(f"{len(stream)} tokens to train on, {steps * BATCH * LENGTH} of them drawn")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    model = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+    model: PreTrainedModel
+    if experts:
+        sizes |= {"intermediate_size": 384, "num_local_experts": experts, "num_experts_per_tok": 2}
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
     say(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
     _train(model, stream, steps)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -127,7 +143,7 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
 
 
-def _train(model: LlamaForCausalLM, stream: Tensor, steps: int) -> None:
+def _train(model: PreTrainedModel, stream: Tensor, steps: int) -> None:
     """AdamW on windows of the stream [tokens], weights in float32 and products in bfloat16.
 
     The learning rate rises in WARMUP steps and falls along a cosine to FINAL_SHARE of its height.
