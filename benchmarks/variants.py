@@ -1,7 +1,8 @@
 """What else one checkpoint can be, measured by the engine itself: the second table of docs/results.md.
 
-Several schemes in one model, keys and values in fp8, experts, and a decoder beside a vision tower. The figures
-are those that every run reports: both models side by side on held-out documents of the calibration's text.
+Several schemes in one model, keys and values in fp8, experts, and a decoder beside a vision tower. The
+figures are those that every run reports: both models side by side on held-out documents of the calibration's
+text.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ VARIANTS = (
         "FP8_DYNAMIC in the first and the last layer, W4A16 in the others",
         "smollm2",
         [
-            {"type": "rtn", "scheme": "FP8_DYNAMIC", "targets": [r"re:.*layers\.(0|29)\..*"]},
+            {"type": "rtn", "scheme": "FP8_DYNAMIC", "targets": [r"re:.*layers\.0\.", r"re:.*layers\.29\."]},
             {"type": "gptq", "scheme": "W4A16", "group_size": 64},
         ],
     ),
@@ -115,8 +116,8 @@ the model was calibrated on (64 blocks). With the recipe of a row in recipe.yaml
     python -m compression MODEL --recipe recipe.yaml --dataset TEXTS.jsonl --text-column text \\
         --num-calibration-samples 64 --max-seq-length 512 --num-evaluation-samples {blocks} --output-dir OUT
 
-Experts: tokens that the router sent to one, in all layers. The tower of the LLaVA is random: text does not pass
-through it, and what matters here is that its bytes are those of the source.
+Experts: calibration tokens that the router sent to one, of all layers. The tower of the LLaVA is random: text
+does not pass through it, and what matters here is that its bytes are those of the source.
 """
 
 
