@@ -105,7 +105,8 @@ class TestAccepted:
     def test_text_that_the_model_is_to_write(self, server: Server) -> None:
         job = server.submit(dataset="self")
         assert job["dataset"] == "self"
-        warnings = {warning["code"] for warning in job["plan"]["warnings"]}
+        plan = server.http.get(f"/v1/jobs/{job['id']}").json()["plan"]
+        warnings = {warning["code"] for warning in plan["warnings"]}
         assert "generation_not_in_duration" in warnings
 
     def test_inline_texts_are_counted_not_shown(self, server: Server) -> None:
