@@ -45,23 +45,28 @@ DENSE = (
 )
 TIED = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2")
 """Families of which vLLM always takes the embeddings for lm_head."""
-EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3")
+UNWINDOWED = {"cohere2": {"sliding_window": 4096}}
+"""A window in Cohere 2 is one token wider in vLLM than in Transformers: the passage is to fit into it."""
+EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 
 NOT_ON_CPU = [
     *[("llama", name) for name in ("W3A16", "W8A16", "W4AFP8", "MXFP8A16", "MXFP8", "MXFP4A16", "MXFP4")],
     *[("llama", name) for name in ("NVFP4A16", "NVFP4")],
     ("mixtral", "FP8_DYNAMIC"),
+    ("deepseek_v3", "W4A16"),
+    ("glm4", "FP8"),
 ]
 CASES = [
     *[("llama", name) for name in RECIPES if ("llama", name) not in NOT_ON_CPU],
     *[(family, name) for family in DENSE[1:] + EXPERTS for name in ("original", "W4A16")],
     *[(family, "FP8_DYNAMIC") for family in ("qwen3", "gemma3_text", "phi3")],
-    *[(family, "FP8") for family in ("phi3", "glm4")],
+    ("phi3", "FP8"),
     *[(family, "W8A8") for family in ("mixtral", "qwen3_moe")],
 ]
 REFUSAL = (
     "Failed to find a kernel|kernel .* is not supported|No compressed-tensors compatible scheme"
-    "|Unsupported FP8 MoE backend"
+    "|Unsupported FP8 MoE backend|No WNA16 MoE backend"
+    "|expected scalar type Float but found BFloat16"  # fixed scales of activations beside a bias
 )
 
 
@@ -77,7 +82,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_texts: Path) -> d
     for family, name in CASES + NOT_ON_CPU:
         source = folder / f"{family}-original"
         if not source.exists():
-            tiny_model(source, family, tied=family in TIED)
+            tiny_model(source, family, tied=family in TIED, **UNWINDOWED.get(family, {}))
         output = folder / f"{family}-{name}"
         if RECIPES[name]:
             compress(
