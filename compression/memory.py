@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from compression.recipe import Calibration, Evaluation
+from compression.solver_memory import FLOAT32, solver_bytes
 
 PROCESS_BYTES = 407 << 20
 """Peak resident memory of a whole run on a tiny model. Measured with torch 2.13, transformers 5.23."""
@@ -37,8 +38,6 @@ GENERATION_CACHE_BYTES = 1 << 30
 """Keys and values of documents that the model writes side by side."""
 GENERATION_WEIGHTS_BYTES = 1 << 30
 """Layers that stay in memory while the model writes; where they are more, each is read when it runs."""
-
-_FLOAT32 = 4
 
 Phase = Literal["generate", "embed", "forward", "gram", "solve", "head", "compare"]
 """generate: the model writes its own calibration text. embed: tokens become hidden states. forward: a batch
@@ -223,7 +222,7 @@ def expert_gram_bytes(columns: int, tokens: ParkedTokens) -> int:
     """Bytes that the statistics of one expert take while a sweep makes them: its Gram, another to fill it up
     with, and the tokens that wait for the next product."""
     waiting = min(CHUNK_TOKENS, max(tokens.calibration, tokens.evaluation))
-    return _FLOAT32 * (2 * columns**2 + waiting * columns)
+    return FLOAT32 * (2 * columns**2 + waiting * columns)
 
 
 def experts_at_once(budget_bytes: int, columns: int, tokens: ParkedTokens, experts: int) -> int:
@@ -262,16 +261,16 @@ def estimate(work: Workload, itemsize: int = LARGEST_ITEMSIZE) -> MemoryEstimate
 
 def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[MemoryItem]:
     """What is held while one group's turn comes: batches, statistics and the solver's work space."""
-    yield MemoryItem("solver", *_solver_bytes(group, itemsize, has_gram=work.parked is not None), ("solve",))
+    yield MemoryItem("solver", *solver_bytes(group, itemsize, has_gram=work.parked is not None), ("solve",))
     if group.folded:
         basis = f"{group.folded} numbers of linears that are still to come, float32"
-        yield MemoryItem("folded weights", group.folded * _FLOAT32, basis, IN_LAYERS)
+        yield MemoryItem("folded weights", group.folded * FLOAT32, basis, IN_LAYERS)
     if work.parked is None:
         return
     yield from _parked(work, work.parked, group, itemsize)
     columns = group.columns
     yield MemoryItem(
-        "Gram matrix", _FLOAT32 * columns**2, f"of the input of {group.name}, float32", ("gram", "solve")
+        "Gram matrix", FLOAT32 * columns**2, f"of the input of {group.name}, float32", ("gram", "solve")
     )
     chunk = min(CHUNK_TOKENS, work.parked.at_groups)
     basis = f"{chunk} tokens x {columns}, and an eighth of the Gram matrix"
@@ -279,42 +278,10 @@ def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[Me
     if count := work.experts_at_once:
         yield MemoryItem(
             "experts' Gram matrices",
-            count * expert_gram_bytes(work.expert_columns, work.parked) + _FLOAT32 * work.expert_columns**2,
+            count * expert_gram_bytes(work.expert_columns, work.parked) + FLOAT32 * work.expert_columns**2,
             f"of {count} at once, and of the tokens of all",
             ("gram", "solve"),
         )
-
-
-_PACKING_BYTES = 24
-"""A number of a linear that is packed and reported on: what it means, its difference from the weight, and in
-the compressed-tensors library float32 and int32 copies."""
-_PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
-"""A number of a group while masks are made: columns, their originals, masks and results; sorted scores."""
-
-
-def _solver_bytes(group: GroupWork, itemsize: int, *, has_gram: bool) -> tuple[int, str]:
-    """The work space of one group, its Gram matrix apart: bytes, and how they were found.
-
-    All its weights are there in float32, for which float32 ones need no copy, once more stacked where they
-    are several; then the method's own copies; later codes, the weights that were replaced, and one linear
-    after the other being packed.
-    """
-    numbers, largest = group.rows * group.columns, group.largest_rows * group.columns
-    gram = _FLOAT32 * group.columns**2 if has_gram else 0
-    copies = (itemsize != _FLOAT32) + (largest < numbers)
-    stacked = numbers * _FLOAT32 * copies
-    working = numbers * 5  # scaled, and codes
-    if "gptq" in group.methods:
-        working = max(
-            numbers * 8, numbers * 4 + 2 * gram
-        )  # columns twice; then a Gram to factorize, a factor
-    for method in group.methods:
-        if pruning := _PRUNING_BYTES.get(method):
-            factors = 2 * gram if method == "sparsegpt" else 0
-            working = max(working + numbers * 4, numbers * pruning, numbers * 4 + factors)
-    packing = numbers * (1 + itemsize) + largest * _PACKING_BYTES
-    basis = f"{numbers} numbers of {group.name} and those beside it, by {'+'.join(group.methods)}"
-    return stacked + max(working, packing), basis
 
 
 def _between_and_at(work: Workload, parked: ParkedTokens, width: int, itemsize: int) -> int:
@@ -345,10 +312,10 @@ def _parked(work: Workload, parked: ParkedTokens, group: GroupWork, itemsize: in
         yield MemoryItem(
             "attention masks", masks, f"{parked.block} x {parked.block} of each batch", IN_LAYERS
         )
-    running = batch * max(2 * work.intermediate_size * itemsize, 3 * work.hidden_size * _FLOAT32)
+    running = batch * max(2 * work.intermediate_size * itemsize, 3 * work.hidden_size * FLOAT32)
     basis = f"{batch} tokens x 2 intermediates, or 3 hidden states in float32"
     if work.eager:
-        running += batch * work.heads * parked.block * (2 * itemsize + _FLOAT32)
+        running += batch * work.heads * parked.block * (2 * itemsize + FLOAT32)
         basis += ", and 3 copies of the attention scores"
     yield MemoryItem("running batch", running, basis, ("forward",))
 

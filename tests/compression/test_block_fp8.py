@@ -15,9 +15,9 @@ from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.calibration import load_blocks
-from compression.events import Event, LayerReplayed, LayerSolved
 from compression.report import Report
 from tests.compression.plans import problem_of
+from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 
@@ -141,20 +141,9 @@ def test_the_reported_perplexity_is_that_of_the_published_files(tiny_texts: Path
     assert out == pytest.approx(report.evaluation.perplexity_compressed, rel=1e-6)
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny_texts: Path, tmp_path: Path) -> None:
     fp8, _ = in_block_fp8(tiny_model(tmp_path / "model"))
-    run(fp8, tmp_path / "whole", tiny_texts)
-
-    def stop(event: Event) -> None:
-        if isinstance(event, LayerSolved) and event.layer == 0:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(fp8, tmp_path / "cut", tiny_texts, on_event=stop)
-    events: list[Event] = []
-    run(fp8, tmp_path / "cut", tiny_texts, on_event=events.append)
-    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0]
-    assert_same(tmp_path / "cut", tmp_path / "whole")
+    interrupted(lambda output, **options: run(fp8, output, tiny_texts, **options), tmp_path, layer=0)
 
 
 class TestPlan:
