@@ -62,7 +62,8 @@ def sweep(worker: WorkerContext) -> None:
     """Repeat wake-ups that may have been lost: no more than there are jobs and idle workers for them."""
     with worker.database.read() as session:
         queued = leases.queued_by_device(session)
-        idle = Counter(row.device_class for row in workers.list_all(session) if row.job_id is None)
+        alive = workers.list_alive(session, worker.settings.lease_seconds)
+    idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
     for device_class, count in wake_ups(queued, idle).items():
         for _ in range(count):
             wake(device_class, broker_url=worker.settings.broker_url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -35,16 +35,19 @@ def remove(session: Session, worker_id: str) -> None:
 
 def remove_silent(session: Session, seconds: float) -> None:
     """Forget workers whose last heartbeat is older than that."""
-    cutoff = database.now(session) - timedelta(seconds=seconds)
-    session.execute(delete(Worker).where(Worker.heartbeat_at < cutoff))
+    session.execute(delete(Worker).where(Worker.heartbeat_at < _cutoff(session, seconds)))
 
 
-def list_all(session: Session) -> Sequence[Worker]:
-    """All workers, by name."""
-    return session.scalars(select(Worker).order_by(Worker.id)).all()
-
-
-def list_with_owner(session: Session) -> Sequence[tuple[Worker, str | None]]:
-    """All workers by name, each with the project whose job it runs."""
-    query = select(Worker, Job.project_id).outerjoin(Job, Job.id == Worker.job_id).order_by(Worker.id)
+def list_alive(session: Session, seconds: float) -> Sequence[tuple[Worker, str | None]]:
+    """Workers with a heartbeat in the last `seconds`, by name, each with the project whose job it runs."""
+    query = (
+        select(Worker, Job.project_id)
+        .outerjoin(Job, Job.id == Worker.job_id)
+        .where(Worker.heartbeat_at >= _cutoff(session, seconds))
+        .order_by(Worker.id)
+    )
     return [(worker, owner) for worker, owner in session.execute(query)]
+
+
+def _cutoff(session: Session, seconds: float) -> datetime:
+    return database.now(session) - timedelta(seconds=seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.dependencies import Reader, ReadSession
+from api.dependencies import CurrentSettings, Reader, ReadSession
 from api.errors import documented
 from api.workers import service
 from api.workers.schemas import WorkerList
@@ -13,6 +13,6 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"], responses=documented(
 
 
 @router.get("", response_model=WorkerList)
-def list_workers(caller: Reader, session: ReadSession) -> WorkerList:
+def list_workers(caller: Reader, session: ReadSession, settings: CurrentSettings) -> WorkerList:
     """The workers that are alive, their device and memory, and what they run."""
-    return service.list_workers(session, caller.project_id)
+    return service.list_workers(session, caller.project_id, lease_seconds=settings.lease_seconds)

@@ -8,8 +8,8 @@ from api.workers import repository
 from api.workers.schemas import WorkerList, WorkerRead
 
 
-def list_workers(session: Session, project_id: str) -> WorkerList:
-    """All workers; of other projects' jobs only that there is one."""
+def list_workers(session: Session, project_id: str, *, lease_seconds: float) -> WorkerList:
+    """The workers that could hold a lease; of other projects' jobs only that there is one."""
     return WorkerList(
         items=[
             WorkerRead(
@@ -22,6 +22,6 @@ def list_workers(session: Session, project_id: str) -> WorkerList:
                 started_at=worker.started_at,
                 heartbeat_at=worker.heartbeat_at,
             )
-            for worker, owner in repository.list_with_owner(session)
+            for worker, owner in repository.list_alive(session, lease_seconds)
         ]
     )

@@ -86,7 +86,7 @@ def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -
 
     def shown() -> list[str | None]:
         with worker.database.read() as session:
-            return [row.job_id for row in workers.list_all(session)]
+            return [row.job_id for row, _ in workers.list_alive(session, 60)]
 
     presence.tell()
     assert shown() == [None]

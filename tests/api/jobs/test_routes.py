@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from api.database import now
 from api.jobs import leases
 from api.jobs.leases import Lease, WorkerIdentity
 from api.jobs.models import AttemptOutcome
+from api.workers.models import Worker
 from tests.api.conftest import Server
 
 WORKER = WorkerIdentity("worker-1", "cpu", 1 << 40, 0)
@@ -96,6 +99,9 @@ class TestProgress:
         assert server.http.get(f"/v1/jobs/{job_id}/report").json()["code"] == "report_not_available"
         (worker,) = get(server, "/v1/workers")["items"]
         assert (worker["busy"], worker["job_id"]) == (True, job_id)
+        with server.database.write() as session:
+            session.execute(update(Worker).values(heartbeat_at=now(session) - timedelta(minutes=5)))
+        assert get(server, "/v1/workers")["items"] == []
 
         report = {"schema_version": 1, "totals": {"seconds": 2.0}}
         with server.database.write() as session:
