@@ -46,9 +46,9 @@ HELD_OUT_SHARE = 20
 GROUP_SIZE = 128
 """Divides all the sizes below."""
 
-VOCABULARY, LENGTH = 4096, 512
-STEPS, BATCH = 600, 8
-LEARNING_RATE, WARMUP, FINAL_SHARE = 3e-3, 50, 0.1
+VOCABULARY, LENGTH = 2048, 512
+STEPS, BATCH = 9000, 2
+LEARNING_RATE, WARMUP, FINAL_SHARE = 2e-3, 100, 0.05
 END = "<|endoftext|>"
 
 
@@ -104,12 +104,12 @@ def make(folder: Path, texts: Texts, *, steps: int = STEPS, experts: int = 0) ->
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 768,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        "head_dim": 32,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": True,
         "bos_token_id": end,
@@ -117,7 +117,7 @@ def make(folder: Path, texts: Texts, *, steps: int = STEPS, experts: int = 0) ->
     }
     model: PreTrainedModel
     if experts:
-        sizes |= {"intermediate_size": 384, "num_local_experts": experts, "num_experts_per_tok": 2}
+        sizes |= {"intermediate_size": 256, "num_local_experts": experts, "num_experts_per_tok": 2}
         model = MixtralForCausalLM(MixtralConfig(**sizes))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes))
@@ -170,7 +170,7 @@ def _train(model: PreTrainedModel, stream: Tensor, steps: int) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
+        if step % 200 == 0 or step == steps - 1:
             say(f"step {step}: loss {loss.item():.3f}")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
+from compression.finite import all_finite
 from compression.gram import Gram, Precision, accumulate_gram, require_finite_gram
 from compression.methods.awq import Rounded, SharedChannels, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
@@ -81,7 +82,7 @@ def fold(
     streams.renew_inputs(planned)
     scaled = [weight.float() * folded.scales for weight in weights]
     same = _same(read_before, _sample(group.inputs) * folded.scales, [model.compute_dtype, *_biases(before)])
-    if not (same and _finite(scaled)):
+    if not (same and all(map(all_finite, scaled))):
         model.set_parameters(before)
         streams.renew_inputs(planned)
         return Fold(list(weights), gram, before, done=False)
@@ -139,7 +140,7 @@ def _fold_linear(
     model.set_weights({planned.linear: weights[planned.linear]})
     model.set_parameters(biases)
     same = _same(read_before, _sample(inputs) * scales, [model.compute_dtype, *_biases(before)])
-    if same and _finite(weights.values()):
+    if same and all(map(all_finite, weights.values())):
         model.set_weights(weights)
         folds.weights.update(weights)
         folds.biases.update(biases)
@@ -179,11 +180,6 @@ def _sample(inputs: Iterable[Tensor]) -> Tensor:
 def _biases(tensors: Mapping[str, Tensor]) -> list[torch.dtype]:
     """The dtypes to which folded biases are rounded. A norm's weight counts as it is after rounding."""
     return [tensor.dtype for key, tensor in tensors.items() if key.endswith(".bias")]
-
-
-def _finite(weights: Iterable[Tensor]) -> bool:
-    """Whether no scale took a weight beyond float32."""
-    return all(bool(torch.isfinite(weight).all()) for weight in weights)
 
 
 def _same(before: Tensor, after: Tensor, dtypes: Iterable[torch.dtype]) -> bool:

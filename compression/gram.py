@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.finite import all_finite
 from compression.memory import CHUNK_TOKENS
 
 Precision = Literal["mixed", "float32"]
@@ -122,7 +123,7 @@ def require_finite_gram(name: str, gram: Gram) -> None:
     Raises:
         NumericalError: `non_finite_activations`.
     """
-    if not torch.isfinite(gram.matrix).all():
+    if not all_finite(gram.matrix):
         raise NumericalError(
             "non_finite_activations",
             f"The input of {name} holds NaN or Inf, or values too large to square in float32.",

@@ -141,19 +141,23 @@ class ParkedTokens:
 class GroupWork:
     """Linears of one layer that are solved together.
 
-    name: of the first of them, in its layer. rows: of all; largest_rows: of the largest; columns: of their
-    input. width: numbers a token that a forward holds which is suspended before them. methods: types of the
-    steps. folded: numbers of later linears whose weights a fold holds in float32. expert: of an expert.
+    name: of the first of them, in its layer. rows: of all; stacked_rows: of those that are solved at once;
+    largest_rows: of the largest; columns: of their input. width: numbers a token that a forward holds which
+    is suspended before them. methods: types of the steps. folded: numbers of these and later linears whose
+    weights a fold holds in float32. expert: of an expert.
+    fp4: whether codes are fp4.
     """
 
     name: str
     rows: int
+    stacked_rows: int
     largest_rows: int
     columns: int
     width: int
     methods: tuple[str, ...]
     folded: int = 0
     expert: bool = False
+    fp4: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[Me
     """What is held while one group's turn comes: batches, statistics and the solver's work space."""
     yield MemoryItem("solver", *solver_bytes(group, itemsize, has_gram=work.parked is not None), ("solve",))
     if group.folded:
-        basis = f"{group.folded} numbers of linears that are still to come, float32"
+        basis = f"{group.folded} numbers of these and later linears, float32"
         yield MemoryItem("folded weights", group.folded * FLOAT32, basis, IN_LAYERS)
     if work.parked is None:
         return

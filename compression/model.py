@@ -22,6 +22,7 @@ from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
 from compression.experts import unfuse
 from compression.families import FAMILIES
+from compression.finite import all_finite
 
 HEAD = "lm_head"
 
@@ -157,7 +158,7 @@ class StreamedModel:
             if key not in self.checkpoint.tensors:
                 raise _missing(name)
             tensor = read_tensors(self.checkpoint, [key])[key]
-            if not _finite(tensor):
+            if not all_finite(tensor):
                 raise NumericalError(
                     "non_finite_weights",
                     f"{key} holds NaN or Inf.",
@@ -184,11 +185,6 @@ class StreamedModel:
             module.register_buffer(leaf, tensor)
         else:
             module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def _finite(tensor: Tensor) -> bool:
-    """By its extremes, which take no memory: the embeddings are often the largest tensor of all."""
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _missing(name: str) -> PlanError:

@@ -50,6 +50,14 @@ class ModulePlan:
         """Whether any step changes it."""
         return self.scheme is not None or self.pruning is not None
 
+    def solved_alone(self, recipe: Recipe) -> bool:
+        """Whether it is solved by itself, which takes less memory: plain rounding gains nothing from others
+        that read the same input, unless they take part in its scale."""
+        if self.scheme is None or self.step is None or self.pruning is not None:
+            return False
+        shared = self.scheme.weights.strategy in ("tensor", "tensor_group")
+        return recipe.quantizing[self.step].type == "rtn" and not shared
+
     def to_dict(self) -> dict[str, Any]:
         scheme = self.scheme
         return {

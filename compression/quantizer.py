@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.finite import all_finite
 from compression.params import (
     QuantizationParams,
     global_scale_of,
@@ -35,8 +36,8 @@ _COARSE_SHRINKS = (1.16, 1.08, 0.92, 0.84, 0.76, 0.68, 0.60, 0.52, 0.44)
 _FINE_STEPS = (0.04, 0.02, 0.01)
 """Shrinks of the min-max range that a search tries; within 0.5% of the error that 180 even steps reach."""
 
-_SEARCH_ROWS = 4096
-"""Rows whose group is searched at once, which bounds the memory of a search."""
+_SEARCH_ROWS, _SEARCH_ELEMENTS = (256, 4096), 1 << 19
+"""Rows whose group is searched at once: between these, as many as have so many elements."""
 
 _CHUNK_ELEMENTS = 1 << 16
 """Weights rounded at once: with the two temporaries, what two cores hold in their level-2 caches."""
@@ -79,7 +80,7 @@ def require_finite_weight(name: str, weight: Tensor) -> None:
     Raises:
         NumericalError: `non_finite_weights`.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise NumericalError(
             "non_finite_weights",
             f"The weight of {name} holds NaN or Inf.",
@@ -93,7 +94,7 @@ def require_finite_result(name: str, weight: Tensor) -> None:
     Raises:
         NumericalError: `weights_out_of_range`.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise NumericalError(
             "weights_out_of_range",
             f"The weight of {name} is so large that it leaves {weight.dtype} when it is compressed.",
@@ -107,7 +108,7 @@ def require_finite_input_scale(name: str, scale: Tensor) -> None:
     Raises:
         NumericalError: `non_finite_activations`.
     """
-    if not torch.isfinite(scale).all():
+    if not all_finite(scale):
         raise NumericalError(
             "non_finite_activations",
             f"The input of {name} holds numbers beyond {scale.dtype}, in which its scale is stored.",
@@ -148,11 +149,13 @@ def search_params(
     rows, columns = weight.shape
     size, sharing = args.columns or columns, rows_sharing(args, rows)
     scales = params.scale.view(-1, columns // size)
+    fewest, most = _SEARCH_ROWS
+    at_once = max(sharing, min(most, max(fewest, _SEARCH_ELEMENTS // size)) // sharing * sharing)
     for group, start in enumerate(range(0, columns, size)):
         part = slice(start, start + size)
         cost = _error_cost(size, weight.device, importance, gram, part)
-        for top in range(0, rows, max(_SEARCH_ROWS, sharing)):
-            chunk = weight[top : top + max(_SEARCH_ROWS, sharing), part].t().float().contiguous()
+        for top in range(0, rows, at_once):
+            chunk = weight[top : top + at_once, part].t().float().contiguous()
             found = _search_group(chunk, args, scale_dtype, cost, params.global_scale)
             here = slice(top // sharing, top // sharing + len(found.scale))
             scales[here, group] = found.scale

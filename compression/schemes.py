@@ -53,6 +53,11 @@ class QuantizationArgs:
         return float(-(2 ** (self.num_bits - 1))), float(2 ** (self.num_bits - 1) - 1)
 
     @property
+    def is_fp4(self) -> bool:
+        """Whether codes are four-bit floats (e2m1)."""
+        return self.type == "float" and self.num_bits == 4
+
+    @property
     def columns(self) -> int | None:
         """Columns that share a scale; None for all of a row."""
         return self.block_structure[1] if self.block_structure else self.group_size

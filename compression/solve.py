@@ -31,6 +31,9 @@ from compression.report import ModuleReport
 from compression.schemes import Scheme
 from compression.steps import MagnitudeStep, PruningStep, QuantizingStep, WandaStep
 
+_ROWS = 512
+"""Rows of a weight whose error is measured at once."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -63,10 +66,11 @@ def solve(
         NumericalError: `non_finite_weights`, `non_finite_activations`, `singular_gram`,
             `weights_out_of_range`; the message names the linears.
     """
-    alike: dict[tuple[int | None, int | None, str], list[tuple[ModulePlan, Tensor]]] = {}
+    alike: dict[tuple[int | None, int | None, str, str], list[tuple[ModulePlan, Tensor]]] = {}
     for module, weight in zip(modules, weights, strict=True):
-        alike.setdefault((module.pruning, module.step, module.dtype), []).append((module, weight))
-    for (pruning, step, dtype), members in alike.items():
+        key = (module.pruning, module.step, module.dtype, module.name if module.solved_alone(recipe) else "")
+        alike.setdefault(key, []).append((module, weight))
+    for (pruning, step, dtype, _), members in alike.items():
         pruning_step = None if pruning is None else recipe.pruning[pruning]
         quantizing_step = None if step is None else recipe.quantizing[step]
         stored_dtype, scheme = TORCH_DTYPES[dtype], members[0][0].scheme
@@ -94,11 +98,11 @@ def _solve_stacked(
     """
     for module, weight in members:
         require_finite_weight(module.name, weight)
-    weights = [weight.float() for _, weight in members]
-    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     scheme = members[0][0].scheme
-    rows = [len(weight) for weight in weights]
+    rows = [len(weight) for _, weight in members]
     names = [module.name for module, _ in members]
+    original = _stack([weight for _, weight in members])
+    stacked = original
     keep, dampening_frac, dead_columns = None, None, 0
     solution: Sequence[Tensor] | Sequence[QuantizedWeight]
     with _naming(names):
@@ -110,7 +114,8 @@ def _solve_stacked(
             solution, found = _quantize(names, stacked, rows, gram, step, scheme, stored_dtype, keep)
             if found is not None:
                 dampening_frac, dead_columns = found.dampening_frac, found.dead_columns
-    for (module, _), weight, part in zip(members, weights, [*solution], strict=True):
+    del stacked
+    for (module, _), weight, part in zip(members, torch.split(original, rows), [*solution], strict=True):
         meant = part if isinstance(part, Tensor) else part.dequantize(stored_dtype)
         require_finite_result(module.name, meant)
         weight_error, relative_error = _errors(weight, meant, None if gram is None else gram.matrix)
@@ -129,6 +134,14 @@ def _solve_stacked(
             tokens=gram.tokens - gram.borrowed if gram is not None and module.experts else None,
         )
         yield Solved(module, part, report)
+
+
+def _stack(weights: Sequence[Tensor]) -> Tensor:
+    """Weights along out, in float32."""
+    if len(weights) == 1:
+        return weights[0].float()
+    shape = (sum(map(len, weights)), weights[0].shape[1])
+    return torch.cat([*weights], out=weights[0].new_empty(shape, dtype=torch.float32))
 
 
 def _prune(
@@ -210,19 +223,18 @@ def _errors(weight: Tensor, meant: Tensor, gram: Tensor | None) -> tuple[float, 
     unit = weight.abs().amax()
     if unit == 0:
         return 0.0, None if gram is None else 0.0
-    difference, weight = (weight - meant.float()) / unit, weight / unit
-    weight_error = float(difference.square().sum()) / float(weight.square().sum())
+    loudest = weight.new_zeros(()) if gram is None else gram.diagonal().amax().sqrt()
+    norms, traces = weight.new_zeros(2, 2, dtype=torch.float64)  # each of D and of W
+    for part, meant_part in zip(torch.split(weight, _ROWS), torch.split(meant, _ROWS), strict=True):
+        both = torch.stack([part - meant_part.float(), part]).div_(unit)
+        norms += both.square().sum((1, 2))
+        if gram is not None and loudest > 0:
+            both.div_(loudest)
+            traces += (both @ gram).mul_(both).sum((1, 2))
+    weight_error = float(norms[0] / norms[1])
     if gram is None:
         return weight_error, None
-    loudest = gram.diagonal().amax().sqrt()
-    if loudest == 0:
-        return weight_error, 0.0
-    lost, whole = (_through(part.div_(loudest), gram) for part in (difference, weight))
+    lost, whole = traces.tolist()
     if lost <= 0:  # or what rounding makes of 0
         return weight_error, 0.0
     return weight_error, lost / whole if whole > 0 else None
-
-
-def _through(weight: Tensor, gram: Tensor) -> float:
-    """tr(W G W^T)."""
-    return float(torch.linalg.vecdot(weight @ gram, weight).sum())

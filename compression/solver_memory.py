@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4
 """Bytes of a number in which weights are solved and statistics kept."""
-_PACKING_BYTES = 24
-"""A number of a linear that is packed and reported on: what it means, its difference from the weight, and in
-the compressed-tensors library float32 and int32 copies."""
+_PACKING_BYTES, _FP4_PACKING_BYTES = 6, 24
+"""A number of a linear that is packed and read back: copies that the compressed-tensors library makes."""
+_COMPARED_BYTES, _COMPARED_ROWS = 16, 512
+"""A number of so many rows, while they are compared with what they became: both, and both times the Gram."""
 _PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
 """A number of a group while masks are made: columns, their originals, masks and results; sorted scores."""
 
@@ -19,23 +20,23 @@ _PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
 def solver_bytes(group: GroupWork, itemsize: int, *, has_gram: bool) -> tuple[int, str]:
     """The work space of one group, its Gram matrix apart: bytes, and how they were found.
 
-    All its weights are there in float32, for which float32 ones need no copy, once more stacked where they
-    are several; then the method's own copies; later codes, the weights that were replaced, and one linear
-    after the other being packed.
+    What is solved at once is there stacked in float32, for which a float32 weight alone needs no copy; then
+    the method's own copies; later codes, the weights that were replaced, and one linear after the other being
+    packed.
     """
-    numbers, largest = group.rows * group.columns, group.largest_rows * group.columns
+    numbers, largest = group.stacked_rows * group.columns, group.largest_rows * group.columns
     gram = FLOAT32 * group.columns**2 if has_gram else 0
-    copies = (itemsize != FLOAT32) + (largest < numbers)
-    stacked = numbers * FLOAT32 * copies
+    stacked = numbers * FLOAT32 * (itemsize != FLOAT32 or largest < numbers)
     working = numbers * 5  # scaled, and codes
-    if "gptq" in group.methods:
-        working = max(
-            numbers * 8, numbers * 4 + 2 * gram
-        )  # columns twice; then a Gram to factorize, a factor
+    if "gptq" in group.methods:  # columns twice; then a Gram that is factorized, and its factor twice
+        working = max(numbers * 8, numbers * 4 + 3 * gram)
     for method in group.methods:
         if pruning := _PRUNING_BYTES.get(method):
-            factors = 2 * gram if method == "sparsegpt" else 0
+            factors = 3 * gram if method == "sparsegpt" else 0
             working = max(working + numbers * 4, numbers * pruning, numbers * 4 + factors)
-    packing = numbers * (1 + itemsize) + largest * _PACKING_BYTES
+    comparing = min(group.largest_rows, _COMPARED_ROWS) * group.columns * _COMPARED_BYTES
+    copying = largest * (_FP4_PACKING_BYTES if group.fp4 else _PACKING_BYTES)
+    replaced = group.rows * group.columns * itemsize
+    packing = numbers + replaced + max(comparing, copying)
     basis = f"{numbers} numbers of {group.name} and those beside it, by {'+'.join(group.methods)}"
     return stacked + max(working, packing), basis

@@ -13,7 +13,6 @@ from compression.decoder import LM_HEAD, Decoder
 from compression.memory import GroupWork, ParkedTokens, Workload
 from compression.plans import LayerPlan, ModulePlan
 from compression.recipe import Recipe
-from compression.steps import Step
 
 
 def make_workload(
@@ -40,7 +39,7 @@ def make_workload(
     }
     groups: Counter[GroupWork] = Counter()
     for layer in layers:
-        groups.update(_groups(layer, widths, recipe.steps))
+        groups.update(_groups(layer, widths, recipe))
     experts = sizes["experts"] if decoder.family.sparse else 0
     return Workload(
         matrix_numbers=largest.spec.elements,
@@ -72,27 +71,33 @@ def _active_experts(checkpoint: Checkpoint, experts: int) -> int:
     return told if type(told) is int and 0 < told <= experts else experts
 
 
-def _groups(layer: LayerPlan, widths: Mapping[str, int], steps: Sequence[Step]) -> Iterator[GroupWork]:
+def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iterator[GroupWork]:
     """A layer's groups in the order in which they are solved. widths: by their first linear, in its layer."""
     folded = _folded(layer)
     for first, members in groupby(layer.modules, lambda module: module.group):
         modules = list(members)
-        for module in modules:
-            folded.pop(module.name, None)  # in its turn it is a weight like the others
+        if first in layer.folds:
+            folded |= {module.name: prod(module.shape) for module in modules}
         name, rows = first.removeprefix(layer.prefix), [module.shape[0] for module in modules]
         expert = bool(modules[0].experts)
         yield GroupWork(
             name=_of_any_expert(name, modules[0], layer.prefix) if expert else name,
             rows=sum(rows),
+            stacked_rows=max(rows) if modules[0].solved_alone(recipe) else sum(rows),
             largest_rows=max(rows),
             columns=modules[0].shape[1],
             width=widths[name],
             methods=tuple(
-                steps[index].type for index in (modules[0].pruning, modules[0].step) if index is not None
+                recipe.steps[index].type
+                for index in (modules[0].pruning, modules[0].step)
+                if index is not None
             ),
             folded=sum(folded.values()),
             expert=expert,
+            fp4=any(module.scheme is not None and module.scheme.weights.is_fp4 for module in modules),
         )
+        for module in modules:
+            folded.pop(module.name, None)
 
 
 def _of_any_expert(name: str, module: ModulePlan, prefix: str) -> str:

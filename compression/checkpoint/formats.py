@@ -12,13 +12,13 @@ nvfp4-pack-quantized  weight_packed uint8, weight_scale float8_e4m3fn, weight_gl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import compressed_tensors
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
@@ -29,6 +29,10 @@ from compression.steps import GPTQStep, QuantizingStep
 
 if TYPE_CHECKING:
     from compression.plans import Plan
+
+
+_ROWS = 1024
+"""Rows that are packed at once: the library makes several int32 copies."""
 
 
 def encode(
@@ -52,21 +56,19 @@ def encode(
 
 
 def _packed(weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
-    """The codes as the format lays them out, by suffix.
-
-    The library quantizes while it packs: it is handed the codes themselves, at scale 1, and cannot move one.
-    fp4 numbers it packs without: there it would turn -0 into 0.
-    """
-    args, params = weight.args, weight.params
-    if args.type == "float" and args.num_bits == 4:
-        return {"weight_packed": pack_fp4_to_uint8(weight.codes.float())}
-    plain = replace(args, scale_dtype=None)
-    scale = torch.ones(params.scale.shape, device=params.scale.device)
-    unit = QuantizedWeight(weight.codes, params._replace(scale=scale), plain)
-    state = {"weight": unit.dequantize(torch.float32), "weight_scale": scale}
-    if params.zero_point is not None:
-        state["weight_zero_point"] = params.zero_point
-    packed: dict[str, Tensor] = _compressor(format).compress(state, _library_scheme(args, None, format))
+    """The codes as the format lays them out, by suffix."""
+    args, zero_point = weight.args, weight.params.zero_point
+    parts = torch.split(weight.codes, _ROWS)
+    if args.is_fp4:
+        return {"weight_packed": torch.cat([pack_fp4_to_uint8(part.float()) for part in parts])}
+    if format != "pack-quantized":
+        return {"weight": weight.codes}
+    packed = {
+        "weight_packed": torch.cat([pack_to_int32(part, args.num_bits) for part in parts]),
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if zero_point is not None:
+        packed["weight_zero_point"] = pack_to_int32(zero_point, args.num_bits, packed_dim=0)
     return packed
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.finite import all_finite
 
 SUB_BLOCK = 16
 _MAX_DAMPENING = 1.0
@@ -90,7 +91,7 @@ def walk(
                 strict=True,
             ):
                 change(target.addmv_(received, share), error, column)
-    if not torch.isfinite(columns).all():
+    if not all_finite(columns):
         raise NumericalError(
             "weights_out_of_range",
             "The weights are so large that errors leave the range of float32, or scales that of their dtype.",
@@ -125,7 +126,7 @@ def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, floa
     while True:
         gram.diagonal().copy_(diagonal + fraction * mean)
         factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+        if int(info) == 0 and all_finite(factor.diagonal()):
             return factor, fraction
         if fraction >= _MAX_DAMPENING:
             raise NumericalError(

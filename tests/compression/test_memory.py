@@ -138,15 +138,15 @@ class TestFromHeaders:
         assert made.memory.host_bytes < planned(tmp_path / "b", LLAMA_3_8B, samples=64).memory.host_bytes
 
     def test_what_a_fold_has_changed_waits_in_float32(self, tmp_path: Path) -> None:
-        """Of v_proj and o_proj, up_proj and down_proj those that are still to come."""
+        """Linears that read a norm in their turn; v and o, up and down from the start of the layer."""
         steps = [{"type": "awq", "scheme": "W4A16"}]
         waiting = {g.name: g.folded for g in planned(tmp_path / "a", steps=steps).workload.groups}
-        o, up = 128 * 128, 256 * 128
+        qkv, o, up = 256 * 128, 128 * 128, 256 * 128
         assert waiting == {
-            "self_attn.q_proj": o + 2 * up,
-            "self_attn.o_proj": 2 * up,
-            "mlp.gate_proj": up,
-            "mlp.down_proj": 0,
+            "self_attn.q_proj": qkv + o + 2 * up,
+            "self_attn.o_proj": o + 2 * up,
+            "mlp.gate_proj": 3 * up,
+            "mlp.down_proj": up,
         }
 
     @pytest.mark.parametrize(
