@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import sides
@@ -155,9 +155,9 @@ def _found(source: Path, output: Path) -> dict[str, Any]:
 def _digests_of_tower(folder: Path) -> dict[str, str]:
     digests = {}
     for shard in folder.glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            for name in (key for key in file.keys() if "vision_tower" in key):  # noqa: SIM118 (no mapping)
-                raw = file.get_tensor(name).contiguous().view(torch.uint8)
+        for name, tensor in load_file(shard).items():
+            if "vision_tower" in name:
+                raw = tensor.contiguous().view(torch.uint8)
                 digests[name] = hashlib.sha256(raw.numpy().tobytes()).hexdigest()
     return digests
 

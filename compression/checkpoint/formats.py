@@ -1,4 +1,4 @@
-"""On-disk formats, written and read by the compressed-tensors library, which is what readers run.
+"""On-disk formats: packed and read by the compressed-tensors library, which is what readers run.
 
 pack-quantized        weight_packed int32, weight_scale, weight_shape, weight_zero_point int32 (asymmetric)
 int-quantized         weight int8, weight_scale
