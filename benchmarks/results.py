@@ -29,6 +29,8 @@ from benchmarks.sides import Modifiers
 REHEARSAL = Size(samples=2, length=64, heldout_tokens=2048, steps=2)
 OBSERVERS = ("memoryless_mse", "imatrix_mse")
 """The peer's other observers of weights, which these schemes can have beside its default."""
+OUR_OBSERVERS = ("gram",)
+"""Of our others, those that are compared."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what each side makes. limit: of the ratio of our perplexity to the peer's best."""
+    """A line of the table: what each side makes. limit: of the ratio of our best perplexity to the peer's."""
 
     title: str
     ours: str
@@ -64,10 +66,10 @@ HEAD = """\
 # Results
 
 Perplexity of what Bitmill and LLM Compressor (the peer) make of the same model, calibrated on the same
-64 x 512 tokens and scored by the same program on 32,768 tokens that neither saw. Lower is better. The peer's
-columns are its default and its other observers of weights, and the ratio is to the best of them. Its AWQ does
-not run without a GPU, so its GPTQ stands in for it. `make results` writes this file, and
-[benchmarks/README.md](../benchmarks/README.md) says what was read and how it was scored.
+64 x 512 tokens and scored by the same program on 32,768 tokens that neither saw. Lower is better. Both sides
+have a column for their default and one for each other observer of weights; the ratio is that of the best of
+each. The peer's AWQ does not run without a GPU, so its GPTQ stands in for it. `make results` writes this
+file, and [benchmarks/README.md](../benchmarks/README.md) says what was read and how it was scored.
 """
 MODELS = {
     "small": Model("small Llama", prepare_small, train_small.GROUP_SIZE),
@@ -134,22 +136,25 @@ def cells() -> Iterator[Cell]:
     for key, model in MODELS.items():
         known = recipes(model.group_size)
         yield Cell(key, "original", "original", {})
-        for name in dict.fromkeys(row.ours for row in ROWS):
-            yield Cell(key, f"ours-{name}", "ours", known[name])
-        theirs = list(dict.fromkeys(row.theirs for row in ROWS))
-        for observer in (None, *reversed(OBSERVERS)):
-            for name in theirs:
-                if observer is None or _observed(known[name]):
-                    yield Cell(key, _peer_cell(name, observer), "peer", _with(observer, known[name]))
+        sides_of = (
+            ("ours", OUR_OBSERVERS, [row.ours for row in ROWS]),
+            ("peer", OBSERVERS, [row.theirs for row in ROWS]),
+        )
+        for side, observers, names in sides_of:
+            for observer in (None, *reversed(observers)):
+                for name in dict.fromkeys(names):
+                    if observer is None or _observed(known[name]):
+                        yield Cell(key, _name(side, name, observer), side, _with(observer, known[name]))
 
 
-def _peer_cell(recipe: str, observer: str | None) -> str:
-    return f"peer-{recipe}" if observer is None else f"peer-{recipe}-{observer}"
+def _name(side: str, recipe: str, observer: str | None) -> str:
+    return f"{side}-{recipe}" if observer is None else f"{side}-{recipe}-{observer}"
 
 
 def _observed(modifiers: Modifiers) -> list[str]:
-    """Those of the modifiers that find scales for weights."""
-    return [name for name in modifiers if name in ("GPTQModifier", "QuantizationModifier")]
+    """The last of the modifiers, where it finds scales for weights."""
+    last = list(modifiers)[-1]
+    return [last] if last in ("GPTQModifier", "QuantizationModifier", "AWQModifier") else []
 
 
 def _with(observer: str | None, modifiers: Modifiers) -> Modifiers:
@@ -201,11 +206,11 @@ Results = Mapping[tuple[str, str], dict[str, Any] | None]
 
 def markdown(results: Results, more: Sequence[str]) -> str:
     """docs/results.md. more: lines between the table and what it was made with."""
-    observers = " | ".join(("peer", *OBSERVERS))
+    columns = ["original", "Bitmill", *OUR_OBSERVERS, "peer", *OBSERVERS, "ratio", "at most"]
     lines = [
         HEAD,
-        f"| model | recipe | original | Bitmill | {observers} | ratio | at most | holds |",
-        "| --- | --- |" + " ---: |" * (5 + len(OBSERVERS)) + " --- |",
+        f"| model | recipe | {' | '.join(columns)} | holds |",
+        "| --- | --- |" + " ---: |" * len(columns) + " --- |",
     ]
     for key in MODELS:
         lines += (_line(key, row, results) for row in ROWS)
@@ -213,18 +218,25 @@ def markdown(results: Results, more: Sequence[str]) -> str:
 
 
 def _line(model: str, row: Row, results: Results) -> str:
-    """A row of the table for one model. Of what is measured, the best of the peer is compared."""
-    ours = results[model, f"ours-{row.ours}"]
-    theirs = [(model, _peer_cell(row.theirs, observer)) for observer in (None, *OBSERVERS)]
-    figures = [_figure(results[key]) if key in results else "" for key in theirs]
+    """A row of the table for one model. The best of each side are compared."""
+    ours, theirs = (
+        [(model, _name(side, recipe, observer)) for observer in (None, *observers)]
+        for side, recipe, observers in (("ours", row.ours, OUR_OBSERVERS), ("peer", row.theirs, OBSERVERS))
+    )
+    figures = [_figure(results[key]) if key in results else "" for key in (*ours, *theirs)]
     ratio, verdict = "", ""
-    measured = [found["score"] for key in theirs if (found := results.get(key))]
-    if ours is not None and measured:
-        best = min(measured, key=lambda score: score["perplexity"])
-        value, error = sides.paired_ratio(ours["score"], best)
+    ours_best, theirs_best = _best(ours, results), _best(theirs, results)
+    if ours_best and theirs_best:
+        value, error = sides.paired_ratio(ours_best, theirs_best)
         ratio, verdict = f"{value:.4f} ± {error:.4f}", "yes" if value <= row.limit else "**no**"
-    cells = [MODELS[model].title, row.title, _figure(results[model, "original"]), _figure(ours), *figures]
+    cells = [MODELS[model].title, row.title, _figure(results[model, "original"]), *figures]
     return f"| {' | '.join([*cells, ratio, f'{row.limit:g}', verdict])} |"
+
+
+def _best(keys: Iterable[tuple[str, str]], results: Results) -> dict[str, Any] | None:
+    """The score with the lowest perplexity, of the cells that were run."""
+    scores = [found["score"] for key in keys if (found := results.get(key))]
+    return min(scores, key=lambda score: score["perplexity"], default=None)
 
 
 def _figure(found: dict[str, Any] | None) -> str:

@@ -22,9 +22,6 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 _THREADS_AT_IMPORT = torch.get_num_threads()
-# Activations on huge pages, where the kernel lends them on request: fewer page faults, same bits. Torch reads
-# this at its first allocation, so this module is the first that the pipeline imports (benchmarks/README.md).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 

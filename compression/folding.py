@@ -25,6 +25,8 @@ from compression.streams import Group, Streams
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Rounding of a group's input, in parts of its largest magnitude: a fold that changes more is not one."""
+_TRIED_TOKENS = 512
+"""Tokens on which a fold is tried."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ def _shared_channels(planned: LinearFoldPlan, columns: int) -> SharedChannels | 
 
 
 def _sample(inputs: Iterable[Tensor]) -> Tensor:
-    """What the first batch hands to the group, float32, a copy."""
-    return next(iter(inputs)).to(torch.float32, copy=True)
+    """What the first tokens of the first batch hand to the group, [tokens, in] float32, a copy."""
+    return next(iter(inputs)).flatten(0, -2)[:_TRIED_TOKENS].to(torch.float32, copy=True)
 
 
 def _biases(tensors: Mapping[str, Tensor]) -> list[torch.dtype]:

@@ -18,6 +18,8 @@ from compression.finite import all_finite
 from compression.memory import CHUNK_TOKENS
 
 Precision = Literal["mixed", "float32"]
+_DIVIDED_ROWS = 512
+"""Rows of a Gram matrix that are divided at once: products of scales, by which they are, take as much."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class Gram:
 
     def divided(self, scales: Tensor) -> Gram:
         """The Gram matrix of the input divided, column by column, by `scales` [in] float32."""
-        return replace(self, matrix=self.matrix / torch.outer(scales, scales))
+        matrix = torch.empty_like(self.matrix)
+        parts = [torch.split(each, _DIVIDED_ROWS) for each in (self.matrix, scales, matrix)]
+        for rows, their_scales, divided in zip(*parts, strict=True):
+            torch.div(rows, torch.outer(their_scales, scales), out=divided)
+        return replace(self, matrix=matrix)
 
 
 def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:

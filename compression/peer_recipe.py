@@ -35,6 +35,7 @@ _OBSERVERS = {
     "mse": "mse",
     "memoryless_mse": "mse",
     "imatrix_mse": "imatrix",
+    "gram": "gram",  # Bitmill's own
 }
 _HOW_IT_COMPUTES = frozenset(
     {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compression import device as machine
+from compression import host_memory
 from compression.calibration import dataset_digest, load_blocks
 from compression.checkpoint.formats import decode, encode
 from compression.checkpoint.headers import read_header
@@ -201,6 +202,7 @@ def _begin(plan: Plan, sources: Sources, device: str, journal: Journal, emit: On
             emit(WarningRaised("bytes_may_differ", "This machine cannot compute as the interrupted run did."))
     journal.begin(header)
     machine.apply(here)
+    host_memory.map_large_blocks()
     emit(PlanResolved(header))
     return here
 
@@ -260,6 +262,7 @@ def _solve_layer(
                 model.set_weights(_decode([solved.module], tensors))
                 stored.update(tensors)
                 rows.append(solved.report)
+                host_memory.give_back()
     return stored, rows
 
 

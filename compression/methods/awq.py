@@ -17,8 +17,8 @@ from compression.schemes import QuantizationArgs
 DuoScaling = bool | Literal["both"]
 
 _SMALLEST_SCALE = 1e-4
-_CHUNK_ROWS = 4096
-"""Rows whose rounding is tried at once, which bounds the memory of a search."""
+_CHUNK_ROWS = 1024
+"""Rows whose rounding is tried at once, where they do not share a scale; it bounds the memory of a search."""
 
 
 class Rounded(NamedTuple):
@@ -113,7 +113,7 @@ def _output_error(parts: Sequence[Rounded], gram: Gram, scales: Tensor) -> float
     """tr(D G D^T) of all parts; infinite where rounding leaves float32."""
     total = 0.0
     for weight, args, scale_dtype in parts:
-        for rows in torch.split(weight, _CHUNK_ROWS):
+        for rows in torch.split(weight, len(weight) if args.strategy == "tensor" else _CHUNK_ROWS):
             scaled = rows * scales
             params = minmax_params(scaled.to(scale_dtype), args, scale_dtype)
             difference = rtn(scaled, args, params).dequantize(torch.float32).div_(scales).sub_(rows)

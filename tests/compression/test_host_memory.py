@@ -1,0 +1,72 @@
+"""What was freed is the system's again: in a process of its own, since the whole of one is measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, re
+from pathlib import Path
+
+import torch
+
+from compression import host_memory
+
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def filled(mib, count):
+    return [torch.ones(mib << 18) for _ in range(count)]  # float32
+
+
+{setup}
+filled(31, 1)  # freeing it is what makes malloc keep blocks up to its size
+before = resident()
+blocks = filled({mib}, {count})
+last = torch.ones(1 << 10)  # behind them, so that the heap's end stays where it is
+held = resident()
+del blocks
+{teardown}
+print(round(held - before), round(resident() - before))
+"""
+
+
+def held_and_kept(mib: int, count: int, *, setup: str = "", teardown: str = "") -> tuple[int, int]:
+    """MiB that so many blocks take, and what the process has of them after they were freed."""
+    script = SCRIPT.format(mib=mib, count=count, setup=setup, teardown=teardown)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+    held, kept = map(int, done.stdout.split())
+    return held, kept
+
+
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    held, kept = held_and_kept(16, 20, setup="host_memory.map_large_blocks()")
+    assert held == pytest.approx(320, abs=16)
+    assert kept < 32
+
+
+def test_small_blocks_go_back_on_request() -> None:
+    held, kept = held_and_kept(1, 200, teardown="host_memory.give_back()")
+    assert held == pytest.approx(200, abs=16)
+    assert kept < 32
+
+
+def test_without_either_malloc_keeps_them() -> None:
+    """Should this fail, the module is no longer needed."""
+    assert held_and_kept(16, 20)[1] > 160
+    assert held_and_kept(1, 200)[1] > 100
