@@ -16,12 +16,12 @@ from typing import Any
 from compression.decoder import Decoder
 from compression.memory import GroupWork, ParkedTokens, Workload
 from compression.recipe import Recipe
-from compression.steps import AWQStep
+from compression.steps import AWQ_ROWS, AWQStep
 
 _SEARCH_TRIES = 16
 """Shrinks that an observer tries: 1, nine coarse ones and three pairs of fine ones."""
-_TRY_TOUCHES, _AWQ_TOUCHES, _OTHER_TOUCHES = 6, 10, 40
-"""Numbers read or written a weight: in one try of a search; in one try of AWQ; in all else, packing most."""
+_TRY_TOUCHES, _OTHER_TOUCHES = 6, 40
+"""Numbers read or written a weight: in one try of a search; in all else, packing most."""
 _GRAM_SHARE = 1.125
 """Operations a token and a square of the columns: the panels on and above the diagonal."""
 
@@ -106,8 +106,10 @@ def duration(decoder: Decoder, recipe: Recipe, work: Workload, *, moved_bytes: i
     if isinstance(recipe.smoothing, AWQStep):
         tries = recipe.smoothing.n_grid * (2 if recipe.smoothing.duo_scaling == "both" else 1)
         for group, count in work.groups.items():
-            operations += count * tries * 2 * group.rows * group.columns**2
-            touches += count * tries * _AWQ_TOUCHES * group.rows * group.columns
+            linears = -(-group.rows // group.largest_rows)
+            numbers = min(group.rows, linears * AWQ_ROWS) * group.columns
+            operations += count * tries * 2 * numbers * group.columns
+            touches += count * tries * numbers * _touches(recipe)
     moved = float(moved_bytes)
     if work.parked:
         passes, spilled = _forward(decoder, work, work.parked, share)

@@ -20,7 +20,8 @@ from compression.methods.awq import Rounded, SharedChannels, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
 from compression.model import StreamedModel
 from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
-from compression.steps import SmoothingStep, SmoothQuantStep
+from compression.recipe import Recipe
+from compression.steps import SmoothQuantStep
 from compression.streams import Group, Streams
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -58,21 +59,22 @@ def fold(
     gram: Gram,
     model: StreamedModel,
     streams: Streams,
-    step: SmoothingStep,
+    recipe: Recipe,
 ) -> Fold:
     """Smooth one group, parked before its linears: the norm in the model and the parked inputs change.
 
     weights: of the group's linears, [out, in] each. gram: of what they read.
     """
+    step = recipe.smoothing
+    assert step is not None
     assert group.inputs is not None  # the plan refuses smoothing without a dataset
     stored = {key: TORCH_DTYPES[model.checkpoint.tensors[key].dtype] for key in planned.keys}
     before = {key: model.module.get_parameter(key).to(dtype) for key, dtype in stored.items()}
     if isinstance(step, SmoothQuantStep):
         scales = smoothing_scales(group.inputs, weights, step.smoothing_strength)
     else:
-        scales = awq_scales(
-            _rounded(group.modules, weights), gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling
-        )
+        parts = _rounded(group.modules, weights, recipe)
+        scales = awq_scales(parts, gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling)
     weight, bias = (before.get(f"{planned.norm}.{suffix}") for suffix in ("weight", "bias"))
     assert weight is not None  # the plan folds into norms that have one
     folded = fold_norm(weight, bias, scales, offset=planned.offset)
@@ -95,7 +97,7 @@ def fold_linears(
     layer: LayerPlan,
     model: StreamedModel,
     streams: Streams,
-    step: SmoothingStep | None,
+    recipe: Recipe,
     precision: Precision,
 ) -> LinearFolds:
     """Search and fold the scales between a layer's own linears, on batches at its entry; only AWQ does so.
@@ -104,6 +106,7 @@ def fold_linears(
     the weights that its linears have then, not compressed yet.
     """
     folds = LinearFolds()
+    step = recipe.smoothing
     for planned in layer.linear_folds:
         assert step is not None
         assert not isinstance(step, SmoothQuantStep)
@@ -113,9 +116,8 @@ def fold_linears(
         require_finite_gram(planned.group, gram)
         shared = _shared_channels(planned, len(gram.matrix))
         weights = model.weights(member.name for member in members)
-        scales = awq_scales(
-            _rounded(members, weights), gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling, shared=shared
-        )
+        parts = _rounded(members, weights, recipe)
+        scales = awq_scales(parts, gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling, shared=shared)
         rows = scales if shared is None else shared.reduce(scales)
         _fold_linear(planned, members, scales, rows, inputs, model, folds)
     return folds
@@ -160,13 +162,16 @@ def _with_rows_divided(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.float() / divisors.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def _rounded(modules: Sequence[ModulePlan], weights: Sequence[Tensor]) -> list[Rounded]:
+def _rounded(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: Recipe) -> list[Rounded]:
     """The linears of a group that will be rounded; what is only pruned has no part in the search."""
-    return [
-        Rounded(weight.float(), module.scheme.weights, TORCH_DTYPES[module.dtype])
-        for module, weight in zip(modules, weights, strict=True)
-        if module.scheme is not None
-    ]
+    parts = []
+    for module, weight in zip(modules, weights, strict=True):
+        if module.scheme is not None and module.step is not None:
+            observer = recipe.quantizing[module.step].observer
+            assert observer is not None  # the plan writes it out
+            dtype = TORCH_DTYPES[module.dtype]
+            parts.append(Rounded(weight.float(), module.scheme.weights, dtype, observer))
+    return parts
 
 
 def _shared_channels(planned: LinearFoldPlan, columns: int) -> SharedChannels | None:

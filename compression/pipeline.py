@@ -236,7 +236,7 @@ def _solve_layer(
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
     with clock.phase("solve"):
-        folds = fold_linears(layer, model, streams, plan.recipe.smoothing, arithmetic.gram_precision)
+        folds = fold_linears(layer, model, streams, plan.recipe, arithmetic.gram_precision)
         stored.update(folds.biases)
     for group in streams.groups(layer):
         names = [module.name for module in group.modules]
@@ -249,8 +249,7 @@ def _solve_layer(
         with clock.phase("solve"):
             if planned := layer.folds.get(group.name):
                 assert gram is not None
-                assert plan.recipe.smoothing is not None
-                folded = fold(planned, group, weights, gram, model, streams, plan.recipe.smoothing)
+                folded = fold(planned, group, weights, gram, model, streams, plan.recipe)
                 stored.update(folded.norm)
                 weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
             largest = group.largest_input()

@@ -137,7 +137,8 @@ def search_params(
 
     The error e = w - w' of one row's group is measured as
         sum e^2                            without statistics (observer mse),
-        sum importance * e^2               importance [in] = E[x^2] (observer imatrix),
+        sum importance * e^2               importance [in] = E[x^2] (observer imatrix), or [out, in], that of
+                                           each row,
         e G e^T                            gram [in, in] = X^T X, G its block for the group (observer gram):
                                            Hessian-weighted MSE, the output error this group alone causes,
     and summed over the rows that share a scale. A coarse grid of shrinks is tried on every group, then each
@@ -153,9 +154,9 @@ def search_params(
     at_once = max(sharing, min(most, max(fewest, _SEARCH_ELEMENTS // size)) // sharing * sharing)
     for group, start in enumerate(range(0, columns, size)):
         part = slice(start, start + size)
-        cost = _error_cost(size, weight.device, importance, gram, part)
         for top in range(0, rows, at_once):
             chunk = weight[top : top + at_once, part].t().float().contiguous()
+            cost = _error_cost(slice(top, top + at_once), part, weight.device, importance, gram)
             found = _search_group(chunk, args, scale_dtype, cost, params.global_scale)
             here = slice(top // sharing, top // sharing + len(found.scale))
             scales[here, group] = found.scale
@@ -224,18 +225,22 @@ def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor) -> Tensor
     return out.copy_(out.to(torch.float8_e4m3fn))
 
 
-_Cost = Callable[[Tensor], Tensor]
-"""Errors [group_size, rows], which it may overwrite -> what each row's error costs, [rows]."""
+_Cost = Callable[[Tensor, slice], Tensor]
+"""Errors [group_size, rows], which it may overwrite, and which rows these are -> what each costs, [rows]."""
 
 
 def _error_cost(
-    size: int, device: torch.device, importance: Tensor | None, gram: Tensor | None, columns: slice
+    rows: slice, columns: slice, device: torch.device, importance: Tensor | None, gram: Tensor | None
 ) -> _Cost:
     if gram is not None:
         block = gram[columns, columns].float().contiguous()
-        return lambda errors: (block @ errors).mul_(errors).sum(dim=0)
+        return lambda errors, _rows: (block @ errors).mul_(errors).sum(dim=0)
+    if importance is not None and importance.dim() == 2:
+        each = importance[rows, columns].t().float()
+        return lambda errors, rows: errors.square_().mul_(each[:, rows]).sum(dim=0)
+    size = columns.stop - columns.start
     weights = torch.ones(size, device=device) if importance is None else importance[columns].float()
-    return lambda errors: torch.mv(errors.square_().t(), weights)
+    return lambda errors, _rows: torch.mv(errors.square_().t(), weights)
 
 
 def _search_group(
@@ -296,7 +301,7 @@ def _costs(
             if shifts is not None:
                 scaled.add_(shifts[attempt, rows])
             round_to_grid(scaled, args, out=codes)
-            costs[attempt, rows] = cost(codes.sub_(scaled))
+            costs[attempt, rows] = cost(codes.sub_(scaled), rows)
     return costs
 
 

@@ -12,6 +12,9 @@ from compression.schemes import get_scheme
 Observer = Literal["minmax", "mse", "imatrix", "gram"]
 GroupSize = Annotated[int, Field(ge=1)] | Literal["auto"]
 
+AWQ_ROWS = 128
+"""Rows of each linear, evenly spread, on which AWQ tries its scales: docs/adr/0017."""
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -162,7 +165,8 @@ class SmoothQuantStep(Frozen):
 
 class AWQStep(Frozen):
     """Scales up, before the linears are quantized, the channels that matter, and down in the norm or linear
-    in front of them (Lin et al., 2023, arXiv:2306.00978, section 3.2).
+    in front of them (Lin et al., 2023, arXiv:2306.00978, section 3.2), so that least is lost when they are
+    rounded by the observer of the step that follows.
 
     n_grid: exponents that are tried. duo_scaling: whether the weights' magnitudes count beside those of the
     activations; "both" tries with and without. offload_device: accepted and without effect, since activations

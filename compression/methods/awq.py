@@ -11,22 +11,25 @@ from torch import Tensor
 from compression.gram import Gram
 from compression.methods.rtn import rtn
 from compression.params import group_columns
-from compression.quantizer import minmax_params
+from compression.quantizer import minmax_params, search_params
 from compression.schemes import QuantizationArgs
+from compression.steps import AWQ_ROWS, Observer
 
 DuoScaling = bool | Literal["both"]
 
 _SMALLEST_SCALE = 1e-4
-_CHUNK_ROWS = 1024
-"""Rows whose rounding is tried at once, where they do not share a scale; it bounds the memory of a search."""
 
 
 class Rounded(NamedTuple):
-    """A weight [out, in] float32, how it will be rounded, and the dtype its scales are stored in."""
+    """A weight [out, in] float32, and how it will be rounded: the dtype of stored scales, and the observer.
+
+    An observer `gram` is tried as `imatrix`.
+    """
 
     weight: Tensor
     args: QuantizationArgs
     scale_dtype: torch.dtype
+    observer: Observer = "minmax"
 
 
 class SharedChannels(NamedTuple):
@@ -60,11 +63,11 @@ def awq_scales(
     Searched over s = x^r / w^(1 - r), with duo_scaling, and s = x^r without ("both" tries both), r in n_grid
     even steps of [0, 1); the one wins with the least output error (equation 4)
         tr(D G D^T),  D = Q(W diag(s)) diag(s)^-1 - W,  G = X^T X,
-    which needs no forward pass; Q rounds to nearest with min-max scales. s = 1 is tried as well, so that the
-    result is never worse than no scales at all. x is the root mean square of a channel (the paper's mean
-    magnitude is not in the Gram matrix), w the mean over rows of a weight's magnitude in parts of its group's
-    largest. A channel without activations or weights is left alone. The geometric middle of the smallest and
-    the largest s is 1.
+    which needs no forward pass; Q rounds to nearest with the scales that the observer finds. s = 1 is tried
+    as well: the result is not worse than no scales at all. x is the root mean square of a channel (the mean
+    magnitude, the paper's, is not in the Gram matrix), w the mean over rows of a weight's magnitude in parts
+    of its group's largest. A channel without activations or weights is left alone. The geometric middle of
+    the smallest and the largest s is 1.
 
     gram: of the input, [in, in]. shared: channels that must have one scale.
     """
@@ -102,20 +105,34 @@ def _centred(scales: Tensor, dead: Tensor) -> Tensor:
 def _relative_magnitude(parts: Sequence[Rounded]) -> Tensor:
     """Per column, the mean over all rows of |w| / max |w| of its group, [in]."""
     total = torch.zeros_like(parts[0].weight[0])
-    for weight, args, _ in parts:
-        magnitude = group_columns(weight.abs(), args)
+    for part in parts:
+        magnitude = group_columns(part.weight.abs(), part.args)
         largest = magnitude.amax(dim=-1, keepdim=True)
         total += (magnitude / largest.masked_fill(largest == 0, 1.0)).flatten(1).sum(0)
     return total / sum(len(part.weight) for part in parts)
 
 
 def _output_error(parts: Sequence[Rounded], gram: Gram, scales: Tensor) -> float:
-    """tr(D G D^T) of all parts; infinite where rounding leaves float32."""
+    """tr(D G D^T) of the rows of all parts that are tried; infinite where rounding leaves float32."""
+    importance = gram.importance() / scales.square()
     total = 0.0
-    for weight, args, scale_dtype in parts:
-        for rows in torch.split(weight, len(weight) if args.strategy == "tensor" else _CHUNK_ROWS):
-            scaled = rows * scales
-            params = minmax_params(scaled.to(scale_dtype), args, scale_dtype)
-            difference = rtn(scaled, args, params).dequantize(torch.float32).div_(scales).sub_(rows)
-            total += float(torch.linalg.vecdot(difference @ gram.matrix, difference).sum())
+    for part in parts:
+        every = -(-len(part.weight) // AWQ_ROWS)
+        rows = part.weight[::every]
+        difference = _rounded(rows * scales, part, importance).div_(scales).sub_(rows)
+        total += every * float(torch.linalg.vecdot(difference @ gram.matrix, difference).sum())
     return total if total == total else float("inf")
+
+
+def _rounded(weight: Tensor, part: Rounded, importance: Tensor) -> Tensor:
+    """Some rows [rows, in] of a part, scaled, as they become. importance: [in], of their inputs."""
+    if part.observer == "minmax":
+        params = minmax_params(weight.to(part.scale_dtype), part.args, part.scale_dtype)
+        return rtn(weight, part.args, params).dequantize(torch.float32)
+    groups, of_groups = weight, importance.expand_as(weight)
+    if part.args.strategy != "block":  # what has a scale of its own becomes a row: one search for all of them
+        size = part.args.columns or weight.shape[1]
+        groups, of_groups = groups.reshape(-1, size), of_groups.reshape(-1, size)
+    given = None if part.observer == "mse" else of_groups
+    params = search_params(groups, part.args, part.scale_dtype, importance=given)
+    return rtn(groups, part.args, params).dequantize(torch.float32).view_as(weight)

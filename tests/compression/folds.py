@@ -48,13 +48,12 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
     model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=torch.float32)
     blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=True)
     arithmetic = machine.choose("cpu", "F32")
-    step, done = made.recipe.smoothing, set()
-    assert step is not None
+    done = set()
     with closing(Streams(made, model, blocks, arithmetic, Path(), Clock())) as streams:
         for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)
-            folds = fold_linears(layer, model, streams, step, "float32")
+            folds = fold_linears(layer, model, streams, made.recipe, "float32")
             done |= folds.groups
             for group in streams.groups(layer):
                 names = [module.name for module in group.modules]
@@ -62,7 +61,7 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
                 if here := layer.folds.get(group.name):
                     assert group.inputs is not None
                     gram = accumulate_gram(group.inputs, precision="float32")
-                    folded = fold(here, group, weights, gram, model, streams, step)
+                    folded = fold(here, group, weights, gram, model, streams, made.recipe)
                     weights, done = folded.weights, done | ({group.name} if folded.done else set())
                 model.set_weights(dict(zip(names, weights, strict=True)))
             streams.pass_calibration(layer)

@@ -23,8 +23,11 @@ from compression import (
 from compression.calibration import load_blocks
 from compression.gram import accumulate_gram
 from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
+from compression.methods.rtn import rtn
+from compression.quantizer import search_params
 from compression.report import Report
 from compression.schemes import QuantizationArgs, get_scheme
+from compression.steps import AWQ_ROWS, Observer
 from tests.compression.folds import FEW, SMALL, folded_only, planned, with_outliers
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
@@ -82,6 +85,30 @@ class TestSearch:
         best = min(tried, key=error)
         assert error(best) < 0.7 * error(tried[0])
         torch.testing.assert_close(scales.double(), best, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("observer", ["mse", "imatrix", "gram"])
+    def test_scales_are_tried_with_the_observer_on_some_rows(self, observer: Observer) -> None:
+        torch.manual_seed(0)
+        inputs, weight = torch.randn(200, 16), torch.randn(3 * AWQ_ROWS - 5, 16)
+        inputs[:, [2, 9]] *= 12
+        gram = accumulate_gram([inputs], precision="float32")
+        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32, observer)], gram, n_grid=10)
+        x, rows = gram.importance().sqrt(), weight[::3]
+        w = (weight.abs() / weight.view(-1, 2, 8).abs().amax(-1).repeat_interleave(8, 1)).mean(0)
+
+        def error(s: Tensor) -> float:
+            importance = None if observer == "mse" else gram.importance() / s.square()
+            params = search_params(rows * s, self.ARGS, torch.float32, importance=importance)
+            difference = rtn(rows * s, self.ARGS, params).dequantize(torch.float32) / s - rows
+            return float((inputs @ difference.T).square().sum())
+
+        tried = [torch.ones(16)]
+        for step in range(10):
+            s = x ** (step / 10) / (w ** (1 - step / 10) + 1e-4)
+            tried.append(s / (s.max() * s.min()).sqrt())
+        best = min(tried, key=error)
+        assert error(best) < 0.9 * error(tried[0])
+        torch.testing.assert_close(scales, best, rtol=1e-5, atol=0)
 
     def test_both_is_no_worse_than_either(self) -> None:
         inputs, weight = self.problem()
