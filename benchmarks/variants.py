@@ -11,8 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,10 +70,15 @@ def with_tower(work: Path, size: Size, *, decoder: Path) -> Inputs:
     return Inputs(**{**asdict(inputs), "model": folder})
 
 
+def with_experts(work: Path, size: Size) -> Inputs:
+    """The small model as a Mixtral, trained for a third of the steps, which are longer."""
+    return prepare_small(work, replace(size, steps=-(-size.steps // 3)), experts=EXPERTS)
+
+
 FP8 = {"num_bits": 8, "type": "float"}
 MODELS: dict[str, tuple[str, Callable[[Path, Size], Inputs]]] = {
     "smollm2": ("SmolLM2-135M", prepare),
-    "small-experts": (f"small Mixtral, {EXPERTS} experts", partial(prepare_small, experts=EXPERTS)),
+    "small-experts": (f"small Mixtral, {EXPERTS} experts", with_experts),
     "small-llava": ("LLaVA around the small Llama", lambda work, size: with_tower(
         work, size, decoder=work.parent / "small"
     )),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ from tests.support.models import tiny_model
 TOKENS = ParkedTokens(calibration=256, evaluation=256, block=64)
 Steps = list[dict[str, Any]]
 BLOCK = "model.layers.0.block_sparse_moe.experts"
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def tiny_mixtral(folder: Path, **config: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,7 @@ from tests.support.models import single_experts, tiny_model
 
 SPARSE = FAMILIES["llama4_text"].sparse
 BLOCK = "model.layers.0.feed_forward"
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def tiny_llama4(folder: Path, **config: Any) -> Path:
