@@ -49,6 +49,9 @@ default_stage:
 """Saved by LLM Compressor 0.14 beside a checkpoint."""
 
 
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+
+
 def read(text: str) -> Recipe:
     return Recipe.model_validate(load_recipe_yaml(text))
 
@@ -116,6 +119,13 @@ def test_what_it_would_compress_is_not_left_out_silently() -> None:
         (one("SmoothQuantModifier", mappings=[["re:.*q_proj"], "re:.*norm"]), "mappings"),
         (one("SmoothQuantModifier", algorithm="log_equalization"), "algorithm"),
         (one("GPTQModifier", scheme="W4A16", actorder="group"), "actorder 'group'"),
+        (
+            one(
+                "GPTQModifier",
+                config_groups={"g": {"weights": {**INT4, "actorder": "group"}, "targets": ["Linear"]}},
+            ),
+            "actorder 'group'",
+        ),
         (one("GPTQModifier", scheme="W4A16", observer="entropy"), "observer 'entropy'"),
         (one("SparseGPTModifier", sparsity=0.5, sparsity_profile="owl"), "sparsity_profile"),
         (
