@@ -140,6 +140,11 @@ class Recipe(Frozen):
         return "+".join(dict.fromkeys(names))
 
     @property
+    def methods(self) -> str:
+        """What is done, in order: "gptq", "smoothquant+gptq"."""
+        return "+".join(step.type for step in self.steps)
+
+    @property
     def needs_data(self) -> bool:
         """Whether any step cannot be solved without calibration data."""
         return (

@@ -6,8 +6,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 
-from sqlalchemy import delete, select, tuple_
+from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type_coerce
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, undefer
 
 from api.jobs.models import Attempt, IdempotencyKey, Job, JobStatus
@@ -23,11 +25,22 @@ class JobFilter:
     status: JobStatus | None = None
     model: str | None = None
     scheme: str | None = None
+    method: str | None = None
+    labels: Sequence[tuple[str, str]] = ()
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+
+class JobOrder(StrEnum):
+    """By (created_at, id)."""
+
+    NEWEST = "-created_at"
+    OLDEST = "created_at"
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the list of jobs, which is ordered by (created_at, id), the newest first."""
+    """A place in the list of jobs, which is ordered by (created_at, id)."""
 
     created_at: datetime
     id: str
@@ -53,19 +66,46 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
 
 
 def list_page(
-    session: Session, project_id: str, wanted: JobFilter, after: Position | None, limit: int
+    session: Session,
+    project_id: str,
+    wanted: JobFilter,
+    order: JobOrder,
+    after: Position | None,
+    limit: int,
 ) -> Sequence[Job]:
     """At most `limit` jobs after a position."""
     query = select(Job).where(Job.project_id == project_id)
-    if wanted.status is not None:
-        query = query.where(Job.status == wanted.status)
-    if wanted.model is not None:
-        query = query.where(Job.model == wanted.model)
-    if wanted.scheme is not None:
-        query = query.where(Job.scheme == wanted.scheme)
-    if after is not None:
-        query = query.where(tuple_(Job.created_at, Job.id) < (after.created_at, after.id))
-    return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()
+    for column, value in (
+        (Job.status, wanted.status),
+        (Job.model, wanted.model),
+        (Job.scheme, wanted.scheme),
+        (Job.method, wanted.method),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    for key, value in wanted.labels:
+        query = query.where(_has_label(session, key, value))
+    if wanted.created_after is not None:
+        query = query.where(Job.created_at > wanted.created_after)
+    if wanted.created_before is not None:
+        query = query.where(Job.created_at < wanted.created_before)
+    place, keys = tuple_(Job.created_at, Job.id), (Job.created_at, Job.id)
+    if order == JobOrder.NEWEST:
+        query = query.order_by(*(key.desc() for key in keys))
+        if after is not None:
+            query = query.where(place < (after.created_at, after.id))
+    else:
+        query = query.order_by(*keys)
+        if after is not None:
+            query = query.where(place > (after.created_at, after.id))
+    return session.scalars(query.limit(limit)).all()
+
+
+def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
+    if session.get_bind().dialect.name == "postgresql":
+        return type_coerce(Job.labels, JSONB).contains({key: value})
+    label = func.json_each(Job.labels).table_valued("key", "value")
+    return exists(select(label.c.key).where(label.c.key == key, label.c.value == value))
 
 
 def attempts(session: Session, job_id: str) -> Sequence[Attempt]:

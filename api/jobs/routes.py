@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
+from fastapi.responses import JSONResponse
+from pydantic import AwareDatetime, Field
 
 from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
 from api.errors import documented
 from api.jobs import service
 from api.jobs.models import JobStatus
-from api.jobs.repository import JobFilter
-from api.jobs.schemas import SUBMIT_EXAMPLES, EventPage, JobDetail, JobPage, JobRead, JobSubmit
+from api.jobs.repository import JobFilter, JobOrder
+from api.jobs.schemas import (
+    SUBMIT_EXAMPLES,
+    Estimate,
+    EventPage,
+    JobDetail,
+    JobPage,
+    JobPlanned,
+    JobRead,
+    JobSubmit,
+)
 from api.jobs.submission import plan_job
 from api.wake import wake
 
@@ -27,8 +39,17 @@ IdempotencyKeyHeader = Annotated[
     ),
 ]
 
+LabelFilter = Annotated[
+    Sequence[Annotated[str, Field(max_length=320, pattern=r"^[^:\x00-\x1f\x7f]+:[^\x00-\x1f\x7f]*$")]],
+    Query(max_length=32, description="key:value; given more than once, jobs have all of them."),
+]
 
-@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413))
+
+DryRun = Annotated[bool, Query(description="Answer with the plan, 200, and store nothing.")]
+_PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "description": "With `dry_run`"}}
+
+
+@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413) | _PLANNED)
 def submit_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
     caller: Submitter,
@@ -38,8 +59,11 @@ def submit_job(
     background: BackgroundTasks,
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
-) -> JobRead:
+    dry_run: DryRun = False,
+) -> JobRead | JSONResponse:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
+    if dry_run:
+        return JSONResponse(service.preview(plan_job(body, settings)).model_dump(mode="json"))
     job = service.find_repeated(reading, caller.project_id, idempotency_key, body)
     if job is None:
         planned = plan_job(body, settings)  # before the write session's first statement: no lock is held yet
@@ -49,6 +73,16 @@ def submit_job(
     return JobRead.of(job)
 
 
+@router.post("/estimate", response_model=Estimate, responses=documented(400, 413))
+def estimate_job(
+    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
+    _: Submitter,
+    settings: CurrentSettings,
+) -> Estimate:
+    """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
+    return Estimate.model_validate(plan_job(body, settings).plan.to_dict())
+
+
 @router.get("", response_model=JobPage)
 def list_jobs(
     caller: Reader,
@@ -56,11 +90,18 @@ def list_jobs(
     status: JobStatus | None = None,
     model: Annotated[str | None, Query(max_length=4096)] = None,
     scheme: Annotated[str | None, Query(max_length=120)] = None,
+    method: Annotated[str | None, Query(max_length=120, description="As a job says it.")] = None,
+    label: LabelFilter = (),
+    created_after: AwareDatetime | None = None,
+    created_before: AwareDatetime | None = None,
+    sort: JobOrder = JobOrder.NEWEST,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
-    """List jobs, the newest first, a page at a time."""
-    return service.list_jobs(session, caller.project_id, JobFilter(status, model, scheme), cursor, limit)
+    """List jobs a page at a time, the newest first unless `sort` says otherwise."""
+    labels = [(key, value) for key, _, value in (text.partition(":") for text in label)]
+    wanted = JobFilter(status, model, scheme, method, labels, created_after, created_before)
+    return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
 
 
 @router.get("/{job_id}", response_model=JobDetail, responses=documented(404))

@@ -154,6 +154,101 @@ class JobRead(BaseModel):
         return cls.model_validate({**same, "dataset": job.dataset_label, "error": error, **more})
 
 
+class JobPlanned(BaseModel):
+    """What a submission would become: nothing is stored, no job exists."""
+
+    model: str
+    scheme: str
+    method: str
+    layers_total: int
+    device_class: DeviceClass
+    plan: dict[str, Any] = Field(
+        description="What would be done: every module's treatment, memory, disk, warnings."
+    )
+
+
+class MemoryPart(BaseModel):
+    """One part of a peak, and how it was found: with basis exact, when it is held; with guide, where."""
+
+    name: str
+    bytes: int
+    basis: str
+    phases: list[str] | None = None
+    on: Literal["host", "gpu"] | None = None
+
+
+class MemoryRead(BaseModel):
+    """The peak. basis: exact, of this engine, or guide, by the rules of LLM Compressor's guide."""
+
+    basis: str
+    host_bytes: int
+    gpu_bytes: int
+    items: list[MemoryPart]
+
+
+class MemoryBases(BaseModel):
+    """The same by two sets of rules."""
+
+    exact: MemoryRead
+    guide: MemoryRead
+
+
+class DiskPart(BaseModel):
+    """One part of what lies in the worker's scratch folder."""
+
+    name: str
+    bytes: int
+    basis: str
+
+
+class DiskRead(BaseModel):
+    """What a worker's scratch folder holds."""
+
+    bytes: int
+    items: list[DiskPart]
+
+
+class SecondsRange(BaseModel):
+    """On the fastest and the slowest hardware of a class."""
+
+    least: float
+    most: float
+
+
+class Work(BaseModel):
+    """Work of one kind, from which times are made."""
+
+    name: str
+    amount: int
+    unit: str
+
+
+class DurationRead(BaseModel):
+    """seconds: by device class, cpu and cuda."""
+
+    seconds: dict[str, SecondsRange]
+    items: list[Work]
+
+
+class WarningRead(BaseModel):
+    """What a plan warns of."""
+
+    code: str
+    message: str
+    hint: str
+
+
+class Estimate(BaseModel):
+    """What a job would take, itemized. docs/memory.md says how it is made, and how near it comes."""
+
+    source_bytes: int
+    output_bytes: int = Field(description="Of all weights that are written, to the byte.")
+    memory: MemoryBases
+    disk: DiskRead
+    duration: DurationRead
+    warnings: list[WarningRead]
+
+
 class JobDetail(JobRead):
     """A job with its plan and its attempts."""
 

@@ -16,13 +16,14 @@ from api.errors import Conflict, NotFound, Unprocessable
 from api.jobs import events, repository
 from api.jobs.attempts import deadline
 from api.jobs.models import RETRYABLE, IdempotencyKey, Job, JobStatus
-from api.jobs.repository import JobFilter, Position
+from api.jobs.repository import JobFilter, JobOrder, Position
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
     EventRead,
     JobDetail,
     JobPage,
+    JobPlanned,
     JobRead,
     JobSubmit,
 )
@@ -49,6 +50,19 @@ def find_repeated(session: Session, project_id: str, key: str | None, body: JobS
         message = "This Idempotency-Key was used for another body."
         raise Unprocessable(Problem("idempotency_key_reused", message, "Use a new key for a new job."))
     return get_job(session, project_id, row.job_id)
+
+
+def preview(planned: PlannedJob) -> JobPlanned:
+    """What a planned job would be."""
+    recipe = planned.plan.recipe
+    return JobPlanned(
+        model=planned.body.model,
+        scheme=recipe.representation,
+        method=recipe.methods,
+        layers_total=len(planned.plan.layers),
+        device_class=planned.body.resources.device_class,
+        plan=planned.plan.to_dict(),
+    )
 
 
 def create(
@@ -95,11 +109,20 @@ def describe(session: Session, project_id: str, job_id: str) -> JobDetail:
 
 
 def list_jobs(
-    session: Session, project_id: str, wanted: JobFilter, cursor: str | None, limit: int
+    session: Session,
+    project_id: str,
+    wanted: JobFilter,
+    order: JobOrder,
+    cursor: str | None,
+    limit: int,
 ) -> JobPage:
-    """A page of jobs, the newest first."""
+    """A page of jobs.
+
+    Raises:
+        Unprocessable: `bad_cursor`.
+    """
     after = None if cursor is None else _read_cursor(cursor)
-    jobs = repository.list_page(session, project_id, wanted, after, limit + 1)
+    jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
     more = len(jobs) > limit
     items = [JobRead.of(job) for job in jobs[:limit]]
     return JobPage(items=items, next_cursor=_cursor(jobs[limit - 1]) if more else None)
@@ -183,7 +206,7 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         source=planned.source,
         dataset_label=_dataset_label(body.dataset),
         scheme=plan.recipe.representation,
-        method="+".join(step.type for step in plan.recipe.steps),
+        method=plan.recipe.methods,
         recipe=plan.recipe.model_dump(mode="json"),
         dataset=planned.dataset and planned.dataset.model_dump(mode="json"),
         calibration=body.calibration.model_dump(mode="json"),

@@ -72,6 +72,38 @@ class TestList:
         assert ids(model=str(server.model)) == [other, gptq]
         assert ids(model="/other") == []
         assert ids(status="queued", scheme="W4A16") == []
+        assert ids(method="gptq") == [other, gptq]
+        assert ids(method="rtn") == []
+
+    def test_labels(self, server: Server) -> None:
+        search = server.submit(labels={"team": "search", 'a"b': "x:y"})["id"]
+        ads = server.submit(labels={"team": "ads"})["id"]
+        server.submit()
+
+        def ids(*labels: str) -> list[str]:
+            answer = server.http.get("/v1/jobs", params={"label": labels})
+            return [job["id"] for job in answer.json()["items"]]
+
+        assert ids("team:search") == [search]
+        assert ids("team:ads") == [ads]
+        assert ids("team:search", 'a"b:x:y') == [search]
+        assert ids("team:search", "team:ads") == []
+        assert ids("team:") == ids("x':1") == []
+        assert server.http.get("/v1/jobs", params={"label": "team"}).status_code == 422
+
+    def test_oldest_first_and_between_two_times(self, server: Server) -> None:
+        made = [server.submit() for _ in range(5)]
+        ids = [job["id"] for job in made]
+        first = get(server, "/v1/jobs", sort="created_at", limit=2)
+        second = get(server, "/v1/jobs", sort="created_at", limit=3, cursor=first["next_cursor"])
+        assert [job["id"] for job in (*first["items"], *second["items"])] == ids
+        assert second["next_cursor"] is None
+        between = get(
+            server, "/v1/jobs", created_after=made[0]["created_at"], created_before=made[3]["created_at"]
+        )
+        assert [job["id"] for job in between["items"]] == ids[2:0:-1]
+        answer = server.http.get("/v1/jobs", params={"created_after": "2026-01-01T00:00:00"})
+        assert answer.status_code == 422  # whose midnight?
 
     @pytest.mark.parametrize(
         "cursor",

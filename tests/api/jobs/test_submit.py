@@ -225,6 +225,40 @@ class TestRefused:
         assert list(pointers(refused(server))) == ["/model"]
 
 
+class TestBeforeSubmitting:
+    def test_a_dry_run_is_the_plan_and_nothing_else(self, server: Server) -> None:
+        body, key = server.body(), {"Idempotency-Key": "one"}
+        answer = server.http.post("/v1/jobs", params={"dry_run": True}, json=body, headers=key)
+        assert answer.status_code == 200, answer.text
+        assert "Location" not in answer.headers
+        assert server.http.get("/v1/jobs").json()["items"] == []
+        planned = answer.json()
+        job = server.http.post("/v1/jobs", json=body, headers=key).json()
+        detail = server.http.get(f"/v1/jobs/{job['id']}").json()
+        assert planned == {name: detail[name] for name in planned}
+        refusal = server.http.post("/v1/jobs", params={"dry_run": True}, json=server.body(scheme="W5A16"))
+        assert (refusal.status_code, refusal.json()["code"]) == (422, "unknown_scheme")
+
+    def test_an_estimate_is_that_of_the_plan(self, server: Server) -> None:
+        answer = server.http.post("/v1/jobs/estimate", json=server.body())
+        assert answer.status_code == 200, answer.text
+        assert server.http.get("/v1/jobs").json()["items"] == []
+        estimate = answer.json()
+        plan = server.http.get(f"/v1/jobs/{server.submit()['id']}").json()["plan"]
+        exact = estimate["memory"]["exact"]
+        assert exact["host_bytes"] == plan["memory"]["exact"]["host_bytes"]
+        assert [item["bytes"] for item in exact["items"]] == [
+            item["bytes"] for item in plan["memory"]["exact"]["items"]
+        ]
+        assert all(item["basis"] and item["phases"] for item in exact["items"])
+        assert {item["on"] for item in estimate["memory"]["guide"]["items"]} == {"host", "gpu"}
+        assert estimate["disk"] == plan["disk"]
+        assert estimate["duration"] == plan["duration"]
+        assert estimate["output_bytes"] == plan["output_bytes"]
+        refusal = server.http.post("/v1/jobs/estimate", json=server.body(model="/nowhere"))
+        assert refusal.status_code == 422
+
+
 class TestIdempotency:
     def test_the_same_key_and_body_give_the_same_job(self, server: Server) -> None:
         headers = {"Idempotency-Key": "night-1"}

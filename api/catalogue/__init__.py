@@ -1,0 +1,1 @@
+"""What this server takes: methods, schemes and datasets."""
