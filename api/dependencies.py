@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from api.artifacts.store import Store
 from api.database import Database
 from api.errors import Forbidden
+from api.jobs.watch import JobWatch
 from api.projects import service as projects
 from api.security import KeyHasher, Principal, Scope
 from api.settings import Settings
@@ -26,6 +27,7 @@ class AppContext:
     database: Database
     store: Store
     hasher: KeyHasher
+    watch: JobWatch
 
 
 def _context(request: Request) -> AppContext:

@@ -18,6 +18,7 @@ from api.catalogue import routes as catalogue
 from api.database import Database
 from api.dependencies import AppContext
 from api.jobs import routes as jobs
+from api.jobs.watch import JobWatch
 from api.limits import BodyLimit
 from api.observability import RequestContext
 from api.openapi import ProblemAPI
@@ -27,16 +28,21 @@ from api.security import KeyHasher
 from api.settings import Settings
 from api.workers import routes as workers
 
+GRACE_SECONDS = 5
+"""For requests that are being answered, and streams that are being read, when the process shall end."""
+
 log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The application on these settings. Until the database is migrated, /readyz answers 503."""
+    database = Database(settings.database_url)
     context = AppContext(
         settings=settings,
-        database=Database(settings.database_url),
+        database=database,
         store=open_store(settings.store_url),
         hasher=KeyHasher.from_settings(settings),
+        watch=JobWatch(database),
     )
 
     @asynccontextmanager

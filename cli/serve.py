@@ -79,12 +79,19 @@ def _serve_api(settings: Settings) -> None:
     """The API alone; workers are processes of their own."""
     import uvicorn
 
-    from api.main import create_app
+    from api.main import GRACE_SECONDS, create_app
     from api.observability import configure_logging
 
     configure_logging(settings)
     app = create_app(settings)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
 
 
 def _free_port(host: str | None) -> int:

@@ -15,7 +15,7 @@ import uvicorn
 
 import migrations
 from api.jobs import leases
-from api.main import create_app
+from api.main import GRACE_SECONDS, create_app
 from api.observability import configure_logging
 from api.settings import Settings
 from worker.celery_app import CeleryThread, make_app
@@ -23,7 +23,6 @@ from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.reaper import housekeeping
 
-_GRACE_SECONDS = 5  # for requests that are being answered when the process shall end
 _LIVENESS_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)
@@ -51,7 +50,7 @@ def run_embedded(settings: Settings) -> None:
             port=settings.port,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
         )
         socket = api.bind_socket()
         server = uvicorn.Server(api)

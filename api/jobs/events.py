@@ -27,7 +27,7 @@ def append(
         .where(Job.id == job_id, *where)
         .values(event_seq=Job.event_seq + 1)
         .returning(Job.event_seq)
-        .execution_options(synchronize_session=False)
+        .execution_options(synchronize_session="fetch")
     ).scalar_one_or_none()
     if seq is not None:
         session.add(

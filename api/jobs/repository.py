@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
@@ -29,6 +30,14 @@ class JobFilter:
     labels: Sequence[tuple[str, str]] = ()
     created_after: datetime | None = None
     created_before: datetime | None = None
+
+
+class Version(NamedTuple):
+    """What changes with everything that a job shows; without the rest of its row."""
+
+    event_seq: int
+    layers_done: int
+    status: JobStatus
 
 
 class JobOrder(StrEnum):
@@ -63,6 +72,19 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
     return session.scalars(
         select(Job).where(Job.id == job_id, Job.project_id == project_id).with_for_update()
     ).one_or_none()
+
+
+def version(session: Session, project_id: str, job_id: str) -> Version | None:
+    """The version of a project's job."""
+    query = select(Job.event_seq, Job.layers_done, Job.status)
+    row = session.execute(query.where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
+    return None if row is None else Version(*row)
+
+
+def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:
+    """The last seq of each of these jobs that exists."""
+    rows = session.execute(select(Job.id, Job.event_seq).where(Job.id.in_(job_ids)))
+    return {row.id: row.event_seq for row in rows}
 
 
 def list_page(

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
 from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime, Field
 
-from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import Context, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
 from api.errors import documented
 from api.jobs import service
-from api.jobs.models import JobStatus
+from api.jobs.following import Waited, event_stream
+from api.jobs.models import TERMINAL, JobStatus
 from api.jobs.repository import JobFilter, JobOrder
 from api.jobs.schemas import (
     SUBMIT_EXAMPLES,
@@ -104,22 +106,56 @@ def list_jobs(
     return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
 
 
-@router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
-def get_job(job_id: str, caller: Reader, session: ReadSession) -> JobDetail:
+@router.get(
+    "/{job_id}",
+    response_model=JobDetail,
+    responses=documented(404) | {304: {"description": "Nothing changed since `If-None-Match`"}},
+    dependencies=[Waited],
+)
+def get_job(
+    job_id: str,
+    caller: Reader,
+    session: ReadSession,
+    response: Response,
+    if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
+) -> JobDetail | Response:
     """A job as it stands, with its plan and its attempts."""
+    etag = service.etag(session, caller.project_id, job_id)
+    if etag in [each.strip() for each in (if_none_match or "").split(",")]:
+        return Response(status_code=304, headers={"ETag": etag})
+    response.headers["ETag"] = etag
     return service.describe(session, caller.project_id, job_id)
 
 
-@router.get("/{job_id}/events", response_model=EventPage, responses=documented(404))
+@router.get(
+    "/{job_id}/events",
+    response_model=EventPage,
+    responses=documented(404)
+    | {
+        200: {"content": {EventSourceResponse.media_type: {"schema": {"type": "string"}}}},
+        204: {"description": "A stream was asked to go on, and the job has ended"},
+    },
+)
 def list_job_events(
     job_id: str,
     caller: Reader,
     session: ReadSession,
+    context: Context,
     since: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events after this seq.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> EventPage:
-    """What happened to a job, in order."""
-    return service.list_events(session, caller.project_id, job_id, since, limit)
+    accept: Annotated[str, Header(max_length=1000)] = "*/*",
+    last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
+) -> EventPage | Response:
+    """What happened to a job, in order: a page, or with `Accept: text/event-stream` all, as it happens."""
+    if EventSourceResponse.media_type not in accept:
+        return service.list_events(session, caller.project_id, job_id, since, limit)
+    since = since if last_event_id is None else last_event_id
+    page = service.list_events(session, caller.project_id, job_id, since, 1)
+    if last_event_id is not None and page.status in TERMINAL and not page.items:
+        return Response(status_code=204)  # which tells a browser not to connect again
+    return EventSourceResponse(
+        event_stream(context, caller.project_id, job_id, since), headers={"Cache-Control": "no-store"}
+    )
 
 
 @router.get("/{job_id}/report", responses=documented(404))

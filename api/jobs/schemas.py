@@ -140,6 +140,7 @@ class JobRead(BaseModel):
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
     attempts_made: int
+    event_seq: int = Field(description="The seq of its last event; it grows with every change.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -101,6 +101,18 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     return _found(repository.get(session, project_id, job_id), job_id)
 
 
+def etag(session: Session, project_id: str, job_id: str) -> str:
+    """A validator of a job's representation, which is another after every change.
+
+    Raises:
+        NotFound: `job_not_found`.
+    """
+    version = repository.version(session, project_id, job_id)
+    if version is None:
+        raise _not_found(job_id)
+    return f'W/"{version.event_seq}-{version.layers_done}"'
+
+
 def describe(session: Session, project_id: str, job_id: str) -> JobDetail:
     """A job with its plan and attempts."""
     job = _found(repository.get(session, project_id, job_id, with_plan=True), job_id)
@@ -234,8 +246,12 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
 
 def _found(job: Job | None, job_id: str) -> Job:
     if job is None:
-        raise NotFound("job_not_found", f"There is no job {job_id!r}.")
+        raise _not_found(job_id)
     return job
+
+
+def _not_found(job_id: str) -> NotFound:
+    return NotFound("job_not_found", f"There is no job {job_id!r}.")
 
 
 def _dataset_label(dataset: DatasetSpec | None) -> str | None:

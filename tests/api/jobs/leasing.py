@@ -12,9 +12,11 @@ from api.database import Database
 from api.jobs import leases
 from api.jobs.leases import Lease, WorkerIdentity
 from api.jobs.models import Attempt, Job, JobEvent
+from tests.api.conftest import Server
 
 CPU = WorkerIdentity("cpu-1", "cpu", host_bytes=1000, gpu_bytes=0)
 GPU = WorkerIdentity("gpu-1", "cuda", host_bytes=1000, gpu_bytes=500)
+WORKER = WorkerIdentity("worker-1", "cpu", 1 << 40, 0)
 LEASE = 90.0
 HEADER: dict[str, Any] = {"type": "plan", "work_key": "w" * 64, "fingerprint": "f" * 64, "resolved": {}}
 
@@ -78,3 +80,12 @@ def layer(number: int) -> dict[str, Any]:
         "eta_seconds": 1.0,
         "entry": entry,
     }
+
+
+def start(server: Server) -> Lease:
+    """A worker takes the job that was submitted."""
+    with server.database.write() as session:
+        claimed = leases.claim(session, WORKER, 90)
+        assert claimed is not None
+        leases.heartbeat(session, WORKER, claimed[0].job_id)
+    return claimed[0]

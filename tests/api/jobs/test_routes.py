@@ -12,20 +12,10 @@ from sqlalchemy import update
 
 from api.database import now
 from api.jobs import leases
-from api.jobs.leases import Lease, WorkerIdentity
 from api.jobs.models import AttemptOutcome
 from api.workers.models import Worker
 from tests.api.conftest import Server
-
-WORKER = WorkerIdentity("worker-1", "cpu", 1 << 40, 0)
-
-
-def start(server: Server) -> Lease:
-    with server.database.write() as session:
-        claimed = leases.claim(session, WORKER, 90)
-        assert claimed is not None
-        leases.heartbeat(session, WORKER, claimed[0].job_id)
-    return claimed[0]
+from tests.api.jobs.leasing import start
 
 
 def get(server: Server, path: str, **params: Any) -> dict[str, Any]:

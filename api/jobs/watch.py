@@ -1,0 +1,81 @@
+"""Waiting for a job to change: one task of the process asks the database for all that wait.
+
+    long poll ─┐                      every poll_seconds, one query for all jobs that
+    stream    ─┼─▶ JobWatch.changed ◀── anybody waits for: SELECT id, event_seq ... IN (...)
+    stream    ─┘
+
+Every change of a job that is worth showing takes a seq of its own, so that it grew is all there is to know.
+Nothing is remembered between queries, and a waiting request holds neither a thread nor a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy.exc import OperationalError
+from starlette.concurrency import run_in_threadpool
+
+from api.database import Database
+from api.jobs import repository
+
+POLL_SECONDS = 0.25
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiter:
+    since: int
+    changed: asyncio.Event
+
+
+class JobWatch:
+    """To be used from one event loop."""
+
+    def __init__(self, database: Database, *, poll_seconds: float = POLL_SECONDS) -> None:
+        self._database = database
+        self._poll_seconds = poll_seconds
+        self._waiting: dict[str, set[_Waiter]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def changed(self, job_id: str, since: int, seconds: float) -> bool:
+        """Whether a job gets, or has, an event after seq `since` before that time is over; a job that is gone
+        has changed."""
+        waiter = _Waiter(since, asyncio.Event())
+        self._waiting.setdefault(job_id, set()).add(waiter)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch())
+        try:
+            async with asyncio.timeout(seconds):
+                await waiter.changed.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting[job_id].discard(waiter)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+        return True
+
+    async def _watch(self) -> None:
+        while self._waiting:
+            try:
+                seqs = await run_in_threadpool(self._read, list(self._waiting))
+            except OperationalError as error:  # who waits is told nothing until it answers again
+                log.warning("watch_failed", error=str(error.orig))
+            else:
+                self._tell(seqs)
+            await asyncio.sleep(self._poll_seconds)
+
+    def _read(self, job_ids: Iterable[str]) -> Mapping[str, int]:
+        with self._database.read() as session:
+            return repository.event_seqs(session, job_ids)
+
+    def _tell(self, seqs: Mapping[str, int]) -> None:
+        for job_id, waiters in self._waiting.items():
+            for waiter in waiters:
+                seq = seqs.get(job_id)
+                if seq is None or seq > waiter.since:
+                    waiter.changed.set()
