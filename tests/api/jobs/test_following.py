@@ -173,6 +173,7 @@ def served(server: Server) -> Iterator[str]:
 
 
 def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
+    """Where each took one, no more than the pool's 40 would begin, and the request that ends them would wait."""
     job_id = server.submit()["id"]
     key = server.http.headers["Authorization"]
 
@@ -192,14 +193,11 @@ def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
             tasks = [asyncio.create_task(watch(client, begun)) for _ in range(100)]
             for _ in range(100):
                 await begun.acquire()
-            await asyncio.sleep(1)
-            assert threading.active_count() - before <= 45  # the pool that all requests share has 40
             with ThreadPoolExecutor(1) as pool:
                 await asyncio.wrap_future(pool.submit(server.http.post, f"/v1/jobs/{job_id}/cancel"))
             return await asyncio.gather(*tasks)
 
     with served(server) as url:
-        before = threading.active_count()
         told = asyncio.run(watch_all(url))
     assert len(set(told)) == 1
     assert "event: job_cancelled" in told[0]
