@@ -173,7 +173,7 @@ def served(server: Server) -> Iterator[str]:
 
 
 def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
-    """Where each took one, no more than the pool's 40 would begin, and the request that ends them would wait."""
+    """If each took one, only as many as the pool has would begin, 40, and nothing would end them."""
     job_id = server.submit()["id"]
     key = server.http.headers["Authorization"]
 
