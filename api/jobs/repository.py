@@ -33,11 +33,14 @@ class JobFilter:
 
 
 class Version(NamedTuple):
-    """What changes with everything that a job shows; without the rest of its row."""
+    """What changes with everything that a job shows, without the rest of its row; and what it needs."""
 
     event_seq: int
     layers_done: int
     status: JobStatus
+    device_class: str
+    required_host_bytes: int
+    required_gpu_bytes: int
 
 
 class JobOrder(StrEnum):
@@ -76,7 +79,7 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
 
 def version(session: Session, project_id: str, job_id: str) -> Version | None:
     """The version of a project's job."""
-    query = select(Job.event_seq, Job.layers_done, Job.status)
+    query = select(*(getattr(Job, name) for name in Version._fields))
     row = session.execute(query.where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
     return None if row is None else Version(*row)
 

@@ -116,15 +116,17 @@ def get_job(
     job_id: str,
     caller: Reader,
     session: ReadSession,
+    settings: CurrentSettings,
     response: Response,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> JobDetail | Response:
     """A job as it stands, with its plan and its attempts."""
-    etag = service.etag(session, caller.project_id, job_id)
+    seen = service.glance(session, caller.project_id, job_id, lease_seconds=settings.lease_seconds)
+    etag = seen.etag
     if etag in [each.strip() for each in (if_none_match or "").split(",")]:
         return Response(status_code=304, headers={"ETag": etag})
     response.headers["ETag"] = etag
-    return service.describe(session, caller.project_id, job_id)
+    return service.describe(session, caller.project_id, job_id, seen.obstacle)
 
 
 @router.get(

@@ -250,8 +250,17 @@ class Estimate(BaseModel):
     warnings: list[WarningRead]
 
 
+class Obstacle(BaseModel):
+    """What keeps a job waiting until another worker comes. code: no_worker or unschedulable."""
+
+    code: Literal["no_worker", "unschedulable"]
+    message: str
+
+
 class JobDetail(JobRead):
     """A job with its plan and its attempts."""
+
+    obstacle: Obstacle | None = Field(description="Why no worker that is alive takes it while it is queued.")
 
     plan: dict[str, Any] = Field(
         description="What was decided at submission: every module's treatment, memory, disk, warnings."

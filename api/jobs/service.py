@@ -6,6 +6,8 @@ import base64
 import binascii
 import hashlib
 import json
+import zlib
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -13,10 +15,10 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.errors import Conflict, NotFound, Unprocessable
-from api.jobs import events, repository
+from api.jobs import events, repository, scheduling
 from api.jobs.attempts import deadline
 from api.jobs.models import RETRYABLE, IdempotencyKey, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder, Position
+from api.jobs.repository import JobFilter, JobOrder, Position, Version
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
@@ -26,13 +28,29 @@ from api.jobs.schemas import (
     JobPlanned,
     JobRead,
     JobSubmit,
+    Obstacle,
 )
 from api.jobs.submission import PlannedJob
 from api.settings import Settings
+from api.workers import repository as workers
 from compression.errors import Problem
 from compression.recipe import DatasetSpec
 
 SUBMIT_ROUTE = "POST /v1/jobs"
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A job's version, and what keeps it waiting."""
+
+    version: Version
+    obstacle: Obstacle | None
+
+    @property
+    def etag(self) -> str:
+        """Another one after every change of what the job shows."""
+        reason = "" if self.obstacle is None else f"-{zlib.crc32(self.obstacle.message.encode()):08x}"
+        return f'W/"{self.version.event_seq}-{self.version.layers_done}{reason}"'
 
 
 def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
@@ -101,8 +119,8 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     return _found(repository.get(session, project_id, job_id), job_id)
 
 
-def etag(session: Session, project_id: str, job_id: str) -> str:
-    """A validator of a job's representation, which is another after every change.
+def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: float) -> Glance:
+    """What tells whether a job shows something new, found without reading all of it.
 
     Raises:
         NotFound: `job_not_found`.
@@ -110,14 +128,18 @@ def etag(session: Session, project_id: str, job_id: str) -> str:
     version = repository.version(session, project_id, job_id)
     if version is None:
         raise _not_found(job_id)
-    return f'W/"{version.event_seq}-{version.layers_done}"'
+    obstacle = None
+    if version.status == JobStatus.QUEUED:
+        alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
+        obstacle = scheduling.obstacle(version, alive)
+    return Glance(version, obstacle)
 
 
-def describe(session: Session, project_id: str, job_id: str) -> JobDetail:
+def describe(session: Session, project_id: str, job_id: str, obstacle: Obstacle | None) -> JobDetail:
     """A job with its plan and attempts."""
     job = _found(repository.get(session, project_id, job_id, with_plan=True), job_id)
     attempts = [AttemptRead.model_validate(attempt) for attempt in repository.attempts(session, job_id)]
-    return JobDetail.of(job, attempts=attempts)
+    return JobDetail.of(job, attempts=attempts, obstacle=obstacle)
 
 
 def list_jobs(

@@ -1,0 +1,33 @@
+"""Why a waiting job is not taken: the same rules as `leases.claim`, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from api.jobs.repository import Version
+from api.jobs.schemas import Obstacle
+from api.workers.models import Worker
+
+_GIB = 1 << 30
+
+
+def obstacle(job: Version, alive: Sequence[Worker]) -> Obstacle | None:
+    """What keeps a job waiting until another worker comes; None where one of these would take it."""
+    able = [worker for worker in alive if job.device_class in ("any", worker.device_class)]
+    if not able:
+        kind = "" if job.device_class == "any" else f" with the device class {job.device_class}"
+        return Obstacle(code="no_worker", message=f"No worker{kind} is alive.")
+    roomy = [worker for worker in able if worker.host_bytes >= job.required_host_bytes]
+    if not roomy:
+        largest = max(worker.host_bytes for worker in able)
+        return _too_small("host memory", job.required_host_bytes, largest)
+    if any(w.device_class == "cpu" or w.gpu_bytes >= job.required_gpu_bytes for w in roomy):
+        return None
+    return _too_small("GPU memory", job.required_gpu_bytes, max(worker.gpu_bytes for worker in roomy))
+
+
+def _too_small(what: str, needed: int, largest: int) -> Obstacle:
+    message = (
+        f"The job needs {needed / _GIB:.1f} GiB of {what}; the largest worker has {largest / _GIB:.1f} GiB."
+    )
+    return Obstacle(code="unschedulable", message=message)
