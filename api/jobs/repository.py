@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, undefer
 
-from api.jobs.models import Attempt, IdempotencyKey, Job, JobStatus
+from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
 IDEMPOTENCY_HOURS = 24
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -41,6 +41,15 @@ class Version(NamedTuple):
     device_class: str
     required_host_bytes: int
     required_gpu_bytes: int
+
+
+class QueueDepth(NamedTuple):
+    """Jobs of one device class in one state; oldest: when the first of them was submitted."""
+
+    device_class: str
+    status: JobStatus
+    jobs: int
+    oldest: datetime
 
 
 class JobOrder(StrEnum):
@@ -82,6 +91,16 @@ def version(session: Session, project_id: str, job_id: str) -> Version | None:
     query = select(*(getattr(Job, name) for name in Version._fields))
     row = session.execute(query.where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
     return None if row is None else Version(*row)
+
+
+def queue_depths(session: Session) -> Sequence[QueueDepth]:
+    """How many jobs of all projects wait and run, by device class."""
+    query = (
+        select(Job.device_class, Job.status, func.count(), func.min(Job.created_at))
+        .where(Job.status.in_((JobStatus.QUEUED, *ACTIVE)))
+        .group_by(Job.device_class, Job.status)
+    )
+    return [QueueDepth(*row) for row in session.execute(query)]
 
 
 def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
 from fastapi.responses import JSONResponse
@@ -15,6 +15,7 @@ from api.errors import documented
 from api.jobs import service
 from api.jobs.following import Waited, event_stream
 from api.jobs.models import TERMINAL, JobStatus
+from api.jobs.reports import as_csv
 from api.jobs.repository import JobFilter, JobOrder
 from api.jobs.schemas import (
     SUBMIT_EXAMPLES,
@@ -160,10 +161,25 @@ def list_job_events(
     )
 
 
-@router.get("/{job_id}/report", responses=documented(404))
-def get_job_report(job_id: str, caller: Reader, session: ReadSession) -> dict[str, Any]:
+@router.get(
+    "/{job_id}/report",
+    response_model=dict[str, Any],
+    responses=documented(404) | {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
+def get_job_report(
+    job_id: str,
+    caller: Reader,
+    session: ReadSession,
+    format: Annotated[
+        Literal["json", "csv"], Query(description="csv: the modules alone, a line each.")
+    ] = "json",
+) -> Any:
     """The results: totals, evaluation, and a row for each module."""
-    return service.get_report(session, caller.project_id, job_id)
+    report = service.get_report(session, caller.project_id, job_id)
+    if format == "json":
+        return report
+    headers = {"Content-Disposition": f'attachment; filename="{job_id}.csv"'}
+    return Response(as_csv(report), media_type="text/csv", headers=headers)
 
 
 @router.post("/{job_id}/cancel", status_code=202, response_model=JobRead, responses=documented(404, 409))

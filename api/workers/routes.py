@@ -1,4 +1,4 @@
-"""/v1/workers"""
+"""/v1/workers and /v1/queues"""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from fastapi import APIRouter
 from api.dependencies import CurrentSettings, Reader, ReadSession
 from api.errors import documented
 from api.workers import service
-from api.workers.schemas import WorkerList
+from api.workers.schemas import QueueList, WorkerList
 
-router = APIRouter(prefix="/v1/workers", tags=["workers"], responses=documented(401, 403, 503))
+router = APIRouter(prefix="/v1", tags=["workers"], responses=documented(401, 403, 503))
 
 
-@router.get("", response_model=WorkerList)
+@router.get("/workers", response_model=WorkerList)
 def list_workers(caller: Reader, session: ReadSession, settings: CurrentSettings) -> WorkerList:
     """The workers that are alive, their device and memory, and what they run."""
     return service.list_workers(session, caller.project_id, lease_seconds=settings.lease_seconds)
+
+
+@router.get("/queues", response_model=QueueList)
+def list_queues(_: Reader, session: ReadSession, settings: CurrentSettings) -> QueueList:
+    """How many jobs wait and run, and the workers that could take them, by device class."""
+    return service.list_queues(session, lease_seconds=settings.lease_seconds)

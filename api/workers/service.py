@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from sqlalchemy.orm import Session
 
+from api.jobs import repository as jobs
+from api.jobs.models import ACTIVE, JobStatus
+from api.jobs.schemas import DeviceClass
 from api.workers import repository
-from api.workers.schemas import WorkerList, WorkerRead
+from api.workers.schemas import QueueList, QueueRead, WorkerList, WorkerRead
+
+
+def list_queues(session: Session, *, lease_seconds: float) -> QueueList:
+    """How much waits, runs, and could run."""
+    depths = {(depth.device_class, depth.status): depth for depth in jobs.queue_depths(session)}
+    alive = [worker for worker, _ in repository.list_alive(session, lease_seconds)]
+
+    def queue(device_class: DeviceClass) -> QueueRead:
+        waiting = depths.get((device_class, JobStatus.QUEUED))
+        running = [depths.get((device_class, status)) for status in ACTIVE]
+        able = [worker for worker in alive if device_class in ("any", worker.device_class)]
+        return QueueRead(
+            device_class=device_class,
+            queued=waiting.jobs if waiting else 0,
+            running=sum(depth.jobs for depth in running if depth),
+            oldest_queued_at=waiting.oldest if waiting else None,
+            workers=len(able),
+            idle_workers=sum(worker.job_id is None for worker in able),
+        )
+
+    return QueueList(items=[queue(device_class) for device_class in get_args(DeviceClass)])
 
 
 def list_workers(session: Session, project_id: str, *, lease_seconds: float) -> WorkerList:

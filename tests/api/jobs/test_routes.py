@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 from datetime import datetime, timedelta
 from typing import Any
@@ -133,6 +135,36 @@ class TestProgress:
         assert datetime.fromisoformat(done["finished_at"]) >= datetime.fromisoformat(done["started_at"])
         assert get(server, f"/v1/jobs/{job_id}/report") == report
 
+    def test_a_report_as_a_table(self, server: Server) -> None:
+        job_id = server.submit()["id"]
+        lease = start(server)
+        row = {"name": 'a,"b"', "shape": [8, 4], "relative_error": None, "weight_error": 0.5}
+        report = {"schema_version": 1, "modules": [row, {**row, "name": "c", "tokens": 7}]}
+        with server.database.write() as session:
+            leases.succeed(session, lease, report, "artifacts/x/1/manifest.json")
+        answer = server.http.get(f"/v1/jobs/{job_id}/report", params={"format": "csv"})
+        assert answer.headers["Content-Type"].startswith("text/csv")
+        assert answer.headers["Content-Disposition"] == f'attachment; filename="{job_id}.csv"'
+        assert list(csv.DictReader(io.StringIO(answer.text))) == [
+            {
+                "name": 'a,"b"',
+                "rows": "8",
+                "columns": "4",
+                "relative_error": "",
+                "weight_error": "0.5",
+                "tokens": "",
+            },
+            {
+                "name": "c",
+                "rows": "8",
+                "columns": "4",
+                "relative_error": "",
+                "weight_error": "0.5",
+                "tokens": "7",
+            },
+        ]
+        assert server.http.get(f"/v1/jobs/{job_id}/report", params={"format": "xml"}).status_code == 422
+
     def test_events_in_pages(self, server: Server) -> None:
         job_id = server.submit()["id"]
         lease = start(server)
@@ -208,6 +240,27 @@ class TestCancelAndRetry:
         ]:
             answer = server.http.request(method, path)
             assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+
+
+def test_queues(server: Server) -> None:
+    first = server.submit()
+    server.submit(resources={"device_class": "cuda"})
+    start(server)
+    second = server.submit()
+
+    def queues() -> dict[str, dict[str, Any]]:
+        return {each.pop("device_class"): each for each in get(server, "/v1/queues")["items"]}
+
+    nothing = {"queued": 0, "running": 0, "oldest_queued_at": None, "workers": 0, "idle_workers": 0}
+    found = queues()
+    assert found["any"] == {**nothing, "queued": 1, "oldest_queued_at": second["created_at"], "workers": 1}
+    assert found["cpu"] == {**nothing, "running": 1, "workers": 1}
+    assert (found["cuda"]["queued"], found["cuda"]["workers"]) == (1, 0)
+    server.http.post(f"/v1/jobs/{first['id']}/cancel")
+    assert queues()["cpu"]["running"] == 1  # until its worker lets go
+    with server.database.write() as session:
+        session.execute(update(Worker).values(job_id=None))
+    assert queues()["cpu"]["idle_workers"] == 1
 
 
 def test_ids_sort_by_time(server: Server) -> None:
