@@ -20,6 +20,8 @@ from worker.context import WorkerContext
 from worker.heartbeat import Periodic, Presence
 
 RETENTION_SECONDS = 3600.0
+_DELETED_AT_ONCE = 100
+"""Deleted jobs that are removed in one round, so that others get their turn."""
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,7 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
         Periodic("presence", settings.heartbeat_seconds, presence.tell),
         Periodic("reaper", settings.sweep_seconds, lambda: reap(worker)),
         Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
+        Periodic("deleted", settings.sweep_seconds, lambda: remove_deleted(worker.database, worker.store)),
         Periodic(
             "retention",
             RETENTION_SECONDS,
@@ -93,3 +96,14 @@ def forget_work(database: Database, store: Store, resume_days: float) -> None:
             store.delete(f"artifacts/{job.id}")
         with database.write() as session:
             retention.forget_layers(session, job.id)
+
+
+def remove_deleted(database: Database, store: Store) -> None:
+    """Remove the files of deleted jobs, then their rows: after a crash in between the rest is found again."""
+    with database.read() as session:
+        job_ids = retention.deleted(session, _DELETED_AT_ONCE)
+    for job_id in job_ids:
+        for folder in ("work", "artifacts"):
+            store.delete(f"{folder}/{job_id}")
+        with database.write() as session:
+            retention.remove(session, job_id)

@@ -65,6 +65,7 @@ class Job(Base):
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
     queue_deadline: when a job that still waits expires.
     manifest_key: where the published manifest is; readers trust this row, not the store's listing.
+    deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
     """
 
     __tablename__ = "jobs"
@@ -85,6 +86,7 @@ class Job(Base):
     calibration: Mapped[dict[str, Any]]
     evaluation: Mapped[dict[str, Any]]
     quality_gate: Mapped[dict[str, Any] | None]
+    require: Mapped[str | None] = mapped_column(String(16))
     max_runtime_seconds: Mapped[int | None]
     max_queue_seconds: Mapped[int | None]
     max_attempts: Mapped[int]
@@ -120,6 +122,7 @@ class Job(Base):
     manifest_key: Mapped[str | None] = mapped_column(Text)
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
+    deleted_at: Mapped[datetime | None] = mapped_column(index=True)
 
     __table_args__ = (
         Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),

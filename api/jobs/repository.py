@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, undefer
+from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
@@ -73,23 +73,23 @@ def new_job_id(now: datetime) -> str:
     return "job_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-def get(session: Session, project_id: str, job_id: str, *, with_plan: bool = False) -> Job | None:
-    """A project's job."""
-    query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
-    return session.scalars(query.options(undefer(Job.plan)) if with_plan else query).one_or_none()
+def get(
+    session: Session, project_id: str, job_id: str, *, deferred: Sequence[InstrumentedAttribute[Any]] = ()
+) -> Job | None:
+    """A project's job, with these of the columns that are left out otherwise."""
+    query = select(Job).where(*_is(project_id, job_id))
+    return session.scalars(query.options(*map(undefer, deferred))).one_or_none()
 
 
 def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None:
     """A project's job, held until the transaction ends."""
-    return session.scalars(
-        select(Job).where(Job.id == job_id, Job.project_id == project_id).with_for_update()
-    ).one_or_none()
+    return session.scalars(select(Job).where(*_is(project_id, job_id)).with_for_update()).one_or_none()
 
 
 def version(session: Session, project_id: str, job_id: str) -> Version | None:
     """The version of a project's job."""
     query = select(*(getattr(Job, name) for name in Version._fields))
-    row = session.execute(query.where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
+    row = session.execute(query.where(*_is(project_id, job_id))).one_or_none()
     return None if row is None else Version(*row)
 
 
@@ -105,7 +105,7 @@ def queue_depths(session: Session) -> Sequence[QueueDepth]:
 
 def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:
     """The last seq of each of these jobs that exists."""
-    rows = session.execute(select(Job.id, Job.event_seq).where(Job.id.in_(job_ids)))
+    rows = session.execute(select(Job.id, Job.event_seq).where(Job.id.in_(job_ids), Job.deleted_at.is_(None)))
     return {row.id: row.event_seq for row in rows}
 
 
@@ -118,7 +118,7 @@ def list_page(
     limit: int,
 ) -> Sequence[Job]:
     """At most `limit` jobs after a position."""
-    query = select(Job).where(Job.project_id == project_id)
+    query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
     for column, value in (
         (Job.status, wanted.status),
         (Job.model, wanted.model),
@@ -145,6 +145,11 @@ def list_page(
     return session.scalars(query.limit(limit)).all()
 
 
+def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
+    """What the project's job of that id is found by."""
+    return Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
+
+
 def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
     if session.get_bind().dialect.name == "postgresql":
         return type_coerce(Job.labels, JSONB).contains({key: value})
@@ -169,6 +174,11 @@ def find_idempotency_key(
             IdempotencyKey.created_at >= now - timedelta(hours=IDEMPOTENCY_HOURS),
         )
     ).one_or_none()
+
+
+def forget_idempotency_keys(session: Session, job_id: str) -> None:
+    """Let the keys that made a job make another."""
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.job_id == job_id))
 
 
 def add_idempotency_key(session: Session, row: IdempotencyKey) -> None:

@@ -1,4 +1,4 @@
-"""Which finished layers nobody will resume from."""
+"""What nobody will ask for again: finished layers, and jobs that were deleted."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def forget_layers(session: Session, job_id: str) -> None:
     session.execute(update(Job).where(Job.id == job_id, Job.status.in_(RETRYABLE)).values(layers_done=0))
     ended = select(Job.id).where(Job.id == job_id, Job.status.in_(TERMINAL))
     session.execute(delete(JobLayer).where(JobLayer.job_id.in_(ended)))
+
+
+def deleted(session: Session, limit: int) -> Sequence[str]:
+    """Ids of jobs that were deleted and still have a row."""
+    query = select(Job.id).where(Job.deleted_at.is_not(None)).order_by(Job.deleted_at).limit(limit)
+    return session.scalars(query).all()
+
+
+def remove(session: Session, job_id: str) -> None:
+    """Remove a deleted job's row, with its attempts, events and layers."""
+    session.execute(delete(Job).where(Job.id == job_id, Job.deleted_at.is_not(None)))

@@ -22,6 +22,7 @@ from api.jobs.schemas import (
     Estimate,
     EventPage,
     JobDetail,
+    JobOverrides,
     JobPage,
     JobPlanned,
     JobRead,
@@ -200,3 +201,32 @@ def retry_job(
     job = service.retry(session, caller.project_id, job_id)
     background.add_task(wake, job.device_class, broker_url=settings.broker_url)
     return JobRead.of(job)
+
+
+@router.post("/{job_id}/clone", status_code=202, response_model=JobRead, responses=documented(400, 404, 413))
+def clone_job(
+    job_id: str,
+    overrides: JobOverrides,
+    caller: Submitter,
+    settings: CurrentSettings,
+    reading: ReadSession,
+    session: WriteSession,
+    background: BackgroundTasks,
+    response: Response,
+    idempotency_key: IdempotencyKeyHeader = None,
+) -> JobRead:
+    """Submit a job like another, with changes. It reads the same revision of a dataset from the Hub."""
+    body = service.cloned(reading, caller.project_id, job_id, overrides)
+    job = service.find_repeated(reading, caller.project_id, idempotency_key, body)
+    if job is None:
+        planned = plan_job(body, settings)
+        job = service.create(session, caller.project_id, planned, settings, idempotency_key, clone_of=job_id)
+        background.add_task(wake, job.device_class, broker_url=settings.broker_url)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return JobRead.of(job)
+
+
+@router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
+def delete_job(job_id: str, caller: Submitter, session: WriteSession) -> None:
+    """Delete a job that has ended, and its files. Cancel one that has not."""
+    service.delete(session, caller.project_id, job_id)

@@ -91,6 +91,13 @@ class JobSubmit(BaseModel):
             raise PydanticCustomError("plan_error", "{message}", context) from error
 
 
+class JobOverrides(JobSubmit):
+    """What is to be different in a clone: any field of a submission. `scheme` and what goes with it, or a
+    `recipe`, replace the whole recipe."""
+
+    model: str = Field(default="", min_length=1, max_length=4096)
+
+
 class AttemptRead(BaseModel):
     """One try of a worker. `outcome` is null while it runs; preempted attempts do not count."""
 

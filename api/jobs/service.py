@@ -17,20 +17,21 @@ from api import database
 from api.errors import Conflict, NotFound, Unprocessable
 from api.jobs import events, repository, scheduling
 from api.jobs.attempts import deadline
-from api.jobs.models import RETRYABLE, IdempotencyKey, Job, JobStatus
+from api.jobs.models import RETRYABLE, TERMINAL, IdempotencyKey, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Position, Version
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
     EventRead,
     JobDetail,
+    JobOverrides,
     JobPage,
     JobPlanned,
     JobRead,
     JobSubmit,
     Obstacle,
 )
-from api.jobs.submission import PlannedJob
+from api.jobs.submission import SHORT_FORM, PlannedJob
 from api.settings import Settings
 from api.workers import repository as workers
 from compression.errors import Problem
@@ -84,7 +85,13 @@ def preview(planned: PlannedJob) -> JobPlanned:
 
 
 def create(
-    session: Session, project_id: str, planned: PlannedJob, settings: Settings, idempotency_key: str | None
+    session: Session,
+    project_id: str,
+    planned: PlannedJob,
+    settings: Settings,
+    idempotency_key: str | None,
+    *,
+    clone_of: str | None = None,
 ) -> Job:
     """Store a planned job with its first event, or find the one of a request with the same key."""
     repeated = find_repeated(session, project_id, idempotency_key, planned.body)
@@ -94,7 +101,8 @@ def create(
     job = _new_job(project_id, planned, settings, now)
     session.add(job)
     session.flush()
-    events.append(session, job.id, "job_queued", {"device_class": job.device_class})
+    origin = {} if clone_of is None else {"clone_of": clone_of}
+    events.append(session, job.id, "job_queued", {"device_class": job.device_class, **origin})
     for warning in planned.plan.warnings:
         events.append(session, job.id, "warning", {"code": warning.code, "message": warning.message})
     if idempotency_key is not None:
@@ -137,7 +145,7 @@ def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: flo
 
 def describe(session: Session, project_id: str, job_id: str, obstacle: Obstacle | None) -> JobDetail:
     """A job with its plan and attempts."""
-    job = _found(repository.get(session, project_id, job_id, with_plan=True), job_id)
+    job = _found(repository.get(session, project_id, job_id, deferred=[Job.plan]), job_id)
     attempts = [AttemptRead.model_validate(attempt) for attempt in repository.attempts(session, job_id)]
     return JobDetail.of(job, attempts=attempts, obstacle=obstacle)
 
@@ -228,6 +236,37 @@ def retry(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
+def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrides) -> JobSubmit:
+    """The submission of a job, with changes; a `recipe` or anything of the short form replaces its recipe.
+
+    Raises:
+        NotFound: `job_not_found`.
+    """
+    job = _found(repository.get(session, project_id, job_id, deferred=[Job.dataset]), job_id)
+    fields = {name: getattr(job, name) for name in JobSubmit.model_fields if hasattr(job, name)}
+    given = overrides.model_dump(mode="json", exclude_unset=True)
+    if SHORT_FORM & given.keys():
+        del fields["recipe"]
+    fields = {name: value for name, value in fields.items() if name not in SHORT_FORM}
+    fields["resources"] = {"device_class": job.device_class}
+    return JobSubmit.model_validate(fields | given)
+
+
+def delete(session: Session, project_id: str, job_id: str) -> None:
+    """Delete a job that has ended: it is gone for every reader, its files and its row follow.
+
+    Raises:
+        Conflict: `not_deletable`.
+    """
+    job = _found(repository.get_for_update(session, project_id, job_id), job_id)
+    if job.status not in TERMINAL:
+        message = f"The job is {job.status.value}."
+        raise Conflict("not_deletable", message, "Cancel it, and delete it when it has ended.")
+    job.deleted_at = database.now(session)
+    repository.forget_idempotency_keys(session, job_id)
+    session.flush()
+
+
 def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
     body, plan = planned.body, planned.plan
     return Job(
@@ -246,6 +285,7 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         calibration=body.calibration.model_dump(mode="json"),
         evaluation=body.evaluation.model_dump(mode="json"),
         quality_gate=body.quality_gate and body.quality_gate.model_dump(mode="json"),
+        require=body.require,
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
         max_attempts=settings.max_attempts,

@@ -18,7 +18,8 @@ from compression.planning import plan
 from compression.plans import Plan
 from compression.recipe import DatasetSpec, Recipe
 
-_SHORT_FORM = ("scheme", "method", "observer", "group_size", "targets", "ignore")
+SHORT_FORM = frozenset({"scheme", "method", "observer", "group_size", "targets", "ignore"})
+"""Fields of a submission that a recipe stands for."""
 _STEP = re.compile(r"/recipe/steps/\d+/")
 
 
@@ -76,7 +77,11 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
 
 
 def _recipe(body: JobSubmit) -> Recipe:
-    given = {name: getattr(body, name) for name in _SHORT_FORM if getattr(body, name) is not None}
+    given = {
+        name: getattr(body, name)
+        for name in JobSubmit.model_fields
+        if name in SHORT_FORM and getattr(body, name) is not None
+    }
     if body.recipe is not None:
         if given:
             message = f"The body has a recipe and {', '.join(given)}."

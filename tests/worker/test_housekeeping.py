@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import select, update
@@ -15,7 +16,7 @@ from api.jobs.models import Job, JobLayer, JobStatus
 from tests.worker.conftest import Submit
 from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
-from worker.reaper import forget_work, reap, wake_ups
+from worker.reaper import forget_work, reap, remove_deleted, wake_ups
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,30 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     with worker.database.read() as session:
         assert session.scalars(select(JobLayer.job_id)).all() == [other_id]
         assert session.get_one(Job, job_id).layers_done == 0
+
+
+def test_files_of_deleted_jobs_go_before_their_rows(
+    worker: WorkerContext, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = tmp_path / "shard"
+    shard.write_bytes(b"layer")
+    job_id, other_id = submit(), submit()
+    for each in (job_id, other_id):
+        worker.store.put(f"work/{each}/aa.safetensors", shard)
+        worker.store.put(f"artifacts/{each}/1/model.safetensors", shard)
+    with worker.database.write() as session:
+        gone = {"status": JobStatus.FAILED, "deleted_at": database.now(session)}
+        session.execute(update(Job).where(Job.id == job_id).values(**gone))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(worker.store, "delete", Mock(side_effect=OSError("the store is away")))
+        with pytest.raises(OSError, match="away"):
+            remove_deleted(worker.database, worker.store)
+    remove_deleted(worker.database, worker.store)
+    assert list(worker.store.list(f"work/{job_id}")) == list(worker.store.list(f"artifacts/{job_id}")) == []
+    assert worker.store.exists(f"artifacts/{other_id}/1/model.safetensors")
+    with worker.database.read() as session:
+        assert session.scalars(select(Job.id)).all() == [other_id]
 
 
 def test_a_worker_on_the_embedded_broker_is_refused(worker: WorkerContext) -> None:
