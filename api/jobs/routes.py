@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Depends, Header, Query, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime, Field
+from sqlalchemy.orm import Session
 
 from api.dependencies import Context, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
 from api.errors import documented
@@ -29,6 +31,7 @@ from api.jobs.schemas import (
     JobSubmit,
 )
 from api.jobs.submission import plan_job
+from api.settings import Settings
 from api.wake import wake
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 503))
@@ -53,28 +56,62 @@ DryRun = Annotated[bool, Query(description="Answer with the plan, 200, and store
 _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "description": "With `dry_run`"}}
 
 
-@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413) | _PLANNED)
-def submit_job(
-    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
+@dataclass(frozen=True)
+class Acceptance:
+    """What it takes to make a job of a request: sessions, settings, and the answer's header."""
+
+    project_id: str
+    settings: Settings
+    reading: Session
+    writing: Session
+    background: BackgroundTasks
+    response: Response
+    idempotency_key: str | None
+
+    def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
+        """Plan and store a job, or find the one that an earlier request with the same key made."""
+        job = service.find_repeated(self.reading, self.project_id, self.idempotency_key, body)
+        if job is None:
+            planned = plan_job(body, self.settings)  # before the write session's first statement: no lock yet
+            job = service.create(
+                self.writing,
+                self.project_id,
+                planned,
+                self.settings,
+                self.idempotency_key,
+                clone_of=clone_of,
+            )
+            self.background.add_task(wake, job.device_class, broker_url=self.settings.broker_url)
+        self.response.headers["Location"] = f"/v1/jobs/{job.id}"
+        return JobRead.of(job)
+
+
+def _acceptance(
     caller: Submitter,
     settings: CurrentSettings,
     reading: ReadSession,
-    session: WriteSession,
+    writing: WriteSession,
     background: BackgroundTasks,
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
+) -> Acceptance:
+    return Acceptance(caller.project_id, settings, reading, writing, background, response, idempotency_key)
+
+
+Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
+
+
+@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413) | _PLANNED)
+def submit_job(
+    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
+    accepting: Accepting,
     dry_run: DryRun = False,
 ) -> JobRead | JSONResponse:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
     if dry_run:
-        return JSONResponse(service.preview(plan_job(body, settings)).model_dump(mode="json"))
-    job = service.find_repeated(reading, caller.project_id, idempotency_key, body)
-    if job is None:
-        planned = plan_job(body, settings)  # before the write session's first statement: no lock is held yet
-        job = service.create(session, caller.project_id, planned, settings, idempotency_key)
-        background.add_task(wake, job.device_class, broker_url=settings.broker_url)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobRead.of(job)
+        planned = plan_job(body, accepting.settings)
+        return JSONResponse(service.preview(planned).model_dump(mode="json"))
+    return accepting.accept(body)
 
 
 @router.post("/estimate", response_model=Estimate, responses=documented(400, 413))
@@ -207,23 +244,11 @@ def retry_job(
 def clone_job(
     job_id: str,
     overrides: JobOverrides,
-    caller: Submitter,
-    settings: CurrentSettings,
-    reading: ReadSession,
-    session: WriteSession,
-    background: BackgroundTasks,
-    response: Response,
-    idempotency_key: IdempotencyKeyHeader = None,
+    accepting: Accepting,
 ) -> JobRead:
     """Submit a job like another, with changes. It reads the same revision of a dataset from the Hub."""
-    body = service.cloned(reading, caller.project_id, job_id, overrides)
-    job = service.find_repeated(reading, caller.project_id, idempotency_key, body)
-    if job is None:
-        planned = plan_job(body, settings)
-        job = service.create(session, caller.project_id, planned, settings, idempotency_key, clone_of=job_id)
-        background.add_task(wake, job.device_class, broker_url=settings.broker_url)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobRead.of(job)
+    body = service.cloned(accepting.reading, accepting.project_id, job_id, overrides)
+    return accepting.accept(body, clone_of=job_id)
 
 
 @router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
