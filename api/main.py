@@ -18,7 +18,7 @@ from api.catalogue import routes as catalogue
 from api.database import Database
 from api.dependencies import AppContext
 from api.jobs import routes as jobs
-from api.jobs.watch import JobWatch
+from api.jobs.watch import JobWatch, seqs_in
 from api.limits import BodyLimit
 from api.observability import RequestContext
 from api.openapi import ProblemAPI
@@ -42,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
         database=database,
         store=open_store(settings.store_url),
         hasher=KeyHasher.from_settings(settings),
-        watch=JobWatch(database),
+        watch=JobWatch(seqs_in(database)),
     )
 
     @asynccontextmanager

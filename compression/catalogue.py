@@ -1,7 +1,7 @@
 """What there is to choose from, in words: methods and schemes, for people and for programs that ask a server.
 
-What a scheme is follows from its data; what methods are worth is said by their papers, LLM Compressor's guide
-and docs/results.md.
+What a scheme is follows from its data; what methods are worth is said after their papers and LLM Compressor's
+guide.
 """
 
 from __future__ import annotations

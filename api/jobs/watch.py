@@ -11,7 +11,7 @@ Nothing is remembered between queries, and a waiting request holds neither a thr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -22,6 +22,9 @@ from api.database import Database
 from api.jobs import repository
 
 POLL_SECONDS = 0.25
+
+ReadSeqs = Callable[[Sequence[str]], Mapping[str, int]]
+"""Ids of jobs -> the seq of the last event of each that exists. Runs in a thread."""
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +38,8 @@ class _Waiter:
 class JobWatch:
     """To be used from one event loop."""
 
-    def __init__(self, database: Database, *, poll_seconds: float = POLL_SECONDS) -> None:
-        self._database = database
+    def __init__(self, read: ReadSeqs, *, poll_seconds: float = POLL_SECONDS) -> None:
+        self._read = read
         self._poll_seconds = poll_seconds
         self._waiting: dict[str, set[_Waiter]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -61,21 +64,29 @@ class JobWatch:
 
     async def _watch(self) -> None:
         while self._waiting:
+            asked = list(self._waiting)
             try:
-                seqs = await run_in_threadpool(self._read, list(self._waiting))
+                seqs = await run_in_threadpool(self._read, asked)
             except OperationalError as error:  # who waits is told nothing until it answers again
                 log.warning("watch_failed", error=str(error.orig))
             else:
-                self._tell(seqs)
+                self._tell(asked, seqs)
             await asyncio.sleep(self._poll_seconds)
 
-    def _read(self, job_ids: Iterable[str]) -> Mapping[str, int]:
-        with self._database.read() as session:
-            return repository.event_seqs(session, job_ids)
-
-    def _tell(self, seqs: Mapping[str, int]) -> None:
-        for job_id, waiters in self._waiting.items():
-            for waiter in waiters:
-                seq = seqs.get(job_id)
+    def _tell(self, asked: Iterable[str], seqs: Mapping[str, int]) -> None:
+        """Of others nothing is known: who began to wait during the query is told by the next."""
+        for job_id in asked:
+            seq = seqs.get(job_id)
+            for waiter in self._waiting.get(job_id, ()):
                 if seq is None or seq > waiter.since:
                     waiter.changed.set()
+
+
+def seqs_in(database: Database) -> ReadSeqs:
+    """Reads them from there."""
+
+    def read(job_ids: Sequence[str]) -> Mapping[str, int]:
+        with database.read() as session:
+            return repository.event_seqs(session, job_ids)
+
+    return read

@@ -44,14 +44,22 @@ def test_an_expired_lease_is_reaped(worker: WorkerContext, submit: Submit) -> No
         assert session.get_one(Job, job_id).status == JobStatus.QUEUED
 
 
+def two_jobs_with_files(worker: WorkerContext, submit: Submit, tmp_path: Path) -> tuple[str, str]:
+    """Each with a finished layer's shard and a file that an upload left."""
+    shard = tmp_path / "shard"
+    shard.write_bytes(b"layer")
+    job_ids = submit(), submit()
+    for each in job_ids:
+        worker.store.put(f"work/{each}/aa.safetensors", shard)
+        worker.store.put(f"artifacts/{each}/1/model.safetensors", shard)
+    return job_ids
+
+
 def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     worker: WorkerContext, submit: Submit, tmp_path: Path
 ) -> None:
-    shard = tmp_path / "shard"
-    shard.write_bytes(b"layer")
-    job_id, other_id = submit(), submit()
+    job_id, other_id = two_jobs_with_files(worker, submit, tmp_path)
     for each in (job_id, other_id):
-        worker.store.put(f"work/{each}/aa.safetensors", shard)
         with worker.database.write() as session:
             session.add(
                 JobLayer(
@@ -67,7 +75,6 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
                     at=database.now(session),
                 )
             )
-    worker.store.put(f"artifacts/{job_id}/1/model.safetensors", shard)
     with worker.database.write() as session:
         ended = {
             "status": JobStatus.FAILED,
@@ -89,12 +96,7 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
 def test_files_of_deleted_jobs_go_before_their_rows(
     worker: WorkerContext, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = tmp_path / "shard"
-    shard.write_bytes(b"layer")
-    job_id, other_id = submit(), submit()
-    for each in (job_id, other_id):
-        worker.store.put(f"work/{each}/aa.safetensors", shard)
-        worker.store.put(f"artifacts/{each}/1/model.safetensors", shard)
+    job_id, other_id = two_jobs_with_files(worker, submit, tmp_path)
     with worker.database.write() as session:
         gone = {"status": JobStatus.FAILED, "deleted_at": database.now(session)}
         session.execute(update(Job).where(Job.id == job_id).values(**gone))

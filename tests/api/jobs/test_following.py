@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +15,6 @@ import httpx
 import pytest
 import uvicorn
 
-from api.database import Database
 from api.jobs import events, leases
 from api.jobs.following import KEEP_ALIVE_SECONDS
 from api.jobs.models import AttemptOutcome
@@ -203,18 +202,16 @@ def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
     assert "event: job_cancelled" in told[0]
 
 
-def test_one_query_serves_all_and_none_is_made_for_nobody(database: Database) -> None:
-    watch = JobWatch(database, poll_seconds=0.01)
+def test_one_query_serves_all_and_none_is_made_for_nobody() -> None:
     asked: list[list[str]] = []
     answers = {"a": 3, "b": 7}
 
-    def read(job_ids: list[str]) -> dict[str, int]:
+    def read(job_ids: Sequence[str]) -> dict[str, int]:
         asked.append(sorted(job_ids))
         return dict(answers)
 
-    watch._read = read  # type: ignore[method-assign, assignment]
-
     async def scenario() -> list[bool]:
+        watch = JobWatch(read, poll_seconds=0.01)
         waiting = [watch.changed("a", 3, 5), watch.changed("a", 4, 0.1), watch.changed("b", 7, 5)]
         tasks = [asyncio.create_task(each) for each in waiting]
         await asyncio.sleep(0.05)
@@ -231,3 +228,18 @@ def test_one_query_serves_all_and_none_is_made_for_nobody(database: Database) ->
     assert asyncio.run(scenario()) == [True, False, True, True]
     assert asked[0] == ["a", "b"]
     assert asked[-1] == ["a"]
+
+
+def test_who_comes_during_a_query_is_not_taken_for_gone() -> None:
+    def read(job_ids: Sequence[str]) -> dict[str, int]:
+        time.sleep(0.1)
+        return dict.fromkeys(job_ids, 1)
+
+    async def scenario() -> bool:
+        watch = JobWatch(read, poll_seconds=0.01)
+        first = asyncio.create_task(watch.changed("a", 1, 1))
+        await asyncio.sleep(0.05)
+        late = await watch.changed("b", 1, 0.5)
+        return late or await first
+
+    assert not asyncio.run(scenario())
