@@ -33,7 +33,7 @@ demo: install  ## compress a real model through the real service, and ask it a q
 	@$(BIN)/python -m cli.demo
 
 test: install  ## all tests that need nothing but .venv
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not peer and not vllm'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m 'not peer and not vllm'
 
 check: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check $(LINTED)
