@@ -1,4 +1,4 @@
-"""Run by Alembic: connects, and migrates in one transaction, while every other process that wants to waits."""
+"""Run by Alembic: connects, and migrates in one transaction, while other processes that want to wait."""
 
 from __future__ import annotations
 

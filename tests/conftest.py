@@ -60,6 +60,8 @@ def postgres() -> Iterator[PostgresServer]:
     """A real PostgreSQL; tests take databases of their own with `new_database`."""
     from tests.support.postgres import running_postgres
 
-    with tempfile.TemporaryDirectory(prefix="pg-") as folder:  # its socket's path has to be short
-        with running_postgres(Path(folder)) as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="pg-") as folder,  # the path of its socket has to be short
+        running_postgres(Path(folder)) as server,
+    ):
+        yield server

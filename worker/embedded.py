@@ -50,7 +50,7 @@ def run_embedded(settings: Settings) -> None:
     if make_url(settings.database_url).get_backend_name() != "sqlite":
         raise ServeRefused(
             "broker_needed",
-            "An embedded server gives back every job that runs, so it has to be the only one on its database. "
+            "An embedded server gives back every job that runs, so its database has to be its own. "
             "Set BITMILL_BROKER_URL to a redis:// URL and run `bitmill worker` beside it, or use SQLite.",
         )
     with _only_one(settings.data_dir):

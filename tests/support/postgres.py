@@ -1,4 +1,4 @@
-"""A real PostgreSQL on this machine, from its wheel: a server on a socket, and databases made from a template."""
+"""A real PostgreSQL on this machine, from its wheel, and databases that are copies of a migrated one."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def running_postgres(folder: Path) -> Iterator[PostgresServer]:
 
 @contextmanager
 def new_database(server: PostgresServer, template: str = _TEMPLATE) -> Iterator[str]:
-    """The URL of a database of its own, migrated unless it is made from `template1`; it is gone afterwards."""
+    """The URL of a database of its own, migrated unless made from `template1`; it is gone afterwards."""
     name = f"test_{os.getpid()}_{next(_names)}"
     _execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield server.url(name)
