@@ -1,7 +1,8 @@
 """The database: engine, sessions, and the one clock that every host agrees on.
 
 Writers on SQLite begin with BEGIN IMMEDIATE, so that a transaction that read and then writes never fails
-half-way; readers begin with plain BEGIN and see one snapshot. On PostgreSQL both are ordinary transactions.
+half-way; on PostgreSQL they run beside each other, and lock the rows or the names that they decide by.
+Readers see one snapshot on both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, MetaData, create_engine, event, make_url, select
+from sqlalchemy import JSON, DateTime, MetaData, create_engine, event, func, make_url, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.ext.compiler import compiles
@@ -24,6 +25,10 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 BUSY_TIMEOUT_SECONDS = 5
+_ONE_SNAPSHOT: dict[str, dict[str, Any]] = {
+    "sqlite": {},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
 _POOL_SIZE = 10
 _POOL_OVERFLOW = 40  # the server's thread pool has 40 threads, and workers may share the process
 
@@ -88,6 +93,15 @@ def now(session: Session) -> datetime:
     return session.execute(select(_Now())).scalar_one()
 
 
+def lock(session: Session, name: str) -> None:
+    """Let no other transaction past this line with the same name until this one ends.
+
+    For what has no row yet that could be locked. A writer on SQLite is alone as it is.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
 class Database:
     """Sessions on one database.
 
@@ -97,7 +111,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
-        self._read = sessionmaker(self.engine, expire_on_commit=False)
+        reading = self.engine.execution_options(**_ONE_SNAPSHOT[self.engine.dialect.name])
+        self._read = sessionmaker(reading, expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
 
     @contextmanager
@@ -118,10 +133,18 @@ class Database:
 
 
 def make_engine(url: str) -> Engine:
-    """An engine for that URL; for SQLite with the file's folder made and the pragmas set."""
-    if make_url(url).get_backend_name() != "sqlite":
+    """An engine for that URL; for SQLite with the file's folder made and the pragmas set.
+
+    Raises:
+        ValueError: the database is neither PostgreSQL nor a file of SQLite.
+    """
+    parts = make_url(url)
+    if parts.get_backend_name() == "postgresql":
+        url = parts.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
         return create_engine(url, pool_size=_POOL_SIZE, max_overflow=_POOL_OVERFLOW, pool_pre_ping=True)
-    file = make_url(url).database
+    if parts.get_backend_name() != "sqlite":
+        raise ValueError(f"Bitmill keeps its jobs in SQLite or PostgreSQL, not in {parts.get_backend_name()}")
+    file = parts.database
     if not file or file == ":memory:":
         raise ValueError("SQLite needs a file: every connection to :memory: is a database of its own")
     Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

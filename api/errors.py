@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -156,6 +156,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(OperationalError, _on_database_error)
+    app.add_exception_handler(InterfaceError, _on_database_error)
+    app.add_exception_handler(DataError, _on_impossible_value)
 
 
 def _on_api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -241,7 +243,7 @@ def _methods(request: Request) -> set[str]:
 
 
 def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError)
+    assert isinstance(error, OperationalError | InterfaceError)
     log.error("database_unavailable", error=str(error.orig))
     return problem_response(
         503,
@@ -250,3 +252,11 @@ def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
         "Try again.",
         headers={"Retry-After": _RETRY_SECONDS},
     )
+
+
+def _on_impossible_value(_request: Request, error: Exception) -> JSONResponse:
+    """PostgreSQL has no text with NUL in it, wherever in a request it comes from."""
+    assert isinstance(error, DataError)
+    log.info("value_not_storable", error=str(error.orig))
+    message = "A value of this request is none that the database can hold, or look for."
+    return problem_response(422, "value_not_storable", message, "Leave out the character U+0000.")

@@ -56,7 +56,7 @@ def serve(
     try:
         run_embedded(settings)
     except ServeRefused as error:
-        fail(Exit.FAILED, "already_served", str(error), as_json=as_json)
+        fail(Exit.FAILED, error.code, str(error), as_json=as_json)
     except RuntimeError as error:
         fail(Exit.FAILED, "server_died", str(error), as_json=as_json, hint="Its log above says why.")
 

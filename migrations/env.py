@@ -1,4 +1,4 @@
-"""Run by Alembic: connects, and migrates in one transaction."""
+"""Run by Alembic: connects, and migrates in one transaction, while other processes that want to wait."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from api.database import Base, make_engine
 # Importing these fills Base.metadata.
 _TABLES = (api.jobs.models, api.projects.models, api.workers.models)
 
+_LOCK = 0x6269746D696C6C  # "bitmill": a number that nobody else uses
+
 # SQLite's reflection cannot see that a column of this index is descending; a test looks at its SQL instead.
 _NOT_REFLECTED = {"sqlite": {"ix_jobs_claim"}}
 
@@ -22,6 +24,8 @@ def _comparable(_item: object, name: str | None, kind: str, *_rest: object) -> b
 
 _engine = make_engine(context.config.attributes["database_url"])
 with _engine.execution_options(immediate=True).begin() as _connection:
+    if _connection.dialect.name == "postgresql":  # on SQLite a writer is alone anyhow
+        _connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
     context.configure(
         connection=_connection,
         target_metadata=Base.metadata,

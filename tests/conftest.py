@@ -10,6 +10,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.support.postgres import PostgresServer
     from tests.support.s3 import S3Server
 
 
@@ -50,4 +52,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     from tests.support.s3 import running_s3
 
     with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL; tests take databases of their own with `new_database`."""
+    from tests.support.postgres import running_postgres
+
+    with (
+        tempfile.TemporaryDirectory(prefix="pg-") as folder,  # the path of its socket has to be short
+        running_postgres(Path(folder)) as server,
+    ):
         yield server

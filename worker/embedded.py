@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 import uvicorn
+from sqlalchemy import make_url
 
 import migrations
 from api.jobs import leases
@@ -29,7 +30,11 @@ log = structlog.get_logger(__name__)
 
 
 class ServeRefused(Exception):
-    """Another process serves the same data folder; the message says which folder."""
+    """Why there can be no embedded server. Codes: `already_served`, `broker_needed`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_embedded(settings: Settings) -> None:
@@ -38,10 +43,16 @@ def run_embedded(settings: Settings) -> None:
     Brings the database's schema up to date first.
 
     Raises:
-        ServeRefused: the data folder is being served.
+        ServeRefused: the data folder is being served, or the database may have other servers.
         RuntimeError: API or worker ended by itself; the log says why.
     """
     configure_logging(settings)
+    if make_url(settings.database_url).get_backend_name() != "sqlite":
+        raise ServeRefused(
+            "broker_needed",
+            "An embedded server gives back every job that runs, so its database has to be its own. "
+            "Set BITMILL_BROKER_URL to a redis:// URL and run `bitmill worker` beside it, or use SQLite.",
+        )
     with _only_one(settings.data_dir):
         migrations.upgrade(settings.database_url)
         api = uvicorn.Config(
@@ -98,7 +109,8 @@ def _only_one(data_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(lock)
         raise ServeRefused(
-            f"Another `bitmill serve` uses {data_dir}. Stop it, or set BITMILL_DATA_DIR to another folder."
+            "already_served",
+            f"Another `bitmill serve` uses {data_dir}. Stop it, or set BITMILL_DATA_DIR to another folder.",
         ) from None
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Body, Depends, Header, Query, Response
@@ -51,7 +52,9 @@ LabelFilter = Annotated[
     Query(max_length=32, description="key:value; given more than once, jobs have all of them."),
 ]
 
-
+Moment = Annotated[
+    AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(3000, 1, 1, tzinfo=UTC))
+]
 DryRun = Annotated[bool, Query(description="Answer with the plan, 200, and store nothing.")]
 _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "description": "With `dry_run`"}}
 
@@ -133,8 +136,8 @@ def list_jobs(
     scheme: Annotated[str | None, Query(max_length=120)] = None,
     method: Annotated[str | None, Query(max_length=120, description="As a job says it.")] = None,
     label: LabelFilter = (),
-    created_after: AwareDatetime | None = None,
-    created_before: AwareDatetime | None = None,
+    created_after: Moment | None = None,
+    created_before: Moment | None = None,
     sort: JobOrder = JobOrder.NEWEST,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,

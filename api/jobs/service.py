@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -94,9 +94,11 @@ def create(
     clone_of: str | None = None,
 ) -> Job:
     """Store a planned job with its first event, or find the one of a request with the same key."""
-    repeated = find_repeated(session, project_id, idempotency_key, planned.body)
-    if repeated is not None:
-        return repeated
+    if idempotency_key is not None:
+        database.lock(session, f"{project_id} {SUBMIT_ROUTE} {idempotency_key}")
+        repeated = find_repeated(session, project_id, idempotency_key, planned.body)
+        if repeated is not None:
+            return repeated
     now = database.now(session)
     job = _new_job(project_id, planned, settings, now)
     session.add(job)
@@ -340,9 +342,10 @@ def _read_cursor(cursor: str) -> Position:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
         created_at, job_id = text.split(" ")
         moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None:
-            raise ValueError("a cursor's time has a zone")
-    except (binascii.Error, ValueError) as error:
+        if moment.tzinfo is None or "\0" in job_id:
+            raise ValueError("a cursor's time has a zone, and its id could be one")
+        moment = moment.astimezone(UTC)
+    except (binascii.Error, OverflowError, ValueError) as error:
         message = "This is not a cursor of this list."
         raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
     return Position(moment, job_id)

@@ -7,6 +7,7 @@ import json
 import structlog
 from sqlalchemy.orm import Session
 
+from api import database
 from api.errors import Unauthorized
 from api.projects import repository
 from api.security import KeyHasher, Principal, Scope, is_well_formed, new_key, write_private
@@ -50,6 +51,7 @@ def ensure_first_key(session: Session, hasher: KeyHasher, settings: Settings) ->
     The file comes before the commit: a crash in between leaves a database without keys, and the next start
     makes another one.
     """
+    database.lock(session, "first key")
     if repository.has_keys(session):
         return
     key = create_key(session, hasher, FIRST_PROJECT, "first key", (Scope.ADMIN,))

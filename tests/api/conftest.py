@@ -16,6 +16,7 @@ import migrations
 from api.database import Database
 from api.main import create_app
 from api.settings import Settings
+from tests.support.postgres import new_database
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,25 @@ class Server:
         return job
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of its own at the newest revision, in turn on each of the two kinds."""
+    if request.param == "postgresql":
+        with new_database(request.getfixturevalue("postgres")) as url:
+            yield url
+    else:
+        file = tmp_path / "bitmill.db"
+        shutil.copy(request.getfixturevalue("migrated_file"), file)
+        yield f"sqlite:///{file}"
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, database_url: str) -> Settings:
     root = tmp_path / "root"
     root.mkdir()
-    return Settings(data_dir=tmp_path / "data", local_roots=(root,), max_body_bytes=200_000)
+    data = tmp_path / "data"
+    data.mkdir()
+    return Settings(data_dir=data, database_url=database_url, local_roots=(root,), max_body_bytes=200_000)
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +77,8 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(settings: Settings, migrated_file: Path) -> Iterator[Database]:
-    settings.data_dir.mkdir()
-    shutil.copy(migrated_file, settings.data_dir / "bitmill.db")
-    database = Database(settings.database_url)
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
     yield database
     database.close()
 

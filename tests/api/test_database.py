@@ -21,6 +21,7 @@ def add_project(database: Database, name: str, created_at: datetime | None = Non
         session.add(Project(id=name, name=name, created_at=created_at or clock.now(session)))
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_pragmas(database: Database) -> None:
     with database.read() as session:
         found = {
@@ -30,6 +31,7 @@ def test_pragmas(database: Database) -> None:
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_write_that_reads_first_waits_for_the_other_writer(database: Database) -> None:
     """With a plain BEGIN, both would read the old number and one would fail or be lost."""
     add_project(database, "0")
@@ -120,3 +122,23 @@ def test_an_unwritable_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises((NotADirectoryError, FileExistsError, OperationalError)):
         Database(f"sqlite:///{tmp_path / 'file' / 'bitmill.db'}")
+
+
+def test_one_transaction_at_a_time_has_a_name(database: Database) -> None:
+    """Both would read the old number, without a lock on PostgreSQL."""
+    add_project(database, "0")
+
+    def increase() -> None:
+        for _ in range(10):
+            with database.write() as session:
+                clock.lock(session, "projects")
+                project = session.scalars(select(Project)).one()
+                project.name = str(int(project.name) + 1)
+
+    threads = [threading.Thread(target=increase) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        assert session.scalars(select(Project.name)).one() == "40"

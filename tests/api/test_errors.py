@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 import structlog
 from fastapi.testclient import TestClient
-from sqlalchemy import event
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from api.errors import pointer_to
@@ -148,9 +148,11 @@ def test_a_body_too_large_is_refused_as_it_comes(server: Server) -> None:
     assert server.http.get("/v1/jobs").json()["items"] == []
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_database_that_is_busy_is_a_503(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.database.BUSY_TIMEOUT_SECONDS", 0)
-    holder = sqlite3.connect(server.settings.data_dir / "bitmill.db", isolation_level=None)
+    file = make_url(server.settings.database_url).database
+    holder = sqlite3.connect(str(file), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE").close()
     key = {"Authorization": server.http.headers["Authorization"]}
     with TestClient(create_app(server.settings)) as http:
@@ -166,9 +168,8 @@ def test_an_unexpected_failure_tells_nothing_of_the_inside(
 ) -> None:
     """A row that no migration could have made breaks the route that reads it."""
     job = server.submit()
-    with sqlite3.connect(server.settings.data_dir / "bitmill.db") as connection:
-        connection.execute("UPDATE jobs SET status = 'no such status'")
-    connection.close()
+    with server.database.write() as session:
+        session.execute(text("UPDATE jobs SET status = 'no such status'"))
     configure_logging(server.settings)
     answer = server.http.get(f"/v1/jobs/{job['id']}")
     problem = assert_problem(answer, 500, "internal_error")
@@ -193,6 +194,15 @@ def test_what_was_not_committed_is_not_accepted(server: Server) -> None:
         event.remove(app.state.context.database.engine, "commit", fail)
     assert_problem(answer, 503, "database_unavailable")
     assert server.http.get("/v1/jobs").json()["items"] == []
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_text_that_postgresql_cannot_hold_is_refused(server: Server) -> None:
+    texts = {"texts": ["A text with \0 in it."]}
+    answer = server.http.post("/v1/jobs", json=server.body(dataset=texts, method="rtn"))
+    assert_problem(answer, 422, "value_not_storable")
+    assert_problem(server.http.get("/v1/jobs/%00"), 422, "value_not_storable")
+    assert_problem(server.http.get("/v1/jobs?model=a%00"), 422, "value_not_storable")
 
 
 def test_request_ids_are_taken_over_if_they_are_clean(server: Server) -> None:

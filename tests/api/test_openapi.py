@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+from api.document import openapi_text
 from tests.api.conftest import Server
 
 
@@ -15,6 +17,17 @@ def operations(server: Server) -> list[tuple[str, str, dict[str, Any]]]:
         for path, item in spec["paths"].items()
         for method, operation in item.items()
     ]
+
+
+def test_the_committed_document_is_this_version_s() -> None:
+    committed = (Path(__file__).parents[2] / "docs" / "openapi.json").read_text()
+    assert openapi_text() == committed, "run `python -m api.document > docs/openapi.json`"
+
+
+def test_no_parameter_can_be_null(server: Server) -> None:
+    for method, path, operation in operations(server):
+        for parameter in operation.get("parameters", ()):
+            assert {"type": "null"} not in parameter["schema"].get("anyOf", ()), (method, path, parameter)
 
 
 def test_operation_ids_are_the_names_of_the_functions(server: Server) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from api import database as clock
 from api.database import Database
 from api.main import create_app
 from api.projects.models import ApiKey
-from api.projects.service import create_key
+from api.projects.service import create_key, ensure_first_key
 from api.security import KeyHasher, Scope, is_well_formed, new_key
 from api.settings import Settings
 from tests.api.conftest import Server
@@ -64,6 +65,21 @@ def test_the_first_key_is_written_once(server: Server) -> None:
     with server.database.read() as session:
         (key,) = session.scalars(select(ApiKey)).all()
     assert json.loads(first)["api_key"] not in json.dumps([key.digest, key.name, key.id])
+
+
+def test_processes_that_start_at_once_make_one_key(settings: Settings, database: Database) -> None:
+    hasher, start = KeyHasher.from_settings(settings), threading.Barrier(4)
+
+    def make(_: int) -> None:
+        start.wait()
+        with database.write() as session:
+            ensure_first_key(session, hasher, settings)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(make, range(4)))
+    with database.read() as session:
+        (key,) = session.scalars(select(ApiKey)).all()
+    assert key.digest == hasher.digest(json.loads(settings.credentials_file.read_text())["api_key"])
 
 
 def test_a_crash_before_the_commit_is_made_good(settings: Settings, database: Database) -> None:

@@ -14,6 +14,7 @@ import migrations
 from api.database import make_engine
 from tests.cli.bitmill import bitmill
 from tests.cli.conftest import Server
+from tests.support.postgres import PostgresServer, new_database
 
 PROCESSES = ("cli.demo.answer", "cli.demo.convert")  # the demo runs these by themselves
 
@@ -68,6 +69,13 @@ def test_db_upgrade_makes_the_schema_and_can_be_repeated(tmp_path: Path) -> None
     engine = make_engine(f"sqlite:///{file}")
     assert migrations.current(engine) == migrations.head()
     engine.dispose()
+
+
+def test_db_upgrade_on_postgresql(tmp_path: Path, postgres: PostgresServer) -> None:
+    with new_database(postgres, template="template1") as url:
+        result = bitmill(tmp_path, "db", "upgrade", "--json", DATABASE_URL=url)
+        assert (result.code, result.json) == (0, {"revision": migrations.head()})
+        migrations.check(url)
 
 
 def test_no_module_of_the_command_line_imports_torch() -> None:

@@ -75,3 +75,8 @@ def test_a_worker_on_the_embedded_broker_is_refused(tmp_path: Path) -> None:
 def test_two_servers_on_one_data_folder_are_one_too_many(server: Server) -> None:
     result = server.bitmill("serve", "--port", "0", "--json")
     assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "already_served")
+
+
+def test_an_embedded_server_wants_its_database_for_itself(tmp_path: Path) -> None:
+    result = bitmill(tmp_path, "serve", "--json", DATABASE_URL="postgresql://somewhere/bitmill")
+    assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "broker_needed")

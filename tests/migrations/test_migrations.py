@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import inspect
 
 import migrations
+from api.database import make_engine
+from tests.support.postgres import new_database
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'a folder' / 'bitmill.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database."""
+    if request.param == "postgresql":
+        with new_database(request.getfixturevalue("postgres"), template="template1") as url:
+            yield url
+    else:
+        yield f"sqlite:///{tmp_path / 'a folder' / 'bitmill.db'}"
 
 
 def tables(url: str) -> set[str]:
-    engine = create_engine(url)
+    engine = make_engine(url)
     names = set(inspect(engine).get_table_names()) - {"alembic_version"}
     engine.dispose()
     return names
@@ -30,7 +38,7 @@ def test_up_down_up(url: str) -> None:
     migrations.downgrade(url, "base")
     assert tables(url) == set()
     migrations.upgrade(url)
-    engine = create_engine(url)
+    engine = make_engine(url)
     assert migrations.current(engine) == migrations.head()
     engine.dispose()
 
@@ -42,9 +50,13 @@ def test_no_table_differs_from_the_code(url: str) -> None:
 
 def test_the_claim_index_is_descending_in_priority(url: str) -> None:
     migrations.upgrade(url)
-    engine = create_engine(url)
+    engine = make_engine(url)
+    table = (
+        ("pg_indexes", "indexdef", "indexname") if "postgresql" in url else ("sqlite_master", "sql", "name")
+    )
+    catalogue, definition, name = table
     with engine.connect() as connection:
-        query = "SELECT sql FROM sqlite_master WHERE name = 'ix_jobs_claim'"
+        query = f"SELECT {definition} FROM {catalogue} WHERE {name} = 'ix_jobs_claim'"
         sql = connection.exec_driver_sql(query).scalar_one()
     engine.dispose()
     assert "priority DESC" in sql

@@ -97,6 +97,14 @@ class TestList:
         answer = server.http.get("/v1/jobs", params={"created_after": "2026-01-01T00:00:00"})
         assert answer.status_code == 422  # whose midnight?
 
+    @pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+    def test_times_that_no_clock_shows_are_refused(self, server: Server, moment: str) -> None:
+        for name in ("created_after", "created_before"):
+            assert server.http.get("/v1/jobs", params={name: moment}).status_code == 422
+        cursor = base64.urlsafe_b64encode(f"{moment} job".encode()).decode()
+        answer = server.http.get("/v1/jobs", params={"cursor": cursor})
+        assert (answer.status_code, answer.json()["code"]) == (422, "bad_cursor")
+
     @pytest.mark.parametrize(
         "cursor",
         ["x", "!!!!", base64.urlsafe_b64encode(b"2026-01-01T00:00:00 job_1").decode(), "é", "AA==", "a b"],

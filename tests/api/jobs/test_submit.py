@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from api.jobs.models import Job
+from api.jobs.models import IdempotencyKey, Job
 from tests.api.conftest import Server
 
 
@@ -293,9 +294,8 @@ class TestIdempotency:
     def test_a_key_is_free_again_after_a_day(self, server: Server) -> None:
         headers = {"Idempotency-Key": "night-1"}
         first = server.http.post("/v1/jobs", json=server.body(), headers=headers).json()["id"]
-        with sqlite3.connect(server.settings.data_dir / "bitmill.db") as connection:
-            connection.execute("UPDATE idempotency_keys SET created_at = datetime(created_at, '-25 hours')")
-        connection.close()
+        with server.database.write() as session:
+            session.scalars(select(IdempotencyKey)).one().created_at -= timedelta(hours=25)
         second = server.http.post("/v1/jobs", json=server.body(priority=1), headers=headers)
         assert second.status_code == 202
         assert second.json()["id"] != first

@@ -1,0 +1,25 @@
+"""`python -m api.document > docs/openapi.json`: the OpenAPI document of this version."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from api.main import create_app
+from api.settings import Settings
+
+
+def openapi_text() -> str:
+    """The document, as it is committed. It is the same whatever the settings of this machine are."""
+    with tempfile.TemporaryDirectory() as folder:
+        app = create_app(Settings(data_dir=Path(folder), secret_key=SecretStr("none")))
+        app.state.context.database.close()
+    return json.dumps(app.openapi(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(openapi_text())
