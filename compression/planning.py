@@ -7,7 +7,7 @@ plans at submission. What cannot succeed is refused here, with every reason at o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -43,12 +43,13 @@ def plan(
     evaluation: Evaluation = Evaluation(),
     activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
     require: Literal["vllm"] | None = None,
+    read: Callable[[Path], Checkpoint] = read_checkpoint,
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
 
     source: a folder, or a model's name on the Hub, of which only headers are fetched. name: what the model is
     called; by default as its folder, or as on the Hub. require "vllm": what its kernels do not take is a
-    problem, otherwise a warning.
+    problem, otherwise a warning. read: reads a folder's headers; who plans many jobs reads each folder once.
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
@@ -59,7 +60,7 @@ def plan(
     problems = checks.recipe_problems(recipe, has_data) + checks.dataset_problems(dataset)
     try:
         folder, own_name = headers_of(source)
-        checkpoint = dequantized(read_checkpoint(folder))
+        checkpoint = dequantized(read(folder))
     except SourceError as error:
         raise PlanError(Problem(error.code, error.message, error.hint, "/model"), *problems) from error
     warnings: list[Problem] = []
