@@ -115,7 +115,11 @@ def test_cancelling_ends_what_waits_and_stops_what_runs(server: Server) -> None:
         assert get(server, f"/v1/jobs/{job_id}")["finished_at"] is not None
     with server.database.write() as session:
         leases.mark_cancelled(session, lease)
-    assert event_types(server.database, running)[-3:] == ["cancel_requested", "attempt_ended", "job_cancelled"]
+    assert event_types(server.database, running)[-3:] == [
+        "cancel_requested",
+        "attempt_ended",
+        "job_cancelled",
+    ]
     assert get(server, f"/v1/jobs/{succeeded}")["status"] == "succeeded"
     assert get(server, f"/v1/jobs/{alone}")["status"] == "queued"
 
