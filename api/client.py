@@ -91,12 +91,14 @@ class Client:
         status: str | None = None,
         model: str | None = None,
         scheme: str | None = None,
+        batch: str | None = None,
         cursor: str | None = None,
         limit: int = 20,
     ) -> Json:
         """A page of jobs, the newest first: {items, next_cursor}."""
-        given = {"status": status, "model": model, "scheme": scheme, "cursor": cursor, "limit": limit}
-        params = {name: value for name, value in given.items() if value is not None}
+        params = _given(
+            status=status, model=model, scheme=scheme, batch=batch, cursor=cursor, limit=limit
+        )
         return self._json("GET", "/v1/jobs", params=params)
 
     def events(self, job_id: str, *, since: int = 0, limit: int = 100) -> Json:
@@ -114,6 +116,32 @@ class Client:
     def retry(self, job_id: str) -> Json:
         """Queue a job again that did not succeed, and return it."""
         return self._json("POST", f"{_job(job_id)}/retry")
+
+    def submit_batch(
+        self, body: Json | bytes, *, name: str | None = None, idempotency_key: str | None = None
+    ) -> Json:
+        """Submit up to 1,000 jobs and return the batch, with every item: a job's id or why it was refused.
+
+        body: {"jobs": [...]} or {"sweep": {...}}, or bytes: JSON Lines, the body of a job on each.
+        """
+        sent: dict[str, Any] = {"json": body}
+        headers = _given(**{"Idempotency-Key": idempotency_key})
+        if isinstance(body, bytes):
+            sent = {"content": body}
+            headers["Content-Type"] = "application/jsonl"
+        return self._json("POST", "/v1/batches", params=_given(name=name), headers=headers, **sent)
+
+    def batch(self, batch_id: str, *, cursor: int | None = None, limit: int = 100) -> Json:
+        """A batch with its counts and a page of its items, behind the index `cursor`."""
+        return self._json("GET", _batch(batch_id), params=_given(cursor=cursor, limit=limit))
+
+    def batches(self, *, cursor: str | None = None, limit: int = 20) -> Json:
+        """A page of batches, the newest first: {items, next_cursor}."""
+        return self._json("GET", "/v1/batches", params=_given(cursor=cursor, limit=limit))
+
+    def cancel_batch(self, batch_id: str) -> Json:
+        """Cancel all jobs of a batch that wait or run, and return it."""
+        return self._json("POST", f"{_batch(batch_id)}/cancel")
 
     def workers(self) -> Json:
         """The workers that are alive: {items}."""
@@ -187,6 +215,14 @@ class Client:
 
 def _job(job_id: str) -> str:
     return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+def _batch(batch_id: str) -> str:
+    return f"/v1/batches/{quote(batch_id, safe='')}"
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _error(response: httpx.Response) -> ApiError:

@@ -3,8 +3,9 @@
 ApiError            status, code, message, hint, problems
 ├── Unauthorized    401  missing_key, wrong_key
 ├── Forbidden       403  scope_missing
-├── NotFound        404  job_not_found, report_not_available, ...
+├── NotFound        404  job_not_found, batch_not_found, report_not_available, ...
 ├── Conflict        409  not_cancellable, not_retryable, not_deletable
+├── WrongMediaType  415  unsupported_media_type
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
 └── Unavailable     503  not_ready, hub_unreachable
@@ -20,7 +21,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -79,6 +80,10 @@ class Conflict(ApiError):
     status = 409
 
 
+class WrongMediaType(ApiError):
+    status = 415
+
+
 class BadRange(ApiError):
     status = 416
 
@@ -105,6 +110,27 @@ class FieldProblem(BaseModel):
     hint: str = ""
     pointer: str = ""
     parameter: str = Field(default="", description="The query, path or header parameter to blame.")
+
+
+class Refusal(BaseModel):
+    """Why one of several things was refused: what an error would say of it alone."""
+
+    code: str = Field(examples=["unknown_scheme"])
+    detail: str = Field(examples=["There is no scheme named 'W5A16'."])
+    hint: str = Field(default="", examples=["Use one of W4A16, W8A8, FP8_DYNAMIC."])
+    errors: list[FieldProblem] = Field(default=[], description="Pointers begin at what was refused.")
+
+    @classmethod
+    def of(cls, error: ApiError) -> Refusal:
+        """What that error says."""
+        errors = [_field_problem(problem) for problem in error.problems]
+        return cls(code=error.code, detail=error.message, hint=error.hint, errors=errors)
+
+    @classmethod
+    def of_fields(cls, error: ValidationError, body: Any) -> Refusal:
+        """What is wrong with the fields of that body."""
+        details = [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
+        return _invalid_fields(details, body)
 
 
 class ProblemDetails(BaseModel):
@@ -162,13 +188,9 @@ def install(app: FastAPI) -> None:
 
 def _on_api_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    said = Refusal.of(error)
     return problem_response(
-        error.status,
-        error.code,
-        error.message,
-        error.hint,
-        errors=[_field_problem(problem) for problem in error.problems],
-        headers=error.headers,
+        error.status, said.code, said.detail, said.hint, errors=said.errors, headers=error.headers
     )
 
 
@@ -191,12 +213,17 @@ def _on_invalid_request(_request: Request, error: Exception) -> JSONResponse:
     if details[0]["type"] == "model_attributes_type" and details[0]["loc"] == ("body",):
         hint = "Send the header `Content-Type: application/json`."
         return problem_response(422, "not_a_json_object", "The body is not a JSON object.", hint)
-    errors = [_invalid_field(detail, error.body) for detail in details]
+    said = _invalid_fields(details, error.body)
+    return problem_response(422, said.code, said.detail, errors=said.errors)
+
+
+def _invalid_fields(details: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+    errors = [_invalid_field(detail, body) for detail in details]
     own = [errors[index] for index, detail in enumerate(details) if "code" in detail.get("ctx", {})]
     first = (own or errors)[0]
     code = first.code if own else "validation_error"
     where = first.pointer or first.parameter
-    return problem_response(422, code, f"{where}: {first.message}" if where else first.message, errors=errors)
+    return Refusal(code=code, detail=f"{where}: {first.message}" if where else first.message, errors=errors)
 
 
 def _invalid_field(detail: Mapping[str, Any], body: Any) -> FieldProblem:

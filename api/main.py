@@ -14,6 +14,7 @@ import migrations
 from api import errors, health
 from api.artifacts import routes as artifacts
 from api.artifacts.store import open_store
+from api.batches import routes as batches
 from api.catalogue import routes as catalogue
 from api.database import Database
 from api.dependencies import AppContext
@@ -60,8 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for router in (jobs.router, artifacts.router, workers.router, catalogue.router, health.router):
-        app.include_router(router)
+    for part in (jobs, batches, artifacts, workers, catalogue, health):
+        app.include_router(part.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app

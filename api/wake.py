@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import structlog
@@ -36,6 +37,15 @@ def wake(device_class: str, *, broker_url: str | None = None) -> bool:
         log.warning("wake_failed", device_class=device_class, error=type(error).__name__)
         return False
     return True
+
+
+def wake_all(counts: Mapping[str, int], *, broker_url: str) -> None:
+    """Ask so many workers of each class to look; the first message that cannot be sent is the last one."""
+    all(
+        wake(device_class, broker_url=broker_url)
+        for device_class, count in counts.items()
+        for _ in range(count)
+    )
 
 
 @lru_cache(maxsize=4)

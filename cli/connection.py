@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.exits import Exit
 from cli.output import fail, load_settings
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from api.settings import Settings
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_PAGE = 100
 
 
 @contextmanager
@@ -46,6 +47,19 @@ def server(*, as_json: bool) -> Iterator[Client]:
             as_json=as_json,
             hint=hint,
         )
+
+
+def first_of(read_page: Callable[[str | None, int], dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` items of a list that comes in pages. read_page: takes a cursor and the page's size."""
+    found: list[dict[str, Any]] = []
+    cursor: str | None = None
+    while len(found) < limit:
+        page = read_page(cursor, min(limit - len(found), _PAGE))
+        found += page["items"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    return found
 
 
 def _problem_text(problem: dict[str, str]) -> str:

@@ -14,27 +14,23 @@ def jobs(
         str | None,
         typer.Option(help="queued, running, cancelling, succeeded, failed, cancelled or expired."),
     ] = None,
+    batch: Annotated[str | None, typer.Option(help="Only those of this batch.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, the newest first."""
-    from cli.connection import server
+    from cli.connection import first_of, server
 
     with server(as_json=as_json) as client:
-        found: list[dict[str, Any]] = []
-        cursor: str | None = None
-        while len(found) < limit:
-            page = client.jobs(status=status, cursor=cursor, limit=min(limit - len(found), 100))
-            found += page["items"]
-            cursor = page["next_cursor"]
-            if cursor is None:
-                break
+        found = first_of(
+            lambda cursor, size: client.jobs(status=status, batch=batch, cursor=cursor, limit=size), limit
+        )
     if as_json:
         print_json({"jobs": found})
     elif found:
         _print_table(found)
     else:
-        out().print("There are no such jobs." if status else "There are no jobs yet.")
+        out().print("There are no such jobs." if status or batch else "There are no jobs yet.")
 
 
 def cancel(

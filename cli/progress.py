@@ -1,9 +1,10 @@
-"""A job's progress while one waits for it: a live bar on a terminal, a line for each event elsewhere."""
+"""Progress while one waits for a job or a batch: a live bar on a terminal, else a line for each change."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -166,3 +167,33 @@ class Bar:
         done, total = data["layer"] + 1, data["layers_total"]
         # drawn at once: the next event may come with the same answer, and would hide it
         self._progress.update(self._task, completed=done, total=total, details=details, refresh=True)
+
+
+@contextmanager
+def batch_progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """Gives what shows how many jobs of a batch are done, of how many, and what the others are."""
+    if not console.is_terminal:
+        said = ""
+
+        def say(done: int, total: int, states: str) -> None:
+            nonlocal said
+            line = f"{done}/{total} jobs  {states}"
+            if line != said:
+                console.print(line, markup=False)
+            said = line
+
+        yield say
+        return
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        TaskProgressColumn("{task.completed}/{task.total} jobs"),
+        TextColumn("{task.fields[states]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None, states="")
+
+        def draw(done: int, total: int, states: str) -> None:
+            progress.update(task, completed=done, total=total, states=f"  {states}", refresh=True)
+
+        yield draw

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc
 from sqlalchemy.orm import Mapped, mapped_column
 
+from api.batches.models import Batch
 from api.database import Base
 from api.projects.models import Project
 
@@ -28,6 +29,7 @@ class JobStatus(StrEnum):
 ACTIVE = (JobStatus.RUNNING, JobStatus.CANCELLING)
 """A worker holds the job."""
 TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
+CANCELLABLE = (JobStatus.QUEUED, JobStatus.RUNNING)
 RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
 
@@ -65,6 +67,7 @@ class Job(Base):
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
     queue_deadline: when a job that still waits expires.
     manifest_key: where the published manifest is; readers trust this row, not the store's listing.
+    batch_id, batch_index: which item of which batch it was submitted as.
     deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
     """
 
@@ -72,6 +75,8 @@ class Job(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey(Project.id))
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey(Batch.id))
+    batch_index: Mapped[int | None]
     name: Mapped[str | None] = mapped_column(String(200))
     labels: Mapped[dict[str, str]]
     priority: Mapped[int]
@@ -129,6 +134,8 @@ class Job(Base):
         Index("ix_jobs_lease", "status", "lease_until"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
+        # All that counts and pages of a batch ask for: a row is long, and its status lies behind the plan.
+        Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
     )
 
 
@@ -187,7 +194,7 @@ class JobLayer(Base):
 
 
 class IdempotencyKey(Base):
-    """A key that a caller sent with a submission: the same key and body give the same job for 24 hours."""
+    """A key that a caller sent with a submission. resource_id: of the job or batch that it made."""
 
     __tablename__ = "idempotency_keys"
 
@@ -195,5 +202,5 @@ class IdempotencyKey(Base):
     route: Mapped[str] = mapped_column(String(80), primary_key=True)
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str] = mapped_column(String(40))
+    resource_id: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(index=True)

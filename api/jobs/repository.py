@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,10 +12,10 @@ from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
+from api.cursors import Position
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
 IDEMPOTENCY_HOURS = 24
-_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class JobFilter:
     labels: Sequence[tuple[str, str]] = ()
     created_after: datetime | None = None
     created_before: datetime | None = None
+    batch: str | None = None
 
 
 class Version(NamedTuple):
@@ -57,20 +57,6 @@ class JobOrder(StrEnum):
 
     NEWEST = "-created_at"
     OLDEST = "created_at"
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the list of jobs, which is ordered by (created_at, id)."""
-
-    created_at: datetime
-    id: str
-
-
-def new_job_id(now: datetime) -> str:
-    """`job_` and a ULID, which sorts by time: 48 bits of milliseconds and 80 random ones, in base 32."""
-    number = int(now.timestamp() * 1000) << 80 | secrets.randbits(80)
-    return "job_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def get(
@@ -124,6 +110,7 @@ def list_page(
         (Job.model, wanted.model),
         (Job.scheme, wanted.scheme),
         (Job.method, wanted.method),
+        (Job.batch_id, wanted.batch),
     ):
         if value is not None:
             query = query.where(column == value)
@@ -176,9 +163,9 @@ def find_idempotency_key(
     ).one_or_none()
 
 
-def forget_idempotency_keys(session: Session, job_id: str) -> None:
+def forget_idempotency_keys(session: Session, resource_id: str) -> None:
     """Let the keys that made a job make another."""
-    session.execute(delete(IdempotencyKey).where(IdempotencyKey.job_id == job_id))
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.resource_id == resource_id))
 
 
 def add_idempotency_key(session: Session, row: IdempotencyKey) -> None:

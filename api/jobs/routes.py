@@ -124,7 +124,7 @@ def estimate_job(
     settings: CurrentSettings,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return Estimate.model_validate(plan_job(body, settings).plan.to_dict())
+    return Estimate.model_validate(plan_job(body, settings).document)
 
 
 @router.get("", response_model=JobPage)
@@ -138,13 +138,14 @@ def list_jobs(
     label: LabelFilter = (),
     created_after: Moment | None = None,
     created_before: Moment | None = None,
+    batch: Annotated[str | None, Query(max_length=40, description="The batch that a job came in.")] = None,
     sort: JobOrder = JobOrder.NEWEST,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobPage:
     """List jobs a page at a time, the newest first unless `sort` says otherwise."""
     labels = [(key, value) for key, _, value in (text.partition(":") for text in label)]
-    wanted = JobFilter(status, model, scheme, method, labels, created_after, created_before)
+    wanted = JobFilter(status, model, scheme, method, labels, created_after, created_before, batch)
     return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
 
 

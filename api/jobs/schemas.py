@@ -19,8 +19,12 @@ _TEN_YEARS = 10 * 365 * 86_400
 
 LabelKey = Annotated[str, Field(min_length=1, max_length=63, pattern=_PRINTABLE)]
 LabelValue = Annotated[str, Field(max_length=256, pattern=_PRINTABLE)]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Name = Annotated[str, Field(max_length=200, pattern=_PRINTABLE)]
 Seconds = Annotated[int, Field(ge=1, le=_TEN_YEARS)]
 DeviceClass = Literal["any", "cpu", "cuda"]
+ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore"]
+"""Fields of a submission that a recipe stands for."""
 
 
 class QualityGate(BaseModel):
@@ -76,8 +80,8 @@ class JobSubmit(BaseModel):
     require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
     resources: Resources = Resources()
     priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
-    name: str | None = Field(default=None, max_length=200, pattern=_PRINTABLE)
-    labels: dict[LabelKey, LabelValue] = Field(default={}, max_length=32)
+    name: Name | None = None
+    labels: Labels = {}
     max_runtime_seconds: Seconds | None = None
     max_queue_seconds: Seconds | None = None
 
@@ -124,6 +128,13 @@ class JobError(BaseModel):
     message: str
 
 
+class JobBatch(BaseModel):
+    """Which item of which batch a job was submitted as; `index` counts from 0."""
+
+    id: str
+    index: int
+
+
 class JobRead(BaseModel):
     """A job as it stands."""
 
@@ -152,6 +163,7 @@ class JobRead(BaseModel):
     started_at: datetime | None
     finished_at: datetime | None
     error: JobError | None
+    batch: JobBatch | None
 
     @classmethod
     def of(cls, job: Job, **more: Any) -> Self:
@@ -159,17 +171,26 @@ class JobRead(BaseModel):
         columns = set(inspect(Job).columns.keys()) - {"dataset"}
         same = {name: getattr(job, name) for name in cls.model_fields if name in columns}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
-        return cls.model_validate({**same, "dataset": job.dataset_label, "error": error, **more})
+        batch = None
+        if job.batch_id is not None and job.batch_index is not None:
+            batch = JobBatch(id=job.batch_id, index=job.batch_index)
+        made = {"dataset": job.dataset_label, "error": error, "batch": batch}
+        return cls.model_validate({**same, **made, **more})
 
 
-class JobPlanned(BaseModel):
-    """What a submission would become: nothing is stored, no job exists."""
+class JobOutline(BaseModel):
+    """What a submission would become, in short."""
 
     model: str
     scheme: str
     method: str
     layers_total: int
     device_class: DeviceClass
+
+
+class JobPlanned(JobOutline):
+    """What a submission would become: nothing is stored, no job exists."""
+
     plan: dict[str, Any] = Field(
         description="What would be done: every module's treatment, memory, disk, warnings."
     )

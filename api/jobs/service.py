@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import json
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from api import database
-from api.errors import Conflict, NotFound, Unprocessable
-from api.jobs import events, repository, scheduling
+from api.cursors import Position
+from api.errors import Conflict, NotFound
+from api.ids import new_id
+from api.jobs import events, idempotency, repository, scheduling
 from api.jobs.attempts import deadline
-from api.jobs.models import RETRYABLE, TERMINAL, IdempotencyKey, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder, Position, Version
+from api.jobs.idempotency import Repeatable
+from api.jobs.models import CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
+from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
     EventRead,
     JobDetail,
+    JobOutline,
     JobOverrides,
     JobPage,
     JobPlanned,
@@ -34,7 +35,6 @@ from api.jobs.schemas import (
 from api.jobs.submission import SHORT_FORM, PlannedJob
 from api.settings import Settings
 from api.workers import repository as workers
-from compression.errors import Problem
 from compression.recipe import DatasetSpec
 
 SUBMIT_ROUTE = "POST /v1/jobs"
@@ -60,28 +60,25 @@ def find_repeated(session: Session, project_id: str, key: str | None, body: JobS
     Raises:
         Unprocessable: `idempotency_key_reused`, for the same key with another body.
     """
-    if key is None:
-        return None
-    row = repository.find_idempotency_key(session, project_id, SUBMIT_ROUTE, key, database.now(session))
-    if row is None:
-        return None
-    if row.body_sha256 != _body_digest(body):
-        message = "This Idempotency-Key was used for another body."
-        raise Unprocessable(Problem("idempotency_key_reused", message, "Use a new key for a new job."))
-    return get_job(session, project_id, row.job_id)
+    job_id = idempotency.find(session, _repeatable(project_id, key, body))
+    return None if job_id is None else get_job(session, project_id, job_id)
 
 
-def preview(planned: PlannedJob) -> JobPlanned:
-    """What a planned job would be."""
+def outline(planned: PlannedJob) -> JobOutline:
+    """What a planned job would be, in short."""
     recipe = planned.plan.recipe
-    return JobPlanned(
+    return JobOutline(
         model=planned.body.model,
         scheme=recipe.representation,
         method=recipe.methods,
         layers_total=len(planned.plan.layers),
         device_class=planned.body.resources.device_class,
-        plan=planned.plan.to_dict(),
     )
+
+
+def preview(planned: PlannedJob) -> JobPlanned:
+    """What a planned job would be."""
+    return JobPlanned(**outline(planned).model_dump(), plan=planned.document)
 
 
 def create(
@@ -94,30 +91,30 @@ def create(
     clone_of: str | None = None,
 ) -> Job:
     """Store a planned job with its first event, or find the one of a request with the same key."""
-    if idempotency_key is not None:
-        database.lock(session, f"{project_id} {SUBMIT_ROUTE} {idempotency_key}")
-        repeated = find_repeated(session, project_id, idempotency_key, planned.body)
-        if repeated is not None:
-            return repeated
     now = database.now(session)
-    job = _new_job(project_id, planned, settings, now)
-    session.add(job)
-    session.flush()
-    origin = {} if clone_of is None else {"clone_of": clone_of}
-    events.append(session, job.id, "job_queued", {"device_class": job.device_class, **origin})
-    for warning in planned.plan.warnings:
-        events.append(session, job.id, "warning", {"code": warning.code, "message": warning.message})
-    if idempotency_key is not None:
-        row = IdempotencyKey(
-            project_id=project_id,
-            route=SUBMIT_ROUTE,
-            key=idempotency_key,
-            body_sha256=_body_digest(planned.body),
-            job_id=job.id,
-            created_at=now,
-        )
-        repository.add_idempotency_key(session, row)
+    job = new_job(new_id("job", now), project_id, planned, settings, now)
+    request = _repeatable(project_id, idempotency_key, planned.body)
+    made = idempotency.keep(session, request, job.id, now)
+    if made != job.id:
+        return get_job(session, project_id, made)
+    add(session, [job], {} if clone_of is None else {"clone_of": clone_of})
     return job
+
+
+def add(session: Session, jobs: Sequence[Job], origin: dict[str, str]) -> None:
+    """Store new jobs, each with its first events. origin: what the first one says of where it comes from."""
+    told = []
+    for job in jobs:
+        first = ("job_queued", {"device_class": job.device_class, **origin})
+        warnings = [
+            ("warning", {"code": warning["code"], "message": warning["message"]})
+            for warning in job.plan["warnings"]
+        ]
+        told += events.numbered(job, [first, *warnings], job.created_at)
+    session.add_all(jobs)
+    session.flush()  # before the events, which refer to them
+    session.add_all(told)
+    session.flush()
 
 
 def get_job(session: Session, project_id: str, job_id: str) -> Job:
@@ -165,11 +162,11 @@ def list_jobs(
     Raises:
         Unprocessable: `bad_cursor`.
     """
-    after = None if cursor is None else _read_cursor(cursor)
+    after = None if cursor is None else Position.of_cursor(cursor)
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
     more = len(jobs) > limit
     items = [JobRead.of(job) for job in jobs[:limit]]
-    return JobPage(items=items, next_cursor=_cursor(jobs[limit - 1]) if more else None)
+    return JobPage(items=items, next_cursor=_position(jobs[limit - 1]).to_cursor() if more else None)
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
@@ -201,18 +198,26 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     job = _found(repository.get_for_update(session, project_id, job_id), job_id)
     if job.status in (JobStatus.CANCELLING, JobStatus.CANCELLED):
         return job
-    if job.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+    if job.status not in CANCELLABLE:
         message = f"The job is {job.status.value} already."
         raise Conflict("not_cancellable", message, "Only queued and running jobs can be cancelled.")
-    was_queued = job.status == JobStatus.QUEUED
-    job.status = JobStatus.CANCELLED if was_queued else JobStatus.CANCELLING
-    if was_queued:
-        job.finished_at = database.now(session)
-    session.flush()
-    events.append(session, job.id, "cancel_requested", {})
-    if was_queued:
-        events.append(session, job.id, "job_cancelled", {})
+    stop(session, [job])
     return job
+
+
+def stop(session: Session, jobs: Iterable[Job]) -> None:
+    """Cancel jobs that can be cancelled and whose rows the caller holds."""
+    now = database.now(session)
+    for job in jobs:
+        told: list[tuple[str, dict[str, Any]]] = [("cancel_requested", {})]
+        if job.status == JobStatus.QUEUED:
+            job.status = JobStatus.CANCELLED
+            job.finished_at = now
+            told.append(("job_cancelled", {}))
+        else:
+            job.status = JobStatus.CANCELLING
+        session.add_all(events.numbered(job, told, now))
+    session.flush()
 
 
 def retry(session: Session, project_id: str, job_id: str) -> Job:
@@ -269,10 +274,11 @@ def delete(session: Session, project_id: str, job_id: str) -> None:
     session.flush()
 
 
-def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
-    body, plan = planned.body, planned.plan
+def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
+    """The row of a planned job, which is for the caller to `add`."""
+    body, plan, memory = planned.body, planned.plan, planned.document["memory"]["exact"]
     return Job(
-        id=repository.new_job_id(now),
+        id=job_id,
         project_id=project_id,
         name=body.name,
         labels=body.labels,
@@ -291,10 +297,10 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
         max_attempts=settings.max_attempts,
-        plan=plan.to_dict(),
+        plan=planned.document,
         device_class=body.resources.device_class,
-        required_host_bytes=plan.memory.host_bytes,
-        required_gpu_bytes=plan.memory.gpu_bytes,
+        required_host_bytes=memory["host_bytes"],
+        required_gpu_bytes=memory["gpu_bytes"],
         status=JobStatus.QUEUED,
         layers_done=0,
         layers_total=len(plan.layers),
@@ -326,26 +332,9 @@ def _dataset_label(dataset: DatasetSpec | None) -> str | None:
     return dataset.path or dataset.hub or dataset.s3 or f"{len(dataset.texts or ())} inline texts"
 
 
-def _body_digest(body: JobSubmit) -> str:
-    """Two bodies that ask for the same have the same digest, however they are spelled."""
-    text = json.dumps(body.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _repeatable(project_id: str, key: str | None, body: JobSubmit) -> Repeatable:
+    return Repeatable(project_id, SUBMIT_ROUTE, key, body)
 
 
-def _cursor(job: Job) -> str:
-    text = f"{job.created_at.isoformat()} {job.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> Position:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        created_at, job_id = text.split(" ")
-        moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None or "\0" in job_id:
-            raise ValueError("a cursor's time has a zone, and its id could be one")
-        moment = moment.astimezone(UTC)
-    except (binascii.Error, OverflowError, ValueError) as error:
-        message = "This is not a cursor of this list."
-        raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
-    return Position(moment, job_id)
+def _position(job: Job) -> Position:
+    return Position(job.created_at, job.id)

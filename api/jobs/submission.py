@@ -3,77 +3,135 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_args
 
 from pydantic import ValidationError
 
 from api.errors import Unprocessable, pointer_to
-from api.jobs.schemas import JobSubmit
-from api.jobs.sources import resolve_dataset, resolve_model
+from api.jobs.schemas import JobSubmit, ShortForm
+from api.jobs.sources import ModelSource, resolve_dataset, resolve_model
 from api.settings import Settings
-from compression.errors import PlanError, Problem
+from compression.checkpoint.headers import read_checkpoint
+from compression.errors import CompressionError, PlanError, Problem
 from compression.hub.environment import HubEnvironment
 from compression.planning import plan
 from compression.plans import Plan
-from compression.recipe import DatasetSpec, Recipe
+from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
-SHORT_FORM = frozenset({"scheme", "method", "observer", "group_size", "targets", "ignore"})
-"""Fields of a submission that a recipe stands for."""
+SHORT_FORM: frozenset[str] = frozenset(get_args(ShortForm))
 _STEP = re.compile(r"/recipe/steps/\d+/")
+
+Asked = TypeVarTuple("Asked")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """What a submission became. source: what the worker is told. dataset: with path or revision resolved."""
+    """What a submission became. source: what the worker is told. dataset: with path or revision resolved.
+    document: the plan as JSON. Jobs of the same work share both."""
 
     body: JobSubmit
     source: str
     dataset: DatasetSpec | None
     plan: Plan
+    document: dict[str, Any]
+
+
+class _Work(NamedTuple):
+    """All that a plan depends on."""
+
+    source: ModelSource
+    recipe: Recipe
+    dataset: DatasetSpec | None
+    calibration: Calibration
+    evaluation: Evaluation
+    require: Literal["vllm"] | None
+
+
+class Planner:
+    """Plans submissions that come in one request: sources are looked up once, a model's headers are read
+    once, and the same work is planned once."""
+
+    def __init__(self, settings: Settings) -> None:
+        hub = HubEnvironment.read()
+        roots, prefixes = settings.local_roots, settings.s3_prefixes
+        self._activation_budget_bytes = settings.activation_budget_bytes
+        self._model = _once(lambda model: resolve_model(model, roots, hub))
+        self._dataset = _once(lambda dataset: resolve_dataset(dataset, roots, prefixes, hub))
+        self._headers = _once(read_checkpoint)
+        self._work = _once(self._plan_work)
+
+    def plan(self, body: JobSubmit) -> PlannedJob:
+        """Plan a submission. Reads headers only, for a model on the Hub over the network; takes no database.
+
+        Raises:
+            Unprocessable: it cannot succeed; with every problem that could be found.
+            Unavailable: `hub_unreachable`.
+        """
+        problems: list[Problem] = []
+        recipe = source = dataset = None
+        try:
+            recipe = _recipe(body)
+        except PlanError as error:
+            problems += error.problems
+        try:
+            source = self._model(body.model)
+        except PlanError as error:
+            problems += error.problems
+        try:
+            dataset = body.dataset and self._dataset(body.dataset)
+        except PlanError as error:
+            problems += error.problems
+        problems += _gate_problems(body)
+        if recipe is None or source is None or problems:
+            raise Unprocessable(*problems)
+        work = _Work(source, recipe, dataset, body.calibration, body.evaluation, body.require)
+        try:
+            planned, document = self._work(work)
+        except PlanError as error:
+            raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
+        return PlannedJob(body, source.source, dataset, planned, document)
+
+    def _plan_work(self, work: _Work) -> tuple[Plan, dict[str, Any]]:
+        planned = plan(
+            work.source.folder,
+            work.recipe,
+            name=work.source.name,
+            dataset=work.dataset,
+            calibration=work.calibration,
+            evaluation=work.evaluation,
+            activation_budget_bytes=self._activation_budget_bytes,
+            require=work.require,
+            read=self._headers,
+        )
+        return planned, planned.to_dict()
 
 
 def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
-    """Plan a submission. Reads headers only, for a model on the Hub over the network; takes no database.
+    """Plan one submission; raises what `Planner.plan` raises."""
+    return Planner(settings).plan(body)
 
-    Raises:
-        Unprocessable: it cannot succeed; with every problem that could be found.
-        Unavailable: `hub_unreachable`.
-    """
-    hub = HubEnvironment.read()
-    problems: list[Problem] = []
-    recipe = source = dataset = None
-    try:
-        recipe = _recipe(body)
-    except PlanError as error:
-        problems += error.problems
-    try:
-        source = resolve_model(body.model, settings.local_roots, hub)
-    except PlanError as error:
-        problems += error.problems
-    try:
-        dataset = body.dataset and resolve_dataset(
-            body.dataset, settings.local_roots, settings.s3_prefixes, hub
-        )
-    except PlanError as error:
-        problems += error.problems
-    problems += _gate_problems(body)
-    if recipe is None or source is None or problems:
-        raise Unprocessable(*problems)
-    try:
-        planned = plan(
-            source.folder,
-            recipe,
-            name=source.name,
-            dataset=dataset,
-            calibration=body.calibration,
-            evaluation=body.evaluation,
-            activation_budget_bytes=settings.activation_budget_bytes,
-            require=body.require,
-        )
-    except PlanError as error:
-        raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
-    return PlannedJob(body, source.source, dataset, planned)
+
+def _once(find: Callable[[*Asked], Found]) -> Callable[[*Asked], Found]:
+    """`find`, asked once for the same; what was refused stays refused."""
+
+    @cache
+    def outcome(*asked: *Asked) -> Found | CompressionError:
+        try:
+            return find(*asked)
+        except CompressionError as error:
+            return error
+
+    def found(*asked: *Asked) -> Found:
+        result = outcome(*asked)
+        if isinstance(result, CompressionError):
+            raise result.with_traceback(None)
+        return result
+
+    return found
 
 
 def _recipe(body: JobSubmit) -> Recipe:

@@ -1,0 +1,114 @@
+"""/v1/batches"""
+
+from __future__ import annotations
+
+from email.message import Message
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Body, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from api.batches import service
+from api.batches.schemas import (
+    BATCH_EXAMPLES,
+    MAX_ITEMS,
+    BatchDetail,
+    BatchPage,
+    BatchPlanned,
+    BatchRead,
+    BatchSubmit,
+    check_count,
+)
+from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.errors import WrongMediaType, documented
+from api.jobs.routes import IdempotencyKeyHeader
+from api.jobs.schemas import Name
+from api.wake import wake_all
+
+JSON_LINES = ("application/jsonl", "application/x-ndjson")
+
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(401, 403, 422, 503))
+
+_LINES: dict[str, Any] = {"schema": {"type": "string", "description": "The body of a job on each line."}}
+_LINES_TOO = {"requestBody": {"content": dict.fromkeys(JSON_LINES, _LINES)}}
+_PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": BatchPlanned, "description": "With `dry_run`"}}
+
+
+async def _check_body(request: Request) -> None:
+    """What is neither JSON nor JSON Lines would otherwise be read as the latter."""
+    header = Message()
+    header["Content-Type"] = request.headers.get("Content-Type", "")
+    kind = header.get_content_type()
+    if kind not in JSON_LINES and not (kind.startswith("application/") and kind.endswith(("/json", "+json"))):
+        hint = f"Send `Content-Type: application/json`, or `{JSON_LINES[0]}` for a job on each line."
+        raise WrongMediaType("unsupported_media_type", f"The body is {kind}.", hint)
+    if not await request.body():
+        check_count(0)
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=BatchDetail,
+    responses=documented(400, 413, 415) | _PLANNED,
+    openapi_extra=_LINES_TOO,
+)
+def submit_batch(
+    body: Annotated[BatchSubmit, Body(openapi_examples=BATCH_EXAMPLES)],
+    caller: Submitter,
+    _: Annotated[None, Depends(_check_body)],
+    settings: CurrentSettings,
+    reading: ReadSession,
+    writing: WriteSession,
+    background: BackgroundTasks,
+    response: Response,
+    name: Annotated[Name | None, Query(description="Of the batch, instead of the body's.")] = None,
+    dry_run: Annotated[bool, Query(description="Answer what would become of it, 200.")] = False,
+    idempotency_key: IdempotencyKeyHeader = None,
+) -> BatchDetail | JSONResponse:
+    """Submit up to 1,000 jobs together, as `jobs`, as a `sweep` or as JSON Lines. Each is accepted or refused
+    on its own; if all are refused, that is a batch too, which says why."""
+    if name is not None:
+        body.name = name
+    items = body.items()
+    if dry_run:
+        planned = service.preview(service.plan_items(items, settings))
+        return JSONResponse(planned.model_dump(mode="json"))
+    request = service.repeatable(caller.project_id, idempotency_key, body, items)
+    batch = service.find_repeated(reading, request)
+    if batch is None:
+        outcomes = service.plan_items(items, settings)  # before the write session's first statement: no lock
+        batch = service.create(writing, request, body, outcomes, settings)
+        counts = service.wake_ups(writing, outcomes, lease_seconds=settings.lease_seconds)
+        background.add_task(wake_all, counts, broker_url=settings.broker_url)
+    response.headers["Location"] = f"/v1/batches/{batch.id}"
+    return batch
+
+
+@router.get("", response_model=BatchPage)
+def list_batches(
+    caller: Reader,
+    session: ReadSession,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> BatchPage:
+    """List batches a page at a time, the newest first."""
+    return service.list_batches(session, caller.project_id, cursor, limit)
+
+
+@router.get("/{batch_id}", response_model=BatchDetail, responses=documented(404))
+def get_batch(
+    batch_id: str,
+    caller: Reader,
+    session: ReadSession,
+    cursor: Annotated[int, Query(ge=-1, le=MAX_ITEMS, description="Only items behind this index.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=MAX_ITEMS, description="Of items.")] = 100,
+) -> BatchDetail:
+    """A batch as it stands, with a page of its items. Its jobs are listed by `GET /v1/jobs?batch=`."""
+    return service.describe(session, caller.project_id, batch_id, cursor, limit)
+
+
+@router.post("/{batch_id}/cancel", status_code=202, response_model=BatchRead, responses=documented(404))
+def cancel_batch(batch_id: str, caller: Submitter, session: WriteSession) -> BatchRead:
+    """Cancel all jobs of a batch that wait or run. Cancelling twice is no error."""
+    return service.cancel(session, caller.project_id, batch_id)

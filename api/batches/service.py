@@ -1,0 +1,198 @@
+"""What can be done with batches. Nothing here commits: the request's dependency does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy.orm import Session
+
+from api import database
+from api.batches import repository
+from api.batches.models import Batch
+from api.batches.schemas import (
+    MAX_ITEMS,
+    AcceptedItem,
+    BatchCounts,
+    BatchDetail,
+    BatchPage,
+    BatchPlanned,
+    BatchRead,
+    BatchSubmit,
+    Item,
+    PlannedItem,
+    RefusedItem,
+)
+from api.cursors import Position
+from api.errors import NotFound, Refusal, Unprocessable
+from api.ids import new_id, new_ids
+from api.jobs import idempotency
+from api.jobs import service as jobs
+from api.jobs.idempotency import Repeatable
+from api.jobs.submission import PlannedJob, Planner
+from api.settings import Settings
+from api.workers import repository as workers
+
+SUBMIT_ROUTE = "POST /v1/batches"
+
+Outcome = PlannedJob | Refusal
+"""What becomes of an item."""
+
+
+def plan_items(items: Sequence[Item], settings: Settings) -> list[Outcome]:
+    """Plan every item on its own; takes no database.
+
+    Raises:
+        Unavailable: `hub_unreachable`; whether the item that names the Hub can succeed is then not known.
+    """
+    planner = Planner(settings)
+
+    def outcome(item: Item) -> Outcome:
+        if isinstance(item, Refusal):
+            return item
+        try:
+            return planner.plan(item)
+        except Unprocessable as error:
+            return Refusal.of(error)
+
+    return [outcome(item) for item in items]
+
+
+def repeatable(project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]) -> Repeatable:
+    """The request; a sweep asks for the same as the jobs that it stands for."""
+    return Repeatable(
+        project_id, SUBMIT_ROUTE, key, {"name": body.name, "labels": body.labels, "items": items}
+    )
+
+
+def find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
+    """The batch that an earlier request with the same Idempotency-Key made, if there was one.
+
+    Raises:
+        Unprocessable: `idempotency_key_reused`, for the same key with another body.
+    """
+    batch_id = idempotency.find(session, request)
+    return None if batch_id is None else describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+
+
+def preview(outcomes: Sequence[Outcome]) -> BatchPlanned:
+    """What a batch would be."""
+    items = [
+        RefusedItem(index=index, error=outcome)
+        if isinstance(outcome, Refusal)
+        else PlannedItem(index=index, **jobs.outline(outcome).model_dump())
+        for index, outcome in enumerate(outcomes)
+    ]
+    refused = sum(isinstance(item, RefusedItem) for item in items)
+    return BatchPlanned(total=len(items), accepted=len(items) - refused, refused=refused, items=items)
+
+
+def create(
+    session: Session, request: Repeatable, body: BatchSubmit, outcomes: Sequence[Outcome], settings: Settings
+) -> BatchDetail:
+    """Store a batch with its jobs, or find the one of a request with the same key."""
+    now = database.now(session)
+    batch_id = new_id("batch", now)
+    made = idempotency.keep(session, request, batch_id, now)
+    if made != batch_id:
+        return describe(session, request.project_id, made, -1, MAX_ITEMS)
+    planned = [(index, each) for index, each in enumerate(outcomes) if not isinstance(each, Refusal)]
+    refused = [
+        RefusedItem(index=index, error=each)
+        for index, each in enumerate(outcomes)
+        if isinstance(each, Refusal)
+    ]
+    batch = Batch(
+        id=batch_id,
+        project_id=request.project_id,
+        name=body.name,
+        labels=body.labels,
+        accepted=len(planned),
+        refused=len(refused),
+        refusals=[item.model_dump() for item in refused],
+        created_at=now,
+    )
+    session.add(batch)
+    session.flush()  # before the jobs, which refer to it
+    rows = []
+    for job_id, (index, each) in zip(new_ids("job", now, len(planned)), planned, strict=True):
+        job = jobs.new_job(job_id, request.project_id, each, settings, now)
+        job.batch_id, job.batch_index = batch_id, index
+        rows.append(job)
+    jobs.add(session, rows, {"batch": batch_id})
+    return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+
+
+def wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
+    """How many wake-ups each device class gets: one a job, as far as there are workers. A worker that is
+    awake goes on until no job is left."""
+    alive = len(workers.list_alive(session, lease_seconds))
+    wanted = Counter[str](
+        each.body.resources.device_class for each in outcomes if isinstance(each, PlannedJob)
+    )
+    return {device_class: min(count, alive) for device_class, count in wanted.items()}
+
+
+def describe(session: Session, project_id: str, batch_id: str, after: int, limit: int) -> BatchDetail:
+    """A batch with at most `limit` of its items behind an index.
+
+    Raises:
+        NotFound: `batch_not_found`, also for another project's.
+    """
+    batch = _found(repository.get(session, project_id, batch_id, deferred=[Batch.refusals]), batch_id)
+    items: list[AcceptedItem | RefusedItem] = [
+        AcceptedItem(index=index, job_id=job_id)
+        for index, job_id in repository.job_ids(session, batch_id, after, limit + 1)
+    ]
+    items += [RefusedItem.model_validate(item) for item in batch.refusals if item["index"] > after]
+    items.sort(key=lambda item: item.index)
+    return BatchDetail(
+        **_read(session, [batch])[0].model_dump(),
+        items=items[:limit],
+        next_cursor=items[limit - 1].index if len(items) > limit else None,
+    )
+
+
+def list_batches(session: Session, project_id: str, cursor: str | None, limit: int) -> BatchPage:
+    """A page of batches.
+
+    Raises:
+        Unprocessable: `bad_cursor`.
+    """
+    after = None if cursor is None else Position.of_cursor(cursor)
+    found = repository.list_page(session, project_id, after, limit + 1)
+    page = found[:limit]
+    more = len(found) > limit
+    next_cursor = Position(page[-1].created_at, page[-1].id).to_cursor() if more else None
+    return BatchPage(items=_read(session, page), next_cursor=next_cursor)
+
+
+def cancel(session: Session, project_id: str, batch_id: str) -> BatchRead:
+    """Cancel all jobs of a batch that wait or run; the others stay as they are.
+
+    Raises:
+        NotFound: `batch_not_found`.
+    """
+    batch = _found(repository.get(session, project_id, batch_id), batch_id)
+    jobs.stop(session, repository.cancellable_for_update(session, batch_id))
+    return _read(session, [batch])[0]
+
+
+def _read(session: Session, batches: Sequence[Batch]) -> list[BatchRead]:
+    by_status = repository.count_jobs(session, [batch.id for batch in batches])
+    return [
+        BatchRead(
+            id=batch.id,
+            name=batch.name,
+            labels=batch.labels,
+            created_at=batch.created_at,
+            counts=BatchCounts.of(batch, by_status[batch.id]),
+        )
+        for batch in batches
+    ]
+
+
+def _found(batch: Batch | None, batch_id: str) -> Batch:
+    if batch is None:
+        raise NotFound("batch_not_found", f"There is no batch {batch_id!r}.")
+    return batch
