@@ -26,6 +26,7 @@ from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.security import KeyHasher
 from api.settings import Settings
+from api.webhooks import routes as webhooks
 from api.workers import routes as workers
 
 GRACE_SECONDS = 5
@@ -60,8 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for router in (jobs.router, artifacts.router, workers.router, catalogue.router, health.router):
-        app.include_router(router)
+    for routes in (jobs, artifacts, webhooks, workers, catalogue, health):
+        app.include_router(routes.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app

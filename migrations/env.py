@@ -6,11 +6,12 @@ from alembic import context
 
 import api.jobs.models
 import api.projects.models
+import api.webhooks.models
 import api.workers.models
 from api.database import Base, make_engine
 
 # Importing these fills Base.metadata.
-_TABLES = (api.jobs.models, api.projects.models, api.workers.models)
+_TABLES = (api.jobs.models, api.projects.models, api.webhooks.models, api.workers.models)
 
 # SQLite's reflection cannot see that a column of this index is descending; a test looks at its SQL instead.
 _NOT_REFLECTED = {"sqlite": {"ix_jobs_claim"}}

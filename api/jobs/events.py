@@ -1,4 +1,5 @@
-"""A job's events. An event takes its seq from the job's row, so there are no gaps."""
+"""A job's events. An event takes its seq from the job's row, so there are no gaps. Webhooks are told
+in the same transaction."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.jobs.models import Job, JobEvent
+from api.webhooks import outbox
 
 
 def append(
@@ -21,7 +23,10 @@ def append(
     attempt: int | None = None,
     where: Sequence[ColumnElement[bool]] = (),
 ) -> int | None:
-    """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`."""
+    """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`.
+
+    The job's row is as it is after the event: that is what webhooks are told.
+    """
     seq = session.execute(
         update(Job)
         .where(Job.id == job_id, *where)
@@ -30,10 +35,10 @@ def append(
         .execution_options(synchronize_session="fetch")
     ).scalar_one_or_none()
     if seq is not None:
-        session.add(
-            JobEvent(job_id=job_id, seq=seq, at=database.now(session), attempt=attempt, type=type, data=data)
-        )
+        at = database.now(session)
+        session.add(JobEvent(job_id=job_id, seq=seq, at=at, attempt=attempt, type=type, data=data))
         session.flush()
+        outbox.announce(session, job_id, type, at)
     return seq
 
 

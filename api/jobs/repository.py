@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
+from api.cursors import Position
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
 IDEMPOTENCY_HOURS = 24
@@ -57,14 +58,6 @@ class JobOrder(StrEnum):
 
     NEWEST = "-created_at"
     OLDEST = "created_at"
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the list of jobs, which is ordered by (created_at, id)."""
-
-    created_at: datetime
-    id: str
 
 
 def new_job_id(now: datetime) -> str:

@@ -33,6 +33,7 @@ from api.jobs.schemas import (
 from api.jobs.submission import plan_job
 from api.settings import Settings
 from api.wake import wake
+from api.webhooks.service import check_callback
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 503))
 
@@ -109,6 +110,7 @@ def submit_job(
 ) -> JobRead | JSONResponse:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
     if dry_run:
+        check_callback(accepting.reading, accepting.project_id, body.callback)
         planned = plan_job(body, accepting.settings)
         return JSONResponse(service.preview(planned).model_dump(mode="json"))
     return accepting.accept(body)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import zlib
@@ -14,11 +12,12 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api import database
+from api.cursors import Position
 from api.errors import Conflict, NotFound, Unprocessable
 from api.jobs import events, repository, scheduling
 from api.jobs.attempts import deadline
 from api.jobs.models import RETRYABLE, TERMINAL, IdempotencyKey, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder, Position, Version
+from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
@@ -33,6 +32,7 @@ from api.jobs.schemas import (
 )
 from api.jobs.submission import SHORT_FORM, PlannedJob
 from api.settings import Settings
+from api.webhooks.service import check_callback
 from api.workers import repository as workers
 from compression.errors import Problem
 from compression.recipe import DatasetSpec
@@ -93,10 +93,15 @@ def create(
     *,
     clone_of: str | None = None,
 ) -> Job:
-    """Store a planned job with its first event, or find the one of a request with the same key."""
+    """Store a planned job with its first event, or find the one of a request with the same key.
+
+    Raises:
+        Unprocessable: what `find_repeated` and `check_callback` raise.
+    """
     repeated = find_repeated(session, project_id, idempotency_key, planned.body)
     if repeated is not None:
         return repeated
+    check_callback(session, project_id, planned.body.callback)
     now = database.now(session)
     job = _new_job(project_id, planned, settings, now)
     session.add(job)
@@ -163,11 +168,12 @@ def list_jobs(
     Raises:
         Unprocessable: `bad_cursor`.
     """
-    after = None if cursor is None else _read_cursor(cursor)
+    after = None if cursor is None else Position.of_cursor(cursor)
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
     more = len(jobs) > limit
     items = [JobRead.of(job) for job in jobs[:limit]]
-    return JobPage(items=items, next_cursor=_cursor(jobs[limit - 1]) if more else None)
+    cursor = Position(items[-1].created_at, items[-1].id).to_cursor() if more else None
+    return JobPage(items=items, next_cursor=cursor)
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
@@ -288,6 +294,7 @@ def _new_job(project_id: str, planned: PlannedJob, settings: Settings, now: date
         require=body.require,
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
+        callback=body.callback,
         max_attempts=settings.max_attempts,
         plan=plan.to_dict(),
         device_class=body.resources.device_class,
@@ -328,21 +335,3 @@ def _body_digest(body: JobSubmit) -> str:
     """Two bodies that ask for the same have the same digest, however they are spelled."""
     text = json.dumps(body.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _cursor(job: Job) -> str:
-    text = f"{job.created_at.isoformat()} {job.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> Position:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        created_at, job_id = text.split(" ")
-        moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None:
-            raise ValueError("a cursor's time has a zone")
-    except (binascii.Error, ValueError) as error:
-        message = "This is not a cursor of this list."
-        raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
-    return Position(moment, job_id)
