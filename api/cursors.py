@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from api.errors import Unprocessable
 from compression.errors import Problem
@@ -34,9 +34,10 @@ class Position:
             text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
             created_at, item_id = text.split(" ")
             moment = datetime.fromisoformat(created_at)
-            if moment.tzinfo is None:
-                raise ValueError("a cursor's time has a zone")
-        except (binascii.Error, ValueError) as error:
+            if moment.tzinfo is None or "\0" in item_id:
+                raise ValueError("a cursor's time has a zone, and its id could be one")
+            moment = moment.astimezone(UTC)
+        except (binascii.Error, OverflowError, ValueError) as error:
             message = "This is not a cursor of this list."
             raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
         return cls(moment, item_id)

@@ -54,13 +54,16 @@ def job(add_job: AddJob) -> str:
 
 def deliveries(database: Database) -> list[Delivery]:
     with database.read() as session:
-        return list(session.scalars(select(Delivery).order_by(Delivery.created_at)))
+        return list(session.scalars(select(Delivery).order_by(Delivery.created_at, Delivery.webhook_id)))
 
 
 def bodies(database: Database) -> list[dict[str, Any]]:
     with database.read() as session:
         return [
-            json.loads(body) for body in session.scalars(select(Delivery.body).order_by(Delivery.created_at))
+            json.loads(body)
+            for body in session.scalars(
+                select(Delivery.body).order_by(Delivery.created_at, Delivery.webhook_id)
+            )
         ]
 
 
