@@ -25,7 +25,7 @@ def append(
 ) -> int | None:
     """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`.
 
-    The job's row is as it is after the event: that is what webhooks are told.
+    The job's row must be by now what the event made of it: that is what webhooks are told.
     """
     seq = session.execute(
         update(Job)

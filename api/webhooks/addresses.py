@@ -66,18 +66,16 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv4Address):
         return address.is_global and not address.is_multicast
     inner = _embedded(address)
-    if inner:
-        return all(map(is_public, inner))
-    return address in _GLOBAL_UNICAST and address.is_global
+    if inner is not None:
+        return is_public(inner)
+    return address in _GLOBAL_UNICAST and address.is_global  # which Teredo is not
 
 
-def _embedded(address: IPv6Address) -> Sequence[IPv4Address]:
-    """The IPv4 addresses that packets to an IPv6 address may end at: mapped, 6to4, Teredo, NAT64."""
-    if address.teredo is not None:
-        return address.teredo
+def _embedded(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that packets to an IPv6 address end at: mapped, 6to4, or through NAT64."""
     if address in _NAT64:
-        return [IPv4Address(int(address) & 0xFFFF_FFFF)]
-    return [inner for inner in (address.ipv4_mapped, address.sixtofour) if inner is not None]
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def _parse(url: str) -> tuple[httpx.URL, str]:

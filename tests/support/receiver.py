@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +28,7 @@ class Received:
 class Receiver:
     """The running server. status, headers: what it answers; names: the SNI of each connection.
 
-    While `hold` is set, requests wait for an answer.
+    While `hold` is set, requests wait for an answer until `released`. endless: answers have no end.
     """
 
     port: int
@@ -38,6 +38,7 @@ class Receiver:
     names: list[str | None] = field(default_factory=list)
     hold: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
+    endless: bool = False
 
     @property
     def url(self) -> str:
@@ -85,6 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(receiver.status)
         for name, value in receiver.headers.items():
             self.send_header(name, value)
+        if receiver.endless:
+            self.end_headers()
+            with suppress(OSError):
+                while not receiver.released.is_set():
+                    self.wfile.write(bytes(1 << 16))
+            return
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -108,6 +108,7 @@ def test_a_redelivery_is_the_same_message(database: Database, receiver: Receiver
     send(database)
     one, other = receiver.received
     assert (one.body, one.headers["webhook-id"]) == (other.body, other.headers["webhook-id"])
+    assert row(database, delivery_id).attempts == 1
 
 
 def test_redirects_are_not_followed_and_answers_are_not_kept(database: Database, receiver: Receiver) -> None:
@@ -147,6 +148,13 @@ def test_a_receiver_that_does_not_answer(
     delivery_id = ping(database, receiver.url)
     send(database)
     assert row(database, delivery_id).last_error == "The receiver did not answer within 0.2 seconds."
+
+
+def test_an_answer_without_an_end_is_left(database: Database, receiver: Receiver) -> None:
+    receiver.endless = True
+    delivery_id = ping(database, receiver.url)
+    send(database)
+    assert row(database, delivery_id).status == DeliveryStatus.DELIVERED
 
 
 class TestAddresses:

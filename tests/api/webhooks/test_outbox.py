@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 from api import database as clock
 from api.database import Database
 from api.jobs import leases, service
-from api.jobs.models import AttemptOutcome, Job, JobEvent
+from api.jobs.models import AttemptOutcome, Job, JobEvent, JobStatus
 from api.webhooks import outbox, repository
 from api.webhooks.models import Delivery, DeliveryStatus, Webhook, WebhookEvent
 from api.webhooks.outbox import RETRY_SECONDS, Answer, Message
@@ -112,6 +112,8 @@ class TestAnnounce:
         add_webhook()
         lease = must_claim(database)
         with database.write() as session:
+            before = session.get_one(Job, job)  # which the session remembers
+            assert before.status == JobStatus.RUNNING
             leases.succeed(session, lease, {"totals": {}}, "manifest")
         assert told(database) == [("attempt.started", "running"), ("job.succeeded", "succeeded")]
         last = bodies(database)[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from datetime import UTC, datetime
 
+from api.observability import hide_secrets
 from api.webhooks.signing import headers, new_secret
 
 
@@ -24,3 +25,8 @@ def test_secrets_are_32_random_bytes() -> None:
     assert one != other
     assert one.startswith("whsec_")
     assert len(base64.b64decode(one.removeprefix("whsec_"), validate=True)) == 32
+
+
+def test_secrets_are_hidden_in_logs() -> None:
+    secret = new_secret()
+    assert secret not in str(hide_secrets(None, "info", {"event": f"made {secret}", "webhook": [secret]}))
