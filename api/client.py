@@ -96,9 +96,7 @@ class Client:
         limit: int = 20,
     ) -> Json:
         """A page of jobs, the newest first: {items, next_cursor}."""
-        params = _given(
-            status=status, model=model, scheme=scheme, batch=batch, cursor=cursor, limit=limit
-        )
+        params = _given(status=status, model=model, scheme=scheme, batch=batch, cursor=cursor, limit=limit)
         return self._json("GET", "/v1/jobs", params=params)
 
     def events(self, job_id: str, *, since: int = 0, limit: int = 100) -> Json:
@@ -142,6 +140,40 @@ class Client:
     def cancel_batch(self, batch_id: str) -> Json:
         """Cancel all jobs of a batch that wait or run, and return it."""
         return self._json("POST", f"{_batch(batch_id)}/cancel")
+
+    def create_webhook(self, body: Json) -> Json:
+        """Make a webhook and return it with its secret, which is shown this once."""
+        return self._json("POST", "/v1/webhooks", json=body)
+
+    def webhooks(self, *, cursor: str | None = None, limit: int = 20) -> Json:
+        """A page of webhooks, the newest first: {items, next_cursor}."""
+        return self._json("GET", "/v1/webhooks", params=_given(cursor=cursor, limit=limit))
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        """Delete a webhook and its log."""
+        self._request("DELETE", _webhook(webhook_id))
+
+    def ping_webhook(self, webhook_id: str) -> Json:
+        """Send a webhook a message of the type ping, and return the delivery."""
+        return self._json("POST", f"{_webhook(webhook_id)}/ping")
+
+    def deliveries(
+        self,
+        webhook_id: str,
+        *,
+        status: str | None = None,
+        job_id: str | None = None,
+        cursor: str | None = None,
+        limit: int = 20,
+    ) -> Json:
+        """A page of what was sent to a webhook, the newest first: {items, next_cursor}."""
+        params = _given(status=status, job_id=job_id, cursor=cursor, limit=limit)
+        return self._json("GET", f"{_webhook(webhook_id)}/deliveries", params=params)
+
+    def redeliver(self, webhook_id: str, delivery_id: str) -> Json:
+        """Send a message again, and return its delivery."""
+        path = f"{_webhook(webhook_id)}/deliveries/{quote(delivery_id, safe='')}/redeliver"
+        return self._json("POST", path)
 
     def workers(self) -> Json:
         """The workers that are alive: {items}."""
@@ -206,11 +238,14 @@ class Client:
                 time.sleep(_PAUSE_SECONDS * tries)
 
     def _json(self, method: str, url: str, **options: Any) -> Json:
+        answer: Json = self._request(method, url, **options).json()
+        return answer
+
+    def _request(self, method: str, url: str, **options: Any) -> httpx.Response:
         response = self._http.request(method, url, **options)
         if response.is_error:
             raise _error(response)
-        answer: Json = response.json()
-        return answer
+        return response
 
 
 def _job(job_id: str) -> str:
@@ -221,8 +256,12 @@ def _batch(batch_id: str) -> str:
     return f"/v1/batches/{quote(batch_id, safe='')}"
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _webhook(webhook_id: str) -> str:
+    return f"/v1/webhooks/{quote(webhook_id, safe='')}"
+
+
+def _given(**fields: Any) -> Json:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _error(response: httpx.Response) -> ApiError:

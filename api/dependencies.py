@@ -81,3 +81,4 @@ def _requires(scope: Scope) -> Callable[..., Principal]:
 
 Reader = Annotated[Principal, Depends(_requires(Scope.READ))]
 Submitter = Annotated[Principal, Depends(_requires(Scope.SUBMIT))]
+Admin = Annotated[Principal, Depends(_requires(Scope.ADMIN))]

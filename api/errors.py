@@ -3,8 +3,8 @@
 ApiError            status, code, message, hint, problems
 ├── Unauthorized    401  missing_key, wrong_key
 ├── Forbidden       403  scope_missing
-├── NotFound        404  job_not_found, batch_not_found, report_not_available, ...
-├── Conflict        409  not_cancellable, not_retryable, not_deletable
+├── NotFound        404  job_not_found, batch_not_found, webhook_not_found, report_not_available, ...
+├── Conflict        409  not_cancellable, not_retryable, not_deletable, webhook_disabled
 ├── WrongMediaType  415  unsupported_media_type
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once

@@ -27,6 +27,7 @@ from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.security import KeyHasher
 from api.settings import Settings
+from api.webhooks import routes as webhooks
 from api.workers import routes as workers
 
 GRACE_SECONDS = 5
@@ -61,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for part in (jobs, batches, artifacts, workers, catalogue, health):
+    for part in (jobs, batches, artifacts, webhooks, workers, catalogue, health):
         app.include_router(part.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost

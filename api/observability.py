@@ -19,7 +19,7 @@ from api.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECRET_NAME = re.compile(r"authorization|api_key|secret|password|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"bitmill_[A-Za-z0-9]{20,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET_VALUE = re.compile(r"bitmill_[A-Za-z0-9]{20,}|whsec_[A-Za-z0-9+/=]{20,}|(?<=://)[^/@\s]+(?=@)")
 _HIDDEN = "[hidden]"
 
 log = structlog.get_logger(__name__)
@@ -63,7 +63,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 def hide_secrets(_logger: Any, _method: str, record: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Replace API keys, passwords in URLs and values with a telling name, at any depth."""
+    """Replace API keys, webhooks' secrets, passwords in URLs and values with a telling name, at any depth."""
     return {name: _hide(name, value) for name, value in record.items()}
 
 

@@ -4,7 +4,9 @@ Hub (compression/hub/environment.py) and of S3 (compression/s3.py)."""
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +14,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from compression.s3 import S3Ref
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 class Settings(BaseSettings):
@@ -27,6 +31,9 @@ class Settings(BaseSettings):
     scratch_dir: where engines write; on the store's file system finished files become links, not copies.
     engine_memory_bytes: resident memory past which an engine is ended; no limit unless set.
     resume_days: how long a job that ended keeps its finished layers for a retry.
+    webhook_allowed_hosts: hosts, separated by commas, that webhooks may reach by plain http and at addresses
+        that are not public; all other webhooks are https to public addresses.
+    webhook_delivery_days: how long the log of deliveries is kept.
     secret_key: keys the HMAC of stored API keys; made once in <data>/secret.key unless set here.
     url, api_key: which server the client talks to, and as whom; by default those of <data>/credentials.json.
     """
@@ -51,6 +58,8 @@ class Settings(BaseSettings):
     resume_days: float = Field(default=7, ge=0)
     activation_budget_bytes: int = Field(default=4 << 30, ge=1)
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    webhook_delivery_days: float = Field(default=30, gt=0)
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     secret_key: SecretStr | None = None
@@ -67,9 +76,9 @@ class Settings(BaseSettings):
     def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
 
-    @field_validator("s3_prefixes", mode="before")
+    @field_validator("s3_prefixes", "webhook_allowed_hosts", mode="before")
     @classmethod
-    def _split_prefixes(cls, value: Any) -> Any:
+    def _split_at_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part) if isinstance(value, str) else value
 
     @field_validator("s3_prefixes")
@@ -79,6 +88,16 @@ class Settings(BaseSettings):
             if S3Ref.parse(f"{prefix.rstrip('/')}/key") is None:
                 raise ValueError(f"{prefix!r} is not s3://bucket or s3://bucket/folder")
         return prefixes
+
+    @field_validator("webhook_allowed_hosts")
+    @classmethod
+    def _good_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not _is_host(host):
+                raise ValueError(
+                    f"{host!r} is not a host: give a name or an address, without port or brackets"
+                )
+        return tuple(host.lower() for host in hosts)
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +129,14 @@ class Settings(BaseSettings):
     def credentials_file(self) -> Path:
         """Where the first API key is written: {"url", "api_key"}, readable by its owner only."""
         return self.data_dir / "credentials.json"
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return _HOST_NAME.fullmatch(text) is not None
+    return True
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli import batches, check, database, download, jobs, serve, submit
+from cli import batches, check, database, download, jobs, serve, submit, webhooks
 
 app = typer.Typer(
     help="Bitmill compresses language models: a server, a worker, and a client of both.",
@@ -29,4 +29,5 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(batches.app, name="batch")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(database.app, name="db")

@@ -50,6 +50,7 @@ class JobOptions:
     labels: list[str] = field(default_factory=list)
     max_runtime_seconds: int | None = None
     max_queue_seconds: int | None = None
+    callback: str | None = None
 
 
 def body(options: JobOptions) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def body(options: JobOptions) -> dict[str, Any]:
         labels=dict(_label(text) for text in options.labels),
         max_runtime_seconds=options.max_runtime_seconds,
         max_queue_seconds=options.max_queue_seconds,
+        callback=options.callback,
     )
 
 

@@ -87,6 +87,7 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", **_Run)] = None,
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
+    callback: Annotated[str | None, typer.Option(help="A webhook that is told how it ends.", **_Run)] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key with the same options gives the same job.", **_Run)
     ] = None,
@@ -125,6 +126,7 @@ def submit(
         labels=label or [],
         max_runtime_seconds=max_runtime_seconds,
         max_queue_seconds=max_queue_seconds,
+        callback=callback,
     )
     try:
         request = body(options)

@@ -7,11 +7,18 @@ from alembic import context
 import api.batches.models
 import api.jobs.models
 import api.projects.models
+import api.webhooks.models
 import api.workers.models
 from api.database import Base, make_engine
 
 # Importing these fills Base.metadata.
-_TABLES = (api.batches.models, api.jobs.models, api.projects.models, api.workers.models)
+_TABLES = (
+    api.batches.models,
+    api.jobs.models,
+    api.projects.models,
+    api.webhooks.models,
+    api.workers.models,
+)
 
 _LOCK = 0x6269746D696C6C  # "bitmill": a number that nobody else uses
 

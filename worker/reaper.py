@@ -1,4 +1,5 @@
-"""What every worker does beside its jobs, in threads: end what was abandoned, wake who sleeps, clean up.
+"""What every worker does beside its jobs, in threads: end what was abandoned, wake who sleeps, tell
+webhooks, clean up.
 
 Several workers doing the same at once is harmless.
 """
@@ -15,8 +16,10 @@ from api.artifacts.store import Store
 from api.database import Database
 from api.jobs import leases, retention
 from api.wake import wake
+from api.webhooks import outbox
 from api.workers import repository as workers
 from worker.context import WorkerContext
+from worker.deliveries import POLL_SECONDS, Sender
 from worker.heartbeat import Periodic, Presence
 
 RETENTION_SECONDS = 3600.0
@@ -31,16 +34,14 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
     """Run the threads while the block runs, and show this worker in the list of workers."""
     settings = worker.settings
     presence.tell()
+    sender = Sender(worker.database, settings)
     threads = (
         Periodic("presence", settings.heartbeat_seconds, presence.tell),
         Periodic("reaper", settings.sweep_seconds, lambda: reap(worker)),
         Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
+        Periodic("webhooks", POLL_SECONDS, sender.send_due),
         Periodic("deleted", settings.sweep_seconds, lambda: remove_deleted(worker.database, worker.store)),
-        Periodic(
-            "retention",
-            RETENTION_SECONDS,
-            lambda: forget_work(worker.database, worker.store, settings.resume_days),
-        ),
+        Periodic("retention", RETENTION_SECONDS, lambda: forget_old(worker)),
     )
     for thread in threads:
         thread.start()
@@ -49,6 +50,7 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
     finally:
         for thread in threads:
             thread.stop()
+        sender.close()
         presence.leave()
 
 
@@ -80,6 +82,13 @@ def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:
     sent = {device_class: min(queued.get(device_class, 0), count) for device_class, count in idle.items()}
     left = idle.total() - sum(sent.values())
     return {**sent, "any": min(queued.get("any", 0), left)}
+
+
+def forget_old(worker: WorkerContext) -> None:
+    """Remove what is kept for some days only, once they are over."""
+    with worker.database.write() as session:
+        outbox.forget(session, worker.settings.webhook_delivery_days)
+    forget_work(worker.database, worker.store, worker.settings.resume_days)
 
 
 def forget_work(database: Database, store: Store, resume_days: float) -> None:

@@ -72,12 +72,13 @@ def submit_batch(
         body.name = name
     items = body.items()
     if dry_run:
-        planned = service.preview(service.plan_items(items, settings))
+        planned = service.preview(service.plan_items(reading, caller.project_id, items, settings))
         return JSONResponse(planned.model_dump(mode="json"))
     request = service.repeatable(caller.project_id, idempotency_key, body, items)
     batch = service.find_repeated(reading, request)
     if batch is None:
-        outcomes = service.plan_items(items, settings)  # before the write session's first statement: no lock
+        # before the write session's first statement: no lock yet
+        outcomes = service.plan_items(reading, caller.project_id, items, settings)
         batch = service.create(writing, request, body, outcomes, settings)
         counts = service.wake_ups(writing, outcomes, lease_seconds=settings.lease_seconds)
         background.add_task(wake_all, counts, broker_url=settings.broker_url)

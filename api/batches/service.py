@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from sqlalchemy.orm import Session
 
@@ -31,6 +32,7 @@ from api.jobs import service as jobs
 from api.jobs.idempotency import Repeatable
 from api.jobs.submission import PlannedJob, Planner
 from api.settings import Settings
+from api.webhooks.service import check_callback
 from api.workers import repository as workers
 
 SUBMIT_ROUTE = "POST /v1/batches"
@@ -39,18 +41,23 @@ Outcome = PlannedJob | Refusal
 """What becomes of an item."""
 
 
-def plan_items(items: Sequence[Item], settings: Settings) -> list[Outcome]:
-    """Plan every item on its own; takes no database.
+def plan_items(session: Session, project_id: str, items: Sequence[Item], settings: Settings) -> list[Outcome]:
+    """Plan every item on its own.
 
     Raises:
         Unavailable: `hub_unreachable`; whether the item that names the Hub can succeed is then not known.
     """
     planner = Planner(settings)
 
+    @cache
+    def check(callback: str | None) -> None:
+        check_callback(session, project_id, callback)
+
     def outcome(item: Item) -> Outcome:
         if isinstance(item, Refusal):
             return item
         try:
+            check(item.callback)
             return planner.plan(item)
         except Unprocessable as error:
             return Refusal.of(error)

@@ -1,4 +1,5 @@
-"""A job's events. An event takes its seq from the job's row, so there are no gaps."""
+"""A job's events. An event takes its seq from the job's row, so there are no gaps. Webhooks are told
+in the same transaction."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.jobs.models import Job, JobEvent
+from api.webhooks import outbox
 
 
 def append(
@@ -22,7 +24,10 @@ def append(
     attempt: int | None = None,
     where: Sequence[ColumnElement[bool]] = (),
 ) -> int | None:
-    """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`."""
+    """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`.
+
+    The job's row must be by now what the event made of it: that is what webhooks are told.
+    """
     seq = session.execute(
         update(Job)
         .where(Job.id == job_id, *where)
@@ -31,15 +36,15 @@ def append(
         .execution_options(synchronize_session="fetch")
     ).scalar_one_or_none()
     if seq is not None:
-        session.add(
-            JobEvent(job_id=job_id, seq=seq, at=database.now(session), attempt=attempt, type=type, data=data)
-        )
+        at = database.now(session)
+        session.add(JobEvent(job_id=job_id, seq=seq, at=at, attempt=attempt, type=type, data=data))
         session.flush()
+        outbox.announce(session, [job_id], type, at)
     return seq
 
 
 def numbered(job: Job, told: Iterable[tuple[str, dict[str, Any]]], at: datetime) -> list[JobEvent]:
-    """The next events of a job whose row the caller holds, or has yet to store; they are for it to add.
+    """The next events of a job whose row the caller holds, or has yet to store; they are for it to `store`.
 
     told: type and data of each. The row's own event_seq moves with them, so that many take no query each.
     """
@@ -48,6 +53,14 @@ def numbered(job: Job, told: Iterable[tuple[str, dict[str, Any]]], at: datetime)
         job.event_seq += 1
         added.append(JobEvent(job_id=job.id, seq=job.event_seq, at=at, type=type, data=data))
     return added
+
+
+def store(session: Session, told: Sequence[JobEvent]) -> None:
+    """Add events that have their numbers, of jobs of one project that are stored, and tell webhooks."""
+    session.add_all(told)
+    session.flush()
+    for type in dict.fromkeys(event.type for event in told):
+        outbox.announce(session, [event.job_id for event in told if event.type == type], type, told[0].at)
 
 
 def page(session: Session, job_id: str, since: int, limit: int) -> Sequence[JobEvent]:

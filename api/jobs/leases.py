@@ -248,8 +248,8 @@ def succeed(
     if status != JobStatus.RUNNING:
         raise CancelWon(lease)
     end_attempt(session, lease.job_id, lease.attempt, AttemptOutcome.SUCCEEDED, facts=facts)
-    append_event(session, lease, "job_succeeded", {"totals": report.get("totals")})
-    _finish(session, lease, JobStatus.SUCCEEDED, report=report, manifest_key=manifest_key)
+    told = {"totals": report.get("totals")}
+    _finish(session, lease, JobStatus.SUCCEEDED, told, report=report, manifest_key=manifest_key)
 
 
 def fail(
@@ -286,8 +286,7 @@ def mark_cancelled(session: Session, lease: Lease, facts: AttemptFacts = NOTHING
     """End a job that is being cancelled, after its engine has stopped. Finished layers stay for a retry."""
     _fenced_update(session, lease, (JobStatus.CANCELLING,))
     end_attempt(session, lease.job_id, lease.attempt, AttemptOutcome.CANCELLED, facts=facts)
-    append_event(session, lease, "job_cancelled", {})
-    _finish(session, lease, JobStatus.CANCELLED)
+    _finish(session, lease, JobStatus.CANCELLED, {})
 
 
 def release(
@@ -336,7 +335,8 @@ def _fenced_update(
     return status
 
 
-def _finish(session: Session, lease: Lease, status: JobStatus, **values: Any) -> None:
+def _finish(session: Session, lease: Lease, status: JobStatus, told: dict[str, Any], **values: Any) -> None:
+    """End the job, then tell it: who hears of the end sees an ended job. The update holds the row."""
     _fenced_update(
         session,
         lease,
@@ -349,3 +349,4 @@ def _finish(session: Session, lease: Lease, status: JobStatus, **values: Any) ->
         error_message=None,
         **values,
     )
+    events.append(session, lease.job_id, f"job_{status.value}", told, attempt=lease.attempt)

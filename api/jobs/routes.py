@@ -31,9 +31,10 @@ from api.jobs.schemas import (
     JobRead,
     JobSubmit,
 )
-from api.jobs.submission import plan_job
+from api.jobs.submission import PlannedJob, plan_job
 from api.settings import Settings
 from api.wake import wake
+from api.webhooks.service import check_callback
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 503))
 
@@ -71,15 +72,19 @@ class Acceptance:
     response: Response
     idempotency_key: str | None
 
+    def plan(self, body: JobSubmit) -> PlannedJob:
+        """What a job would be. Comes before the write session's first statement: no lock yet."""
+        check_callback(self.reading, self.project_id, body.callback)
+        return plan_job(body, self.settings)
+
     def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
         """Plan and store a job, or find the one that an earlier request with the same key made."""
         job = service.find_repeated(self.reading, self.project_id, self.idempotency_key, body)
         if job is None:
-            planned = plan_job(body, self.settings)  # before the write session's first statement: no lock yet
             job = service.create(
                 self.writing,
                 self.project_id,
-                planned,
+                self.plan(body),
                 self.settings,
                 self.idempotency_key,
                 clone_of=clone_of,
@@ -112,8 +117,7 @@ def submit_job(
 ) -> JobRead | JSONResponse:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
     if dry_run:
-        planned = plan_job(body, accepting.settings)
-        return JSONResponse(service.preview(planned).model_dump(mode="json"))
+        return JSONResponse(service.preview(accepting.plan(body)).model_dump(mode="json"))
     return accepting.accept(body)
 
 

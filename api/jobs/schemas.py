@@ -84,6 +84,12 @@ class JobSubmit(BaseModel):
     labels: Labels = {}
     max_runtime_seconds: Seconds | None = None
     max_queue_seconds: Seconds | None = None
+    callback: str | None = Field(
+        default=None,
+        max_length=40,
+        description="A webhook that is told of this job, also if it is not told of all.",
+        examples=["wh_0f3c9a1be27d45608c1f"],
+    )
 
     @field_validator("recipe", mode="wrap")
     @classmethod
@@ -157,6 +163,7 @@ class JobRead(BaseModel):
     device_class: DeviceClass
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
+    callback: str | None = Field(description="The webhook that is told of this job.")
     attempts_made: int
     event_seq: int = Field(description="The seq of its last event; it grows with every change.")
     created_at: datetime

@@ -113,8 +113,7 @@ def add(session: Session, jobs: Sequence[Job], origin: dict[str, str]) -> None:
         told += events.numbered(job, [first, *warnings], job.created_at)
     session.add_all(jobs)
     session.flush()  # before the events, which refer to them
-    session.add_all(told)
-    session.flush()
+    events.store(session, told)
 
 
 def get_job(session: Session, project_id: str, job_id: str) -> Job:
@@ -166,7 +165,8 @@ def list_jobs(
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
     more = len(jobs) > limit
     items = [JobRead.of(job) for job in jobs[:limit]]
-    return JobPage(items=items, next_cursor=_position(jobs[limit - 1]).to_cursor() if more else None)
+    cursor = Position(items[-1].created_at, items[-1].id).to_cursor() if more else None
+    return JobPage(items=items, next_cursor=cursor)
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
@@ -208,16 +208,17 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 def stop(session: Session, jobs: Iterable[Job]) -> None:
     """Cancel jobs that can be cancelled and whose rows the caller holds."""
     now = database.now(session)
+    told = []
     for job in jobs:
-        told: list[tuple[str, dict[str, Any]]] = [("cancel_requested", {})]
+        kinds = ["cancel_requested"]
         if job.status == JobStatus.QUEUED:
             job.status = JobStatus.CANCELLED
             job.finished_at = now
-            told.append(("job_cancelled", {}))
+            kinds.append("job_cancelled")
         else:
             job.status = JobStatus.CANCELLING
-        session.add_all(events.numbered(job, told, now))
-    session.flush()
+        told += events.numbered(job, [(kind, {}) for kind in kinds], now)
+    events.store(session, told)
 
 
 def retry(session: Session, project_id: str, job_id: str) -> Job:
@@ -296,6 +297,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         require=body.require,
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
+        callback=body.callback,
         max_attempts=settings.max_attempts,
         plan=planned.document,
         device_class=body.resources.device_class,
@@ -334,7 +336,3 @@ def _dataset_label(dataset: DatasetSpec | None) -> str | None:
 
 def _repeatable(project_id: str, key: str | None, body: JobSubmit) -> Repeatable:
     return Repeatable(project_id, SUBMIT_ROUTE, key, body)
-
-
-def _position(job: Job) -> Position:
-    return Position(job.created_at, job.id)

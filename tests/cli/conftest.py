@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (home / "serve.log").open("w") as log,
         subprocess.Popen(
             command("serve", *arguments),
-            env=environment(home, {"DEVICE": "cpu"}),
+            env=environment(home, {"DEVICE": "cpu", "WEBHOOK_ALLOWED_HOSTS": "127.0.0.1"}),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

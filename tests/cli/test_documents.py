@@ -73,6 +73,7 @@ def test_every_command_is_shown() -> None:
     shown = {_command(words).name for words in _shown("bitmill")}
     alone = {"serve", "worker", "submit", "jobs", "cancel", "download", "doctor"}
     assert alone | {"upgrade", "list", "show"} <= shown
+    assert {"add", "list", "remove", "ping", "deliveries", "redeliver"} <= shown
 
 
 @pytest.mark.parametrize("words", _shown("python -m compression"), ids=" ".join)

@@ -1,0 +1,1 @@
+"""Webhooks: a project's own servers are told what happens to its jobs."""

@@ -1,0 +1,94 @@
+"""/v1/webhooks"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from api.dependencies import Admin, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.errors import documented
+from api.webhooks import service
+from api.webhooks.models import DeliveryStatus
+from api.webhooks.repository import DeliveryFilter
+from api.webhooks.schemas import (
+    DeliveryPage,
+    DeliveryRead,
+    WebhookCreate,
+    WebhookCreated,
+    WebhookPage,
+    WebhookRead,
+)
+
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=documented(401, 403, 422, 503))
+
+Cursor = Annotated[str | None, Query(max_length=200)]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+@router.post("", status_code=201, response_model=WebhookCreated, responses=documented(400, 413))
+def create_webhook(
+    body: WebhookCreate, caller: Admin, settings: CurrentSettings, session: WriteSession, response: Response
+) -> WebhookCreated:
+    """Make a webhook. The secret in the answer is shown this once.
+
+    Needs the scope admin: a webhook tells of all the project's jobs, and outlives the key that made it.
+    """
+    webhook = service.create(session, caller.project_id, body, settings.webhook_allowed_hosts)
+    response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
+    return WebhookCreated.model_validate(webhook)
+
+
+@router.get("", response_model=WebhookPage)
+def list_webhooks(
+    caller: Reader, session: ReadSession, cursor: Cursor = None, limit: Limit = 20
+) -> WebhookPage:
+    """List webhooks a page at a time, the newest first."""
+    return service.list_webhooks(session, caller.project_id, cursor, limit)
+
+
+@router.get("/{webhook_id}", response_model=WebhookRead, responses=documented(404))
+def get_webhook(webhook_id: str, caller: Reader, session: ReadSession) -> WebhookRead:
+    """A webhook, without its secret."""
+    return WebhookRead.model_validate(service.get_webhook(session, caller.project_id, webhook_id))
+
+
+@router.delete("/{webhook_id}", status_code=204, responses=documented(404))
+def delete_webhook(webhook_id: str, caller: Admin, session: WriteSession) -> None:
+    """Delete a webhook and its log. What was still to be sent there is not sent."""
+    service.delete(session, caller.project_id, webhook_id)
+
+
+@router.post(
+    "/{webhook_id}/ping", status_code=202, response_model=DeliveryRead, responses=documented(404, 409)
+)
+def ping_webhook(webhook_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
+    """Send a message of the type ping, to see whether the receiver gets it."""
+    return DeliveryRead.model_validate(service.ping(session, caller.project_id, webhook_id))
+
+
+@router.get("/{webhook_id}/deliveries", response_model=DeliveryPage, responses=documented(404))
+def list_deliveries(
+    webhook_id: str,
+    caller: Reader,
+    session: ReadSession,
+    status: DeliveryStatus | None = None,
+    job_id: Annotated[str | None, Query(max_length=40)] = None,
+    cursor: Cursor = None,
+    limit: Limit = 20,
+) -> DeliveryPage:
+    """What was sent to a webhook, and what is still to be sent, the newest first."""
+    wanted = DeliveryFilter(status, job_id)
+    return service.list_deliveries(session, caller.project_id, webhook_id, wanted, cursor, limit)
+
+
+@router.post(
+    "/{webhook_id}/deliveries/{delivery_id}/redeliver",
+    status_code=202,
+    response_model=DeliveryRead,
+    responses=documented(404, 409),
+)
+def redeliver(webhook_id: str, delivery_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
+    """Send a message again, the same under the same id, and retry it as if it were new."""
+    delivery = service.redeliver(session, caller.project_id, webhook_id, delivery_id)
+    return DeliveryRead.model_validate(delivery)
