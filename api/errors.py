@@ -8,6 +8,9 @@ ApiError            status, code, message, hint, problems
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
 └── Unavailable     503  not_ready, hub_unreachable
+
+Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
+the database's OperationalError 503 (database_unavailable).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from api.artifacts.store import StoreUnavailable
 from compression.errors import PlanError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -156,6 +160,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(OperationalError, _on_database_error)
+    app.add_exception_handler(StoreUnavailable, _on_store_error)
 
 
 def _on_api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -250,3 +255,10 @@ def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
         "Try again.",
         headers={"Retry-After": _RETRY_SECONDS},
     )
+
+
+def _on_store_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StoreUnavailable)
+    log.error("store_unavailable", code=error.code, error=error.message)
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return problem_response(503, error.code, error.message, error.hint, headers=headers)

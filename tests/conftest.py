@@ -11,12 +11,14 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from tests.support.gate import Gate
     from tests.support.s3 import S3Server
 
 
@@ -51,3 +53,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
     with running_s3(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def gate(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """What stands in front of the S3 server from here on, for one who may use the bucket `store`."""
+    from tests.support.gate import Gate
+    from tests.support.s3 import KEEPER
+
+    with Gate(s3.port) as gate:
+        replace(s3, url=gate.url).use(monkeypatch, tmp_path, KEEPER)
+        yield gate

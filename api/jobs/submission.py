@@ -53,7 +53,7 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
         problems += error.problems
     try:
         dataset = body.dataset and resolve_dataset(
-            body.dataset, settings.local_roots, settings.s3_prefixes, hub
+            body.dataset, settings.local_roots, settings.s3_prefixes, settings.store_url, hub
         )
     except PlanError as error:
         problems += error.problems
