@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -102,13 +103,13 @@ def test_a_store_that_is_away(server: Server, published: Published, gate: Gate) 
 @contextmanager
 def answering(
     answers: dict[str, tuple[int, dict[str, str], bytes]],
-) -> Iterator[tuple[str, list[str | None]]]:
-    """A server with an answer for each path, and the Authorization of every request that came."""
-    keys: list[str | None] = []
+) -> Iterator[tuple[str, list[Message]]]:
+    """A server with an answer for each path, and the headers of every request that came."""
+    came: list[Message] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            keys.append(self.headers["Authorization"])
+            came.append(self.headers)
             status, headers, body = answers[self.path]
             self.send_response(status)
             for name, value in headers.items():
@@ -123,22 +124,23 @@ def answering(
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", keys
+        yield f"http://127.0.0.1:{http.server_port}", came
         http.shutdown()
         thread.join()
 
 
-def test_the_key_goes_to_the_server_alone(tmp_path: Path) -> None:
+def test_the_store_is_asked_for_the_rest_and_gets_no_key(tmp_path: Path) -> None:
     entry = {"name": "file", "size": 5, "sha256": hashlib.sha256(b"bytes").hexdigest()}
     listed = json.dumps({"job": "job", "files": [entry]}).encode()
-    with answering({"/there": (200, {}, b"bytes")}) as (store, keys_there):
+    (tmp_path / "file").write_bytes(b"by")
+    with answering({"/there": (206, {}, b"tes")}) as (store, came_there):
         elsewhere = (307, {"Location": f"{store}/there"}, b"")
         path = "/v1/jobs/job/artifacts"
         with (
-            answering({path: (200, {}, listed), f"{path}/file": elsewhere}) as (url, keys),
+            answering({path: (200, {}, listed), f"{path}/file": elsewhere}) as (url, came),
             Client(url, "key") as client,
         ):
             client.download("job", "file", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"bytes"
-    assert keys == ["Bearer key", "Bearer key"]
-    assert keys_there == [None]
+    assert [headers["Authorization"] for headers in came] == ["Bearer key", "Bearer key"]
+    assert [(headers["Authorization"], headers["Range"]) for headers in came_there] == [(None, "bytes=2-")]
