@@ -38,7 +38,7 @@ from worker.resume import restore
 from worker.runner import EngineSpec
 
 _TICK_SECONDS = 0.2
-_KEEP_SECONDS = 2.0  # for what a stopped engine had told; a cancel waits for no slow store
+_KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
 _STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
@@ -385,6 +385,7 @@ class _Attempt:
 
     def _remove_upload(self) -> None:
         try:
+            self._store.probe()  # one that hangs would keep a cancel waiting
             upload.remove(self._store, self._job.id, self._lease.token)
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
             log.warning("upload_not_removed", job=self._job.id, reason=error.message)

@@ -44,7 +44,7 @@ _THREADS = 8
 """Requests that move bytes at one time, of all transfers of a process."""
 _BUFFERED_CHUNKS = 64  # of 256 KiB, between the network and the disk
 _CHECK_SECONDS = 0.2
-_STOP_SECONDS = 2.0
+_STOP_SECONDS = 1.0
 _PROBE_SECONDS = 2.0
 _DELETED_AT_ONCE = 1000  # what S3 takes
 _CHECKED = {"ChecksumAlgorithm": "SHA256"}
@@ -207,8 +207,11 @@ class _End:
 
 
 def _wait(start: Callable[[_End], Any], check: Check) -> None:
-    """See a transfer through to its end. A stopped one gets a moment to remove its parts, no more: a server
-    that hangs would keep it waiting."""
+    """See a transfer through to its end.
+
+    One that is stopped is given a moment to remove its parts. It may do so later: a server that hangs would
+    keep the caller waiting.
+    """
     end = _End()
     transfer = start(end)
     try:

@@ -11,13 +11,14 @@ from typing import Self
 class Gate:
     """Forwards connections to a port of this machine, until it is shut.
 
-    sent: bytes that came from clients. shut_after: shuts by itself when more of them came. replace: bytes of
-    a client, and what the server gets for them.
+    sent: bytes that came from clients. shut_after, hold_after: it does so by itself when more of them came.
+    replace: bytes of a client, and what the server gets for them.
     """
 
     def __init__(self, target: int) -> None:
         self.sent = 0
         self.shut_after: int | None = None
+        self.hold_after: int | None = None
         self.replace = (b"", b"")
         self._target = target
         self._flowing = threading.Event()
@@ -30,6 +31,10 @@ class Gate:
     @property
     def is_shut(self) -> bool:
         return self._listener.fileno() == -1
+
+    @property
+    def is_held(self) -> bool:
+        return not self._flowing.is_set()
 
     @property
     def url(self) -> str:
@@ -75,13 +80,15 @@ class Gate:
     def _forward(self, source: socket.socket, sink: socket.socket, from_client: bool) -> None:
         try:
             while chunk := source.recv(1 << 16):
-                self._flowing.wait()
                 if from_client:
                     chunk = chunk.replace(*self.replace) if self.replace[0] else chunk
                     self.sent += len(chunk)
+                    if self.hold_after is not None and self.sent > self.hold_after:
+                        self.hold()
                     if self.shut_after is not None and self.sent > self.shut_after:
                         self.shut_after = None
                         self.shut()
+                self._flowing.wait()
                 sink.sendall(chunk)
         except OSError:
             pass

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from api.artifacts.store import open_store
-from api.jobs import events
+from api.jobs import events, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
 from tests.support.gate import Gate
 from tests.worker.conftest import Submit
@@ -68,3 +70,25 @@ def test_a_store_that_goes_away_for_long_counts_no_attempt(
     assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
     assert (attempt.outcome, attempt.error_code) == (AttemptOutcome.STORE_LOST, "store_unreachable")
     assert job.layers_done == 0
+
+
+def test_a_cancel_does_not_wait_for_a_store_that_hangs(
+    remote: WorkerContext, submit: Submit, gate: Gate
+) -> None:
+    job_id = submit()
+    gate.hold_after = 2_000
+    cancelled: list[float] = []
+
+    def cancel() -> None:
+        while not gate.is_held:
+            time.sleep(0.01)
+        with remote.database.write() as session:
+            service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
+        cancelled.append(time.monotonic())
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    job, attempt = run(remote, job_id)
+    assert time.monotonic() - cancelled[0] < 5
+    thread.join()
+    assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
