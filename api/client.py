@@ -199,22 +199,24 @@ class Client:
     def download(self, job_id: str, name: str, path: Path) -> None:
         """Download one file to `path`, going on from what is there of it, and check its sha256.
 
+        The server may say that the file is elsewhere, at an address that needs no key and gets none.
+
         Raises:
             DigestMismatch: nothing is left at `path` then.
         """
         url = f"{_job(job_id)}/artifacts/{quote(name)}"
-        head = self._http.head(url)
-        if head.is_error:
-            self._json("GET", url)  # HEAD answers have no body; this one says what is wrong
-        size, etag = int(head.headers["Content-Length"]), head.headers["ETag"]
+        listed = {file["name"]: file for file in self.artifacts(job_id)["files"]}
+        if name not in listed:
+            self._json("GET", url)  # says so
+        size, sha256 = listed[name]["size"], listed[name]["sha256"]
         for _ in range(2):  # what was there may be the rest of another file: then once more, anew
-            self._fetch(url, path, size, etag)
-            if _sha256(path) == etag.strip('"'):
+            self._fetch(url, path, size)
+            if _sha256(path) == sha256:
                 return
             path.unlink()
         raise DigestMismatch(f"{name} arrived with another digest than the manifest names")
 
-    def _fetch(self, url: str, path: Path, size: int, etag: str) -> None:
+    def _fetch(self, url: str, path: Path, size: int) -> None:
         """Append what is missing; a connection that breaks is taken up where it broke."""
         tries, had = 0, -1
         path.touch()
@@ -223,9 +225,9 @@ class Client:
             had = have
             headers = {"Accept-Encoding": "identity"}
             if have:
-                headers |= {"Range": f"bytes={have}-", "If-Range": etag}
+                headers["Range"] = f"bytes={have}-"
             try:
-                with self._http.stream("GET", url, headers=headers) as response:
+                with self._http.stream("GET", url, headers=headers, follow_redirects=True) as response:
                     if response.is_error:
                         response.read()
                         raise _error(response)
@@ -267,7 +269,11 @@ def _given(**fields: Any) -> Json:
 def _error(response: httpx.Response) -> ApiError:
     """The error that a problem+json answer tells; of any other answer, its status."""
     if response.headers.get("Content-Type") != "application/problem+json":
-        detail = f"{response.url} answered {response.status_code} {response.reason_phrase}."
+        where = response.url.copy_with(query=None)  # what opens a store is in the query
+        detail = f"{where} answered {response.status_code} {response.reason_phrase}."
+        if response.history:
+            hint = "Try again: the address that the server gives for a file is good for some minutes."
+            return ApiError(response.status_code, "store_refused", detail, hint, [], "")
         return ApiError(response.status_code, "not_bitmill", detail, "Check the server's URL.", [], "")
     body = response.json()
     return ApiError(

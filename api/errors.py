@@ -9,6 +9,9 @@ ApiError            status, code, message, hint, problems
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
 └── Unavailable     503  not_ready, hub_unreachable
+
+Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
+the database's OperationalError 503 (database_unavailable).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from api.artifacts.store import StoreUnavailable
 from compression.errors import PlanError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -184,6 +188,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OperationalError, _on_database_error)
     app.add_exception_handler(InterfaceError, _on_database_error)
     app.add_exception_handler(DataError, _on_impossible_value)
+    app.add_exception_handler(StoreUnavailable, _on_store_error)
 
 
 def _on_api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -287,3 +292,10 @@ def _on_impossible_value(_request: Request, error: Exception) -> JSONResponse:
     log.info("value_not_storable", error=str(error.orig))
     message = "A value of this request is none that the database can hold, or look for."
     return problem_response(422, "value_not_storable", message, "Leave out the character U+0000.")
+
+
+def _on_store_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StoreUnavailable)
+    log.error("store_unavailable", code=error.code, error=error.message)
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return problem_response(503, error.code, error.message, error.hint, headers=headers)

@@ -6,11 +6,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 import migrations
-from api.artifacts.store import StoreError
+from api.artifacts.store import StoreUnavailable
 from api.dependencies import AppContext, Context
 from api.errors import Unavailable, documented
-
-_PROBE_KEY = "readyz"
 
 router = APIRouter(tags=["health"])
 
@@ -44,6 +42,6 @@ def _check_schema(context: AppContext) -> None:
 
 def _check_store(context: AppContext) -> None:
     try:
-        context.store.exists(_PROBE_KEY)
-    except (StoreError, OSError) as error:
-        raise Unavailable("store_unavailable", "The artifact store does not answer.") from error
+        context.store.probe()
+    except StoreUnavailable as error:
+        raise Unavailable("store_unavailable", error.message, error.hint) from error

@@ -57,6 +57,8 @@ def configure_logging(settings: Settings) -> None:
         )
     )
     logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # warns that memory:// names no host
+    for name in ("botocore", "s3transfer"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # below, they tell tokens and signatures
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())

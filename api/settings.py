@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     data_dir: holds the defaults of the URLs and scratch_dir, credentials.json and secret.key.
     broker_url: `memory://` is the embedded mode; otherwise a redis:// URL of Valkey or Redis.
     local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
+    store_url: `file://` and a folder, or `s3://bucket/folder`, where finished files are kept.
+    download_url_seconds: how long an address in S3 is good that a download is sent to.
     s3_prefixes: `s3://bucket` or `s3://bucket/folder` that datasets may lie in, separated by commas.
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
@@ -56,6 +58,7 @@ class Settings(BaseSettings):
     scratch_dir: Path = Path()
     engine_memory_bytes: int | None = Field(default=None, ge=1)
     resume_days: float = Field(default=7, ge=0)
+    download_url_seconds: int = Field(default=900, ge=1, le=604_800)
     activation_budget_bytes: int = Field(default=4 << 30, ge=1)
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()

@@ -1,4 +1,4 @@
-"""Text files in S3, or in storage that speaks its protocol, kept under HF_HOME.
+"""S3, or storage that speaks its protocol: the client, its errors, and text files kept under HF_HOME.
 
 Endpoint and credentials are those of every AWS library: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a profile, the
 machine's role. An object is pinned by its ETag, and by its version where its bucket keeps versions: with both
@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from compression.errors import SourceError
 
@@ -24,8 +24,15 @@ CONNECT_SECONDS = 10
 READ_SECONDS = 60
 ATTEMPTS = 3
 """Of one request, with growing pauses; not of a body that breaks off."""
+_CONNECTIONS = 50  # as many threads as may ask at once, so that none opens a connection for one request
 
 _CHUNK_BYTES = 1 << 20
+_DAMAGED = (
+    "BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+)  # fmt: skip
+"""What a server answers with 400 to a body that did not arrive as it was sent."""
+
 _FORM = re.compile(r"s3://(\w[\w.-]{1,62})/([^\x00-\x1f\x7f]{1,1024})", re.ASCII)
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -93,7 +100,7 @@ def fetch_object(
             return path, S3Object(ref, etag, version_id, path.stat().st_size)
     with _told(ref):
         wanted = {"Bucket": ref.bucket, "Key": ref.key, **({"VersionId": version_id} if version_id else {})}
-        answer = _client().get_object(**wanted)
+        answer = client().get_object(**wanted)
         with closing(answer["Body"]) as body:
             found = S3Object(ref, answer["ETag"].strip('"'), answer.get("VersionId"), answer["ContentLength"])
             if etag not in (None, found.etag):
@@ -128,28 +135,46 @@ def _save(path: Path, body: Any, size: int, on_bytes: OnBytes) -> None:
         Path(building).unlink(missing_ok=True)
 
 
-def _client() -> Any:
-    """Buckets are parts of the path at an endpoint of one's own: few of those have a name for each bucket."""
+def client(
+    *, connect_seconds: float = CONNECT_SECONDS, read_seconds: float = READ_SECONDS, attempts: int = ATTEMPTS
+) -> Any:
+    """boto3's client of S3. attempts: of one request, with growing pauses.
+
+    Buckets are parts of the path at an endpoint of one's own: few of those have a name for each bucket.
+
+    Raises S3Failure: the endpoint is no URL.
+    """
     import boto3
     from botocore.config import Config
 
     own_endpoint = any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
     config = Config(
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=connect_seconds,
+        read_timeout=read_seconds,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=_CONNECTIONS,
+        signature_version="s3v4",  # botocore would sign URLs with version 2
         s3={"addressing_style": "path" if own_endpoint else "auto"},
         user_agent_extra="bitmill",
     )
     try:
         return boto3.session.Session().client("s3", config=config)
-    except ValueError as error:  # an endpoint that is no URL
-        raise _unreachable(str(error)) from None
+    except ValueError as error:
+        raise S3Failure("unreachable", str(error)) from None
+
+
+class S3Failure(Exception):
+    """What went wrong with S3. kind: trying again may help where it is unreachable. reason: for people."""
+
+    def __init__(self, kind: Literal["not_found", "denied", "unreachable"], reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
 
 
 @contextmanager
-def _told(ref: S3Ref) -> Iterator[None]:
-    """What goes wrong, in words and codes of ours; nothing of it quotes a request, which has a signature."""
+def failures() -> Iterator[None]:
+    """Raise botocore's errors as S3Failure, which quotes nothing of a request: that has a signature."""
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
@@ -160,38 +185,48 @@ def _told(ref: S3Ref) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise _refusal(ref, error.response) from None
+        raise _refusal(error.response) from None
     except (NoCredentialsError, PartialCredentialsError):
-        raise _denied(ref, "there are no credentials") from None
+        raise S3Failure("denied", "there are no credentials") from None
     except BotoCoreError as error:
-        raise _unreachable(type(error).__name__) from error
+        raise S3Failure("unreachable", type(error).__name__) from error
 
 
-def _refusal(ref: S3Ref, response: dict[str, Any]) -> SourceError:
+def _refusal(response: dict[str, Any]) -> S3Failure:
     status, code = response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"]
     if status == HTTPStatus.NOT_FOUND:
+        return S3Failure("not_found", code)
+    denials = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    if status in denials and code not in _DAMAGED:
+        return S3Failure("denied", code)
+    return S3Failure("unreachable", f"it answers {status} {code}")
+
+
+@contextmanager
+def _told(ref: S3Ref) -> Iterator[None]:
+    """What goes wrong with a dataset, in words and codes of ours."""
+    try:
+        with failures():
+            yield
+    except S3Failure as failure:
+        raise _source_error(ref, failure) from failure
+
+
+def _source_error(ref: S3Ref, failure: S3Failure) -> SourceError:
+    if failure.kind == "not_found":
         return SourceError(
             "s3_object_not_found",
-            f"There is no {ref}, or not in this version ({code}).",
+            f"There is no {ref}, or not in this version ({failure.reason}).",
             "Check bucket and key, and which endpoint the worker asks (AWS_ENDPOINT_URL).",
         )
-    if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        return _denied(ref, code)
-    return _unreachable(f"it answers {status} {code}")
-
-
-def _denied(ref: S3Ref, reason: str) -> SourceError:
-    return SourceError(
-        "s3_access_denied",
-        f"The worker may not read {ref}: {reason}.",
-        "Start it with credentials that may: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
-    )
-
-
-def _unreachable(reason: str) -> SourceError:
-    """s3_unreachable: trying again may help."""
+    if failure.kind == "denied":
+        return SourceError(
+            "s3_access_denied",
+            f"The worker may not read {ref}: {failure.reason}.",
+            "Start it with credentials that may: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
+        )
     return SourceError(
         "s3_unreachable",
-        f"The object store cannot be reached: {reason}.",
+        f"The object store cannot be reached: {failure.reason}.",
         "Try again, or check the network and AWS_ENDPOINT_URL.",
     )

@@ -12,12 +12,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from tests.support.gate import Gate
     from tests.support.postgres import PostgresServer
     from tests.support.s3 import S3Server
 
@@ -65,3 +67,14 @@ def postgres() -> Iterator[PostgresServer]:
         running_postgres(Path(folder)) as server,
     ):
         yield server
+
+
+@pytest.fixture
+def gate(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """What stands in front of the S3 server from here on, for one who may use the bucket `store`."""
+    from tests.support.gate import Gate
+    from tests.support.s3 import KEEPER
+
+    with Gate(s3.port) as gate:
+        replace(s3, url=gate.url).use(monkeypatch, tmp_path, KEEPER)
+        yield gate

@@ -7,26 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from api.artifacts.store import Store, StoreError
+from api.artifacts.store import Check, ObjectNotFound, Store
 from api.jobs.models import JobLayer
 from compression.events import JOURNAL_FILE
+from worker.patience import patiently
 
 
-def restore(store: Store, header: dict[str, Any], layers: Sequence[JobLayer], partial: Path) -> list[int]:
+def restore(
+    store: Store, header: dict[str, Any], layers: Sequence[JobLayer], partial: Path, check: Check
+) -> list[int]:
     """Write `<output_dir>.partial` as the interrupted engine left it. Returns the layers that the store lost.
 
     header: the resolved plan. The engine checks each shard's digest itself and solves again what is missing
-    or damaged, so nothing is read here: on one file system a shard arrives as a hard link.
+    or damaged, so nothing is read here: on one file system a shard arrives as a hard link. check: whatever it
+    raises ends this.
     """
     partial.mkdir()
     lines = [header]
     lost = []
     for row in layers:
         try:
-            store.get(row.store_key, partial / row.entry["file"])
-        except StoreError as error:
-            if error.code != "object_not_found":
-                raise
+            patiently(check, store.get, row.store_key, partial / row.entry["file"], check)
+        except ObjectNotFound:
             lost.append(row.layer)
         else:
             lines.append(row.entry)

@@ -4,7 +4,8 @@
     plan, compress, verify      the engine, in its own process; every finished layer goes to the store
     upload     the output, then the row that publishes it
 
-An attempt ends in one of five ways: published, failed, cancelled, given back, or fenced out.
+An attempt ends in one of five ways: published, failed, cancelled, given back, or fenced out. It is given back
+where this worker ends, and where its store is away.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import work_key
+from api.artifacts.store import Check, StoreError, StoreUnavailable
 from api.jobs import leases
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
@@ -32,10 +33,13 @@ from worker import upload
 from worker.context import WorkerContext
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
+from worker.patience import patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
 
 _TICK_SECONDS = 0.2
+_KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
+_STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
 
@@ -44,6 +48,10 @@ log = structlog.get_logger(__name__)
 
 class ShuttingDown(Exception):
     """This worker process is asked to end."""
+
+
+class _TimeIsUp(Exception):
+    """What is not kept by now is not worth the wait."""
 
 
 class AttemptFailed(Exception):
@@ -108,6 +116,10 @@ def _end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts)
     if isinstance(reason, ShuttingDown):
         leases.release(session, lease, facts=facts)
         return
+    if isinstance(reason, StoreUnavailable):
+        lost, why = AttemptOutcome.STORE_LOST, (reason.code, str(reason))
+        leases.release(session, lease, lost, facts, why=why, delay_seconds=_STORE_PAUSE_SECONDS)
+        return
     failure = _failure(reason)
     leases.fail(
         session,
@@ -166,6 +178,7 @@ class _Attempt:
         self._started = time.monotonic()
         self._spec = _specification(worker, job, self._output)
         self._digests: dict[str, str] = {}  # of finished layers' shards, by file name
+        self._unkept: dict[str, Any] | None = None  # the message that a stop came in between
         self.facts = AttemptFacts()
 
     def run(self) -> None:
@@ -179,6 +192,7 @@ class _Attempt:
         with self._database.write() as session:
             leases.set_phase(session, self._lease, "fetch")
             layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
+        self._store.probe()  # before hours of work whose result has nowhere to go
         if self._job.resolved_plan is not None:
             self._restore(self._job.resolved_plan, layers)
         dataset = self._spec.dataset
@@ -190,7 +204,7 @@ class _Attempt:
                 self._pin(found["dataset"])
 
     def _restore(self, resolved_plan: dict[str, Any], layers: Sequence[JobLayer]) -> None:
-        lost = restore(self._store, resolved_plan, layers, self._partial)
+        lost = restore(self._store, resolved_plan, layers, self._partial, self._check)
         self._digests = {row.entry["file"]: row.sha256 for row in layers if row.layer not in lost}
         if lost:
             self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
@@ -230,21 +244,32 @@ class _Attempt:
             if message["type"] in _TERMINAL:
                 engine.finish()
                 return self._result(message)
-            self._handle(message)
+            self._unkept = message
+            self._handle(message, lambda: self._check_engine(engine))
+            self._unkept = None
 
     def _keep_finished(self, engine: EngineProcess) -> None:
-        """Record what a stopped engine had told before it stopped, so that no later attempt solves it."""
+        """Record what a stopped engine had told before it stopped, so that no later attempt solves it; as far
+        as the store takes it at once."""
+        give_up = time.monotonic() + _KEEP_SECONDS
+
+        def check() -> None:
+            if time.monotonic() > give_up:
+                raise _TimeIsUp
+
         try:
+            if self._unkept is not None:
+                self._handle(self._unkept, check)
             while (message := engine.next_message(0)) is not None:
                 if message["type"] not in _TERMINAL:
-                    self._handle(message)
-        except EOFError:
+                    self._handle(message, check)
+        except (EOFError, _TimeIsUp, StoreError):
             return
 
-    def _handle(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any], check: Check) -> None:
         data = message["data"]
         if message["type"] == "layer_solved":
-            self._keep_layer(data)
+            self._keep_layer(data, check)
             return
         if message["type"] == "phase_changed" and data["phase"] == "fetch":
             return  # the engine finds in the cache what was fetched for it, in the phase of that name
@@ -256,17 +281,16 @@ class _Attempt:
             else:
                 leases.append_event(session, self._lease, message["type"], data)
 
-    def _keep_layer(self, data: dict[str, Any]) -> None:
+    def _keep_layer(self, data: dict[str, Any], check: Check) -> None:
         """First the shard, durable in the store, then the row that makes the layer finished."""
-        entry = data["entry"]
-        key = work_key(self._job.id, entry["sha256"])
+        name, sha256 = data["entry"]["file"], data["entry"]["sha256"]
         try:
-            self._store.put(key, self._partial / entry["file"])
+            key = upload.keep_shard(self._store, self._partial / name, self._job.id, sha256, check)
         except FileNotFoundError:  # the engine published meanwhile, by renaming its folder
-            self._store.put(key, self._output / entry["file"])
+            key = upload.keep_shard(self._store, self._output / name, self._job.id, sha256, check)
         with self._database.write() as session:
             leases.record_layer(session, self._lease, data, key)
-        self._digests[entry["file"]] = entry["sha256"]
+        self._digests[name] = sha256
 
     def _check(self) -> None:
         """Raise the reason why this attempt must stop now, if there is one."""
@@ -344,7 +368,7 @@ class _Attempt:
         """Upload, then the fenced row that makes it the job's result; anything else removes the upload."""
         with self._database.write() as session:
             leases.set_phase(session, self._lease, "upload")
-        upload.remove_older(self._store, self._job.id, self._lease.token)
+        patiently(self._check, upload.remove_older, self._store, self._job.id, self._lease.token)
         try:
             manifest_key = upload.publish(
                 self._store, self._output, self._job.id, self._lease.token, self._digests, self._check
@@ -354,10 +378,17 @@ class _Attempt:
         except SQLAlchemyError:
             raise  # the row may have been written: what it names must stay
         except BaseException as error:
-            upload.remove(self._store, self._job.id, self._lease.token)
+            self._remove_upload()
             if isinstance(error, CancelWon):
                 raise CancelRequested(self._job.id) from None
             raise
+
+    def _remove_upload(self) -> None:
+        try:
+            self._store.probe()  # one that hangs would keep a cancel waiting
+            upload.remove(self._store, self._job.id, self._lease.token)
+        except StoreError as error:  # the next attempt removes it, or whoever deletes the job
+            log.warning("upload_not_removed", job=self._job.id, reason=error.message)
 
     def _append(self, type: str, data: dict[str, Any]) -> None:
         with self._database.write() as session:

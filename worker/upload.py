@@ -1,60 +1,64 @@
-"""Publishing an output folder: every file into the store, its bytes checked there, the manifest last."""
+"""What goes into the store: shards of finished layers as they come, and at the end the output folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
-from api.artifacts.store import Store, artifact_key
+from api.artifacts.store import Check, Store, artifact_key, work_key
 from compression.errors import CompressionError
+from worker.patience import patiently
 
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 1 << 20
 
 
 class UploadError(CompressionError):
-    """The store does not hold what was put there."""
+    """What was stored is not what the engine wrote."""
+
+
+def keep_shard(store: Store, path: Path, job_id: str, sha256: str, check: Check) -> str:
+    """Store a finished layer's shard, durable when this returns. Returns its key.
+
+    Raises:
+        UploadError: `upload_corrupt`, the file has not the digest that it was written with.
+    """
+    key = work_key(job_id, sha256)
+    if patiently(check, store.put, key, path, check) != sha256:
+        raise UploadError(
+            "upload_corrupt",
+            f"{path.name} differs from what the engine wrote.",
+            "Check the worker's disk and memory, then retry the job.",
+        )
+    return key
 
 
 def publish(
-    store: Store,
-    folder: Path,
-    job_id: str,
-    token: int,
-    digests: Mapping[str, str],
-    check: Callable[[], None],
+    store: Store, folder: Path, job_id: str, token: int, digests: Mapping[str, str], check: Check
 ) -> str:
-    """Put every file below `folder` under artifacts/<job>/<token>/ and return the manifest's key.
+    """Put every file below `folder` under artifacts/<job>/<token>/, the manifest last. Returns its key.
 
-    digests: sha256 by file name, as far as they were told when the files were written; others are read here.
-    check: called between files; whatever it raises ends the upload.
+    A store that is away is waited for, and no file is sent twice. Shards are in the store since their layers
+    were finished, so they get a second key and are not sent at all.
 
-    Raises:
-        UploadError: `upload_corrupt`, a stored file has not the digest that it was written with.
+    digests: their sha256 by file name. check: whatever it raises ends the upload.
     """
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         check()
         name = path.relative_to(folder).as_posix()
         key = artifact_key(job_id, token, name)
-        store.put(key, path)
-        with store.open(key) as stored:
-            sha256 = _sha256(stored)
-        if sha256 != (digests.get(name) or _sha256_of(path)):
-            raise UploadError(
-                "upload_corrupt",
-                f"{name} in the store differs from what the engine wrote.",
-                "Check the worker's disk and memory, then retry the job.",
-            )
-        files.append({"name": name, "size": store.size(key), "sha256": sha256})
+        if name in digests:
+            sha256 = digests[name]
+            patiently(check, store.link, work_key(job_id, sha256), key, check)
+        else:
+            sha256 = patiently(check, store.put, key, path, check)
+        files.append({"name": name, "size": path.stat().st_size, "sha256": sha256})
     check()
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"job": job_id, "files": files}, indent=2) + "\n")
     key = artifact_key(job_id, token, MANIFEST)
-    store.put(key, manifest)
+    patiently(check, store.put, key, manifest, check)
     return key
 
 
@@ -68,15 +72,3 @@ def remove_older(store: Store, job_id: str, token: int) -> None:
     found = {int(key.split("/")[2]) for key in store.list(f"artifacts/{job_id}")}
     for older in (other for other in found if other < token):
         remove(store, job_id, older)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()

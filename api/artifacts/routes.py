@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from typing import Annotated
-from urllib.parse import quote
 
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
 from api.artifacts import service
 from api.artifacts.ranges import ByteRange, parse_range
 from api.artifacts.schemas import ArtifactList
-from api.artifacts.store import Store, StoreError
-from api.dependencies import ArtifactStore, Reader, ReadSession
+from api.artifacts.store import ObjectNotFound, Store, disposition
+from api.dependencies import ArtifactStore, CurrentSettings, Reader, ReadSession
 from api.errors import NotFound, documented
 
 CHUNK_BYTES = 1 << 20
@@ -40,6 +39,7 @@ def list_artifacts(job_id: str, caller: Reader, session: ReadSession, store: Art
         200: {"description": "The whole file.", **_BINARY},
         206: {"description": "The part that Range asked for.", **_BINARY},
         304: {"description": "The file is the one that If-None-Match names."},
+        307: {"description": "The file is at Location, an address in S3 that is good for some minutes."},
         **documented(416),
     },
 )
@@ -50,23 +50,29 @@ def download_artifact(
     caller: Reader,
     session: ReadSession,
     store: ArtifactStore,
+    settings: CurrentSettings,
     range_header: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
     if_range: Annotated[str | None, Header(max_length=200)] = None,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> Response:
-    """The bytes of a file. `Range` resumes a download; the ETag is the sha256."""
+    """The bytes of a file. `Range` resumes a download; the ETag is the sha256.
+
+    Where files are in S3, GET redirects there, and HEAD tells size and sha256.
+    """
     artifact = service.find_artifact(session, store, caller.project_id, job_id, name)
     etag = f'"{artifact.file.sha256}"'
     headers = {
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=31536000, immutable",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name.rpartition('/')[2], safe='')}",
+        "Content-Disposition": disposition(name),
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(artifact.file.sha256)).decode()}:",
         "X-Content-Type-Options": "nosniff",
     }
     if if_none_match is not None and etag in (tag.strip() for tag in if_none_match.split(",")):
         return Response(status_code=304, headers=headers)
+    if request.method == "GET" and (url := store.url(artifact.key, name, settings.download_url_seconds)):
+        return RedirectResponse(url, headers={"Cache-Control": "no-store"})
     size = _size(store, artifact.key)
     wanted = parse_range(range_header, size) if if_range in (None, etag) else None
     part = wanted or ByteRange(0, size - 1, size)
@@ -81,7 +87,7 @@ def download_artifact(
 def _size(store: Store, key: str) -> int:
     try:
         return store.size(key)
-    except StoreError as error:
+    except ObjectNotFound as error:
         raise NotFound("artifacts_gone", "The job's files are no longer in the store.") from error
 
 

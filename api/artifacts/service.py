@@ -8,7 +8,7 @@ from urllib.parse import quote
 from sqlalchemy.orm import Session
 
 from api.artifacts.schemas import ArtifactList, ArtifactRead, Manifest, ManifestFile
-from api.artifacts.store import Store, StoreError
+from api.artifacts.store import ObjectNotFound, Store
 from api.errors import NotFound
 from api.jobs.service import get_job
 
@@ -53,6 +53,6 @@ def _manifest(session: Session, store: Store, project_id: str, job_id: str) -> t
     try:
         with store.open(job.manifest_key) as file:
             manifest = Manifest.model_validate_json(file.read())
-    except StoreError as error:
+    except ObjectNotFound as error:
         raise NotFound("artifacts_gone", "The job's files are no longer in the store.") from error
     return manifest, job.manifest_key.rpartition("/")[0]

@@ -2,48 +2,100 @@
 
 Keys: work/<job>/<sha256>.safetensors for finished layers; artifacts/<job>/<token>/<file> for what a job
 published, of which manifest.json is written last.
+
+    StoreError              code, message, hint; bad_key, unknown_store
+    ├── ObjectNotFound      object_not_found
+    └── StoreUnavailable    nothing is wrong with what was asked
+        ├── StoreDenied         store_denied: it answers, and refuses; somebody has to change something
+        └── StoreUnreachable    store_unreachable: trying again may help
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+
+from compression.errors import CompressionError, ResourceError
+from compression.s3 import S3Ref
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK_BYTES = 4 << 20
+
+Check = Callable[[], None]
+"""Called again and again while bytes move. What it raises ends that, and is raised."""
 
 
-class StoreError(Exception):
-    """The store cannot do what was asked. Codes: `object_not_found`, `bad_key`, `unknown_store`."""
+class StoreError(CompressionError):
+    """The store cannot do what was asked."""
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+
+class ObjectNotFound(StoreError):
+    """There is no object of that key."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__("object_not_found", f"The store has no object {key!r}.", "Retry the job.")
+
+
+class StoreUnavailable(StoreError):
+    """The store does not serve now."""
+
+
+class StoreDenied(StoreUnavailable):
+    """The store may not be used so."""
+
+    def __init__(self, reason: str) -> None:
+        hint = "Give API and workers the rights that docs/how-to.md lists, and look at BITMILL_STORE_URL."
+        super().__init__("store_denied", f"The artifact store refuses: {reason}.", hint)
+
+
+class StoreUnreachable(StoreUnavailable):
+    """The store does not answer, or not as it should."""
+
+    def __init__(self, reason: str) -> None:
+        hint = "Try again; if it stays so, check the store, the network and BITMILL_STORE_URL."
+        super().__init__("store_unreachable", f"The artifact store cannot be reached: {reason}.", hint)
+
+
+def go_on() -> None:
+    """The check that stops nothing."""
 
 
 class Store(Protocol):
     """Objects appear whole or not at all, and are never changed in place.
 
-    Every method raises StoreError `bad_key` for a key that is not a clean relative path, and
-    `object_not_found` where an object must exist and does not.
+    Every method raises StoreUnavailable, those with a key StoreError `bad_key` for one that is not a clean
+    relative path, and ObjectNotFound where an object must exist and does not.
     """
 
-    def put(self, key: str, path: Path) -> None:
-        """Store the file's bytes under `key`, durable when this returns. The file must not change afterwards.
+    def put(self, key: str, path: Path, check: Check = go_on) -> str:
+        """Store the file's bytes under `key`, durable when this returns, and give their sha256. The file must
+        not change afterwards.
 
         Raises ResourceError `disk_full` where there is no room.
         """
 
-    def get(self, key: str, path: Path) -> None:
-        """Make the object's bytes a file at `path`, which must not be written to afterwards."""
+    def get(self, key: str, path: Path, check: Check = go_on) -> None:
+        """Make the object's bytes a file at `path`, which must not be written to afterwards.
 
-    def link(self, src_key: str, dst_key: str) -> None:
+        Raises ResourceError `disk_full` where there is no room.
+        """
+
+    def link(self, src_key: str, dst_key: str, check: Check = go_on) -> None:
         """Make an object readable under a second key, without moving its bytes where the store can."""
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader of the object."""
+
+    def url(self, key: str, name: str, seconds: int) -> str | None:
+        """An address at which anybody gets the object, as a file of that name, for so long; None where the
+        store gives none. Nothing is asked of the store."""
 
     def size(self, key: str) -> int:
         """The object's size in bytes."""
@@ -57,6 +109,9 @@ class Store(Protocol):
     def delete(self, prefix: str) -> None:
         """Remove the object of that key, or all objects below that folder; nothing there is no error."""
 
+    def probe(self) -> None:
+        """Return within seconds if the store answers."""
+
 
 def check_key(key: str) -> str:
     """The key, if it is a clean relative path: no empty, `.` or `..` segment, no control character."""
@@ -67,17 +122,51 @@ def check_key(key: str) -> str:
 
 
 def open_store(url: str) -> Store:
-    """The store of that URL: `file://` and an absolute path.
+    """The store of that URL: `file://` and an absolute path, or `s3://bucket` or `s3://bucket/folder`.
 
     Raises:
         StoreError: `unknown_store`.
+        StoreUnreachable: the address of the S3 server is none.
     """
     parts = urlsplit(url)
-    if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
-        raise StoreError("unknown_store", f"{url!r} is not a store: give file:// and an absolute path.")
-    from api.artifacts.local import LocalStore
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        from api.artifacts.local import LocalStore
 
-    return LocalStore(Path(unquote(parts.path)))
+        return LocalStore(Path(unquote(parts.path)))
+    inside = S3Ref.parse(f"{url.rstrip('/')}/key")
+    if inside is not None:
+        from api.artifacts.s3 import S3Store
+
+        return S3Store(inside.bucket, inside.key.removesuffix("key"))
+    hint = "Give file:// and an absolute path, or s3://bucket/folder."
+    raise StoreError("unknown_store", f"{url!r} is not a store.", hint)
+
+
+def disposition(name: str) -> str:
+    """The header Content-Disposition of a file that is to be saved under that name."""
+    return f"attachment; filename*=UTF-8''{quote(name.rpartition('/')[2], safe='')}"
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Raise ResourceError `disk_full` where what is done needs more room than there is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        hint = "Free disk space and retry the job."
+        raise ResourceError("disk_full", f"No room to store {path.name}.", hint) from error
+
+
+def sha256_of(path: Path, check: Check) -> str:
+    """A file's sha256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            check()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def work_key(job_id: str, sha256: str) -> str:

@@ -60,13 +60,15 @@ def give_back(
     outcome: AttemptOutcome,
     facts: AttemptFacts = NOTHING_SEEN,
     *,
+    why: tuple[str, str] | None = None,
     delay_seconds: float = 0,
 ) -> JobStatus:
     """End an attempt without counting it: the job waits again, or is cancelled where that was asked for.
 
-    The caller holds the job's row.
+    why: code and message of the attempt. The caller holds the job's row.
     """
-    end_attempt(session, job_id, number, outcome, facts=facts)
+    code, message = why or (None, None)
+    end_attempt(session, job_id, number, outcome, code, message, facts)
     job = _drop_lease(session, job_id)
     if job.status == JobStatus.CANCELLING:
         return _end(session, job, JobStatus.CANCELLED)

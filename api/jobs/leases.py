@@ -295,14 +295,18 @@ def release(
     outcome: AttemptOutcome = AttemptOutcome.PREEMPTED,
     facts: AttemptFacts = NOTHING_SEEN,
     *,
+    why: tuple[str, str] | None = None,
     delay_seconds: float = 0,
 ) -> JobStatus:
     """Give the job back, not counted: this worker shuts down, or lost its store. Returns queued or cancelled.
 
+    why: code and message for the attempt, where there is something to tell.
     delay_seconds: how long no worker takes it, where all would meet the same trouble.
     """
     _fenced_update(session, lease)
-    return give_back(session, lease.job_id, lease.attempt, outcome, facts, delay_seconds=delay_seconds)
+    return give_back(
+        session, lease.job_id, lease.attempt, outcome, facts, why=why, delay_seconds=delay_seconds
+    )
 
 
 def queued_by_device(session: Session) -> dict[str, int]:

@@ -34,7 +34,7 @@ RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended. Of these, preempted is not counted toward max_attempts."""
+    """How an attempt ended. Of these, preempted and store_lost are not counted toward max_attempts."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -44,6 +44,7 @@ class AttemptOutcome(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     LEASE_LOST = "lease_lost"
     PREEMPTED = "preempted"
+    STORE_LOST = "store_lost"
 
 
 def _values(members: type[StrEnum]) -> list[str]:

@@ -71,10 +71,14 @@ def _model_on_hub(ref: HubRef, hub: HubEnvironment) -> ModelSource:
 
 
 def resolve_dataset(
-    dataset: DatasetSpec, roots: Sequence[Path], s3_prefixes: Sequence[str], hub: HubEnvironment
+    dataset: DatasetSpec,
+    roots: Sequence[Path],
+    s3_prefixes: Sequence[str],
+    store_url: str,
+    hub: HubEnvironment,
 ) -> DatasetSpec:
     """The same dataset with its path resolved, or its revision on the Hub. What is in S3 is pinned by the
-    worker that first fetches it.
+    worker that first fetches it. What lies in the service's own store is nobody's dataset.
 
     Raises:
         PlanError: `path_not_allowed`, `dataset_not_found` for what is not a file below a root, or
@@ -84,7 +88,7 @@ def resolve_dataset(
     if dataset.hub is not None:
         return _dataset_on_hub(dataset, hub)
     if dataset.s3 is not None:
-        _check_prefix(dataset.s3, s3_prefixes)
+        _check_prefix(dataset.s3, s3_prefixes, store_url)
         return dataset
     if dataset.path is None:
         return dataset
@@ -99,8 +103,11 @@ def resolve_dataset(
     return dataset.model_copy(update={"path": str(file)})
 
 
-def _check_prefix(s3: str, prefixes: Sequence[str]) -> None:
+def _check_prefix(s3: str, prefixes: Sequence[str], store_url: str) -> None:
     ref = S3Ref.parse(s3)
+    if ref is not None and ref.is_below(store_url):
+        hint = "The server keeps its own files there. Copy the text elsewhere."
+        raise PlanError(_not_allowed(s3, hint, "/dataset"))
     if ref is None or not any(ref.is_below(prefix) for prefix in prefixes):
         hint = "The server reads only below the prefixes of its setting BITMILL_S3_PREFIXES."
         raise PlanError(_not_allowed(s3, hint, "/dataset"))

@@ -60,7 +60,9 @@ class Planner:
         roots, prefixes = settings.local_roots, settings.s3_prefixes
         self._activation_budget_bytes = settings.activation_budget_bytes
         self._model = _once(lambda model: resolve_model(model, roots, hub))
-        self._dataset = _once(lambda dataset: resolve_dataset(dataset, roots, prefixes, hub))
+        self._dataset = _once(
+            lambda dataset: resolve_dataset(dataset, roots, prefixes, settings.store_url, hub)
+        )
         self._headers = _once(read_checkpoint)
         self._work = _once(self._plan_work)
 

@@ -20,16 +20,21 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tests.integration.service import free_port
 
 START_SECONDS = 60
-ADMIN, READER = ("admin", "admin-secret"), ("reader", "reader-secret")
-"""Who may do everything, and who may only read `texts` and `versioned`: access key and secret."""
+ADMIN, READER, KEEPER = (("admin", "admin-secret"), ("reader", "reader-secret"), ("keeper", "keeper-secret"))
+"""Access key and secret of who may do everything, who may only read `texts` and `versioned`, and who may use
+`store` and nothing else."""
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """The running server, with the buckets `texts`, `versioned` (which keeps versions) and `private`."""
+    """The running server. Buckets: `texts`, `versioned` (which keeps versions), `private` and `store`."""
 
     url: str
     client: Any
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def put(self, key: str, content: bytes, bucket: str = "texts") -> None:
         self.client.put_object(Bucket=bucket, Key=key, Body=content)
@@ -38,11 +43,11 @@ class S3Server:
         """What a user sets to read from here."""
         return {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
 
-    def use(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        """Read from here as one who may only read, home and caches in a folder, and from nowhere else."""
+    def use(self, monkeypatch: pytest.MonkeyPatch, folder: Path, who: tuple[str, str] = READER) -> None:
+        """Be here as one of them, home and caches in a folder, and nowhere else."""
         elsewhere = {"HOME": str(folder / "home"), "HF_HOME": str(folder / "huggingface")}
         alone = {"AWS_EC2_METADATA_DISABLED": "true"}
-        for name, value in {**self.variables(*READER), **elsewhere, **alone}.items():
+        for name, value in {**self.variables(*who), **elsewhere, **alone}.items():
             monkeypatch.setenv(name, value)
 
 
@@ -50,7 +55,12 @@ class S3Server:
 def running_s3(folder: Path) -> Iterator[S3Server]:
     """SeaweedFS on free ports, its data in a folder."""
     reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
-    identities = [_identity(*ADMIN, ["Admin", "Read", "Write", "List"]), _identity(*READER, reads)]
+    keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
+    identities = [
+        _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),
+        _identity(*READER, reads),
+        _identity(*KEEPER, keeps),
+    ]
     (folder / "identities.json").write_text(json.dumps({"identities": identities}))
     port = free_port()
     ports = {"s3.port": port, **{name: free_port() for name in _PORTS}}
@@ -108,7 +118,7 @@ def _ready(url: str, server: subprocess.Popen[bytes], folder: Path) -> Any:
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            for bucket in ("texts", "versioned", "private"):
+            for bucket in ("texts", "versioned", "private", "store"):
                 client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
             break
         except (BotoCoreError, ClientError) as error:

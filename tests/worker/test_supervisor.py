@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from api.artifacts.store import go_on
 from api.jobs import events, leases
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from compression.events import JOURNAL_FILE
@@ -111,7 +112,7 @@ def test_a_journal_is_restored_without_what_the_store_lost(worker: WorkerContext
         ),
     ]
     partial = tmp_path / "output.partial"
-    assert restore(worker.store, {"type": "plan", "work_key": "k"}, rows, partial) == [1]
+    assert restore(worker.store, {"type": "plan", "work_key": "k"}, rows, partial, go_on) == [1]
     assert (partial / "0").read_bytes() == b"layer 0"
     assert (partial / "0").stat().st_nlink > 1
     assert (partial / JOURNAL_FILE).read_text() == (

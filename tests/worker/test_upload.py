@@ -1,4 +1,4 @@
-"""What is published is what the engine wrote, whole or not at all."""
+"""What is published is what the engine wrote, whole or not at all, and a store that is away is waited for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from api.artifacts.local import LocalStore
-from worker.upload import UploadError, publish, remove, remove_older
+from api.artifacts.store import Store, StoreUnreachable, go_on, open_store
+from tests.support.gate import Gate
+from worker import patience
+from worker.upload import UploadError, keep_shard, publish, remove, remove_older
+
+WEIGHTS = hashlib.sha256(b"weights").hexdigest()
 
 
 @pytest.fixture
@@ -26,13 +32,9 @@ def output(tmp_path: Path) -> Path:
     return folder
 
 
-def nothing() -> None:
-    return
-
-
 def test_the_manifest_names_every_file_with_size_and_sha256(store: LocalStore, output: Path) -> None:
-    digests = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
-    key = publish(store, output, "job", 7, digests, nothing)
+    keep_shard(store, output / "model.safetensors", "job", WEIGHTS, go_on)
+    key = publish(store, output, "job", 7, {"model.safetensors": WEIGHTS}, go_on)
     assert key == "artifacts/job/7/manifest.json"
     with store.open(key) as file:
         manifest = json.load(file)
@@ -40,7 +42,7 @@ def test_the_manifest_names_every_file_with_size_and_sha256(store: LocalStore, o
         "job": "job",
         "files": [
             {"name": "extra/notes.txt", "size": 5, "sha256": hashlib.sha256(b"notes").hexdigest()},
-            {"name": "model.safetensors", "size": 7, "sha256": digests["model.safetensors"]},
+            {"name": "model.safetensors", "size": 7, "sha256": WEIGHTS},
         ],
     }
     for file in manifest["files"]:
@@ -48,31 +50,85 @@ def test_the_manifest_names_every_file_with_size_and_sha256(store: LocalStore, o
             assert hashlib.sha256(stored.read()).hexdigest() == file["sha256"]
 
 
+def test_a_shard_is_published_as_it_was_stored_when_its_layer_was_finished(
+    store: LocalStore, output: Path
+) -> None:
+    shard = output / "model.safetensors"
+    keep_shard(store, shard, "job", WEIGHTS, go_on)
+    shard.unlink()  # the stored one is a link to it
+    shard.write_bytes(b"damaged")
+    publish(store, output, "job", 7, {"model.safetensors": WEIGHTS}, go_on)
+    with store.open("artifacts/job/7/model.safetensors") as stored:
+        assert stored.read() == b"weights"
+
+
 def test_a_shard_that_changed_after_it_was_solved_is_refused(store: LocalStore, output: Path) -> None:
-    digests = {"model.safetensors": hashlib.sha256(b"other weights").hexdigest()}
+    other = hashlib.sha256(b"other weights").hexdigest()
     with pytest.raises(UploadError, match=r"model\.safetensors") as caught:
-        publish(store, output, "job", 7, digests, nothing)
+        keep_shard(store, output / "model.safetensors", "job", other, go_on)
     assert caught.value.code == "upload_corrupt"
-    assert not store.exists("artifacts/job/7/manifest.json")
 
 
 def test_a_stop_between_files_leaves_no_manifest(store: LocalStore, output: Path) -> None:
-    calls: list[int] = []
-
-    def stop_at_the_second() -> None:
-        calls.append(1)
-        if len(calls) == 2:
+    def stop_after_the_first() -> None:
+        if store.exists("artifacts/job/7/extra/notes.txt"):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        publish(store, output, "job", 7, {}, stop_at_the_second)
+        publish(store, output, "job", 7, {}, stop_after_the_first)
     assert list(store.list("artifacts/job")) == ["artifacts/job/7/extra/notes.txt"]
 
 
 def test_removal_spares_the_uploads_of_later_attempts(store: LocalStore, output: Path) -> None:
     for token in (2, 9, 10):
-        publish(store, output, "job", token, {}, nothing)
+        publish(store, output, "job", token, {}, go_on)
     remove_older(store, "job", 9)
     assert {key.split("/")[2] for key in store.list("artifacts/job")} == {"9", "10"}
     remove(store, "job", 9)
     assert {key.split("/")[2] for key in store.list("artifacts/job")} == {"10"}
+
+
+class TestAStoreThatIsAway:
+    """S3 behind a gate."""
+
+    @pytest.fixture
+    def away(self, gate: Gate, tmp_path: Path) -> Store:  # noqa: ARG002
+        return open_store(f"s3://store/{tmp_path.name}")
+
+    def test_the_upload_goes_on_behind_what_is_there(self, gate: Gate, away: Store, output: Path) -> None:
+        large = 3_000_000
+        for name in ("a", "b"):
+            (output / name).write_bytes(name.encode() * large)
+        gate.shut_after = large + large // 2
+        with capture_logs() as logs:
+
+            def come_back() -> None:
+                if logs and gate.is_shut:
+                    gate.open()
+
+            key = publish(away, output, "job", 7, {}, come_back)
+        assert "store_unreachable" in {line["event"] for line in logs}
+        with away.open(key) as file:
+            manifest = json.load(file)
+        assert {file["name"]: file["size"] for file in manifest["files"]} == {
+            "a": large, "b": large, "extra/notes.txt": 5, "model.safetensors": 7,
+        }  # fmt: skip
+        assert away.size("artifacts/job/7/b") == large
+        assert gate.sent < 3 * large
+
+    def test_patience_ends(
+        self, gate: Gate, away: Store, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
+        gate.shut()
+        with pytest.raises(StoreUnreachable):
+            publish(away, output, "job", 7, {}, go_on)
+
+    def test_who_waits_can_be_stopped(self, gate: Gate, away: Store, output: Path) -> None:
+        def stop_once_it_is_away() -> None:
+            if gate.is_shut:
+                raise InterruptedError
+
+        gate.shut_after = 0
+        with pytest.raises(InterruptedError):
+            publish(away, output, "job", 7, {}, stop_once_it_is_away)

@@ -1,8 +1,9 @@
-"""The store over a local folder."""
+"""What every store does, in a local folder and in S3; and what only the folder does."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -13,30 +14,39 @@ from typing import Any
 import pytest
 
 from api.artifacts.local import LocalStore
-from api.artifacts.store import Store, StoreError, artifact_key, open_store, work_key
+from api.artifacts.store import (
+    ObjectNotFound,
+    Store,
+    StoreError,
+    StoreUnreachable,
+    artifact_key,
+    open_store,
+    work_key,
+)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def local(tmp_path: Path) -> Store:
     return open_store(f"file://{tmp_path / 'the store'}")
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789")
-    return path
+@pytest.fixture(params=["local", "in_s3"])
+def store(request: pytest.FixtureRequest) -> Store:
+    given = request.getfixturevalue(request.param)
+    return open_store(given) if isinstance(given, str) else given
 
 
 def test_put_get_link_open_list_delete(store: Store, file: Path, tmp_path: Path) -> None:
     key, published = work_key("job_1", "a" * 64), artifact_key("job_1", 3, "sub/model.safetensors")
     assert not store.exists(key)
-    store.put(key, file)
+    assert store.put(key, file) == hashlib.sha256(b"0123456789").hexdigest()
     store.link(key, published)
     assert (store.exists(key), store.size(published)) == (True, 10)
     with store.open(published) as reader:
         reader.seek(4)
-        assert reader.read(3) == b"456"
+        assert (reader.read(3), reader.tell(), reader.read()) == (b"456", 7, b"789")
+        reader.seek(-2, os.SEEK_END)
+        assert (reader.read(9), reader.read(1)) == (b"89", b"")
     store.get(published, tmp_path / "new folder" / "copy")
     assert (tmp_path / "new folder" / "copy").read_bytes() == b"0123456789"
     assert list(store.list("artifacts/job_1")) == [published]
@@ -45,32 +55,62 @@ def test_put_get_link_open_list_delete(store: Store, file: Path, tmp_path: Path)
     store.delete("work/job_1")
     assert not store.exists(key)
     assert store.exists(published)
+    store.probe()
 
 
-def test_bytes_are_shared_not_copied(store: Store, file: Path, tmp_path: Path) -> None:
+def test_an_empty_object(store: Store, file: Path, tmp_path: Path) -> None:
+    file.write_bytes(b"")
     store.put("work/a", file)
-    store.link("work/a", "artifacts/a")
-    store.get("artifacts/a", tmp_path / "back")
+    with store.open("work/a") as reader:
+        assert reader.read() == b""
+    store.get("work/a", tmp_path / "back")
+    assert (store.size("work/a"), (tmp_path / "back").read_bytes()) == (0, b"")
+
+
+def test_lists_are_sorted_and_stay_below_their_folder(store: Store, file: Path) -> None:
+    for key in ("a/c", "a/b/d", "a-b", "a/b-c", "ab/c"):
+        store.put(key, file)
+    assert list(store.list("a")) == ["a/b-c", "a/b/d", "a/c"]
+    store.delete("a")
+    assert [store.exists(key) for key in ("a/c", "a/b/d", "a-b", "ab/c")] == [False, False, True, True]
+
+
+def test_a_stop_leaves_no_object(store: Store, file: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        store.put("work/a", file, stop)
+    assert not store.exists("work/a")
+
+
+def test_bytes_are_shared_not_copied(local: Store, file: Path, tmp_path: Path) -> None:
+    local.put("work/a", file)
+    local.link("work/a", "artifacts/a")
+    local.get("artifacts/a", tmp_path / "back")
     assert file.stat().st_nlink == 4
 
 
-def test_an_object_is_replaced_whole(store: Store, file: Path, tmp_path: Path) -> None:
-    store.put("work/a", file)
+def test_an_object_is_replaced_whole(local: Store, file: Path, tmp_path: Path) -> None:
+    local.put("work/a", file)
     other = tmp_path / "other"
     other.write_bytes(b"other")
-    with store.open("work/a") as reader:
-        store.put("work/a", other)
+    with local.open("work/a") as reader:
+        local.put("work/a", other)
         assert reader.read() == b"0123456789"
-    assert store.size("work/a") == 5
+    assert local.size("work/a") == 5
     assert file.read_bytes() == b"0123456789"
-    assert list(store.list("work")) == ["work/a"]
+    assert list(local.list("work")) == ["work/a"]
 
 
-def test_putting_the_same_file_twice_changes_nothing(store: Store, file: Path) -> None:
-    store.put("work/a", file)
-    store.put("work/a", file)
-    store.link("work/a", "work/a")
-    assert list(store.list("work")) == ["work/a"]
+def test_putting_the_same_file_twice_changes_nothing(local: Store, file: Path) -> None:
+    local.put("work/a", file)
+    local.put("work/a", file)
+    local.link("work/a", "work/a")
+    assert list(local.list("work")) == ["work/a"]
     assert file.stat().st_nlink == 2
 
 
@@ -104,9 +144,9 @@ def test_missing_objects(store: Store, tmp_path: Path) -> None:
         lambda: store.link(key, "b"),
     ]
     for call in calls:
-        with pytest.raises(StoreError) as caught:
+        with pytest.raises(ObjectNotFound) as caught:
             call()
-        assert caught.value.code == "object_not_found"
+        assert (caught.value.code, caught.value.hint != "") == ("object_not_found", True)
     assert list(store.list("work")) == []
 
 
@@ -150,7 +190,16 @@ with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
 
 
 def test_unknown_stores() -> None:
-    for url in ("s3://bucket", "file://host/path", "file:relative", "/tmp"):
+    for url in (
+        "s3://", "s3://bucket/../other", "s3://bucket//folder", "https://bucket", "file://host/path",
+        "file:relative", "/tmp",
+    ):  # fmt: skip
         with pytest.raises(StoreError) as caught:
             open_store(url)
         assert caught.value.code == "unknown_store"
+
+
+def test_a_folder_that_is_gone_is_unreachable(local: Store, tmp_path: Path) -> None:
+    (tmp_path / "the store").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreUnreachable):
+        local.probe()

@@ -44,6 +44,26 @@ def test_everything_else_is_refused(server: Server, dataset: str) -> None:
     assert "BITMILL_S3_PREFIXES" in error["hint"]
 
 
+class TestTheServicesOwnStore:
+    """Is nobody's dataset, whatever the prefixes say."""
+
+    @pytest.fixture(params=["s3://texts/public", "s3://texts", "s3://texts/public/work/"])
+    def store_url(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def settings(self, settings: Settings, store_url: str) -> Settings:
+        return settings.model_copy(update={"store_url": store_url})
+
+    def test_it_is_refused(self, server: Server) -> None:
+        inside, beside = "s3://texts/public/work/a.jsonl", "s3://more/work/a.jsonl"
+        answer = server.http.post("/v1/jobs", json=server.body(dataset=inside))
+        (error,) = answer.json()["errors"]
+        assert (answer.status_code, error["code"]) == (422, "path_not_allowed")
+        assert "own files" in error["hint"]
+        assert server.submit(dataset=beside)["dataset"] == beside
+
+
 @pytest.mark.parametrize(
     ("dataset", "code"),
     [

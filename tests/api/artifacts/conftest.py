@@ -1,0 +1,114 @@
+"""Stores of both kinds, and a succeeded job with files behind a real server on a real port."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from api.artifacts.store import Store, artifact_key, open_store
+from api.client import Client
+from api.jobs import leases
+from api.jobs.leases import WorkerIdentity
+from api.main import create_app
+from tests.api.conftest import Server
+from tests.support.s3 import KEEPER, S3Server
+
+CONTENT = {
+    "model-00001-of-00001.safetensors": bytes(range(256)) * 12_000,  # three chunks
+    "config.json": b"{}",
+    "sub folder/ünï.txt": b"text",
+    "empty": b"",
+}
+BIG = "model-00001-of-00001.safetensors"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A succeeded job with files, behind a server on a port."""
+
+    url: str
+    key: str
+    job_id: str
+    token: int
+    store: Store
+
+    def path(self, name: str) -> str:
+        return f"{self.url}/v1/jobs/{self.job_id}/artifacts/{name}"
+
+    def get(self, name: str, **headers: str) -> httpx.Response:
+        headers["Authorization"] = f"Bearer {self.key}"
+        return httpx.get(self.path(name), headers=headers, trust_env=False)
+
+    def head(self, name: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.head(self.path(name), headers=headers, trust_env=False)
+
+
+def publish(server: Server, tmp_path: Path) -> tuple[str, int]:
+    """What a worker does at the end of a job."""
+    job_id = server.submit()["id"]
+    store = open_store(server.settings.store_url)
+    with server.database.write() as session:
+        claimed = leases.claim(session, WorkerIdentity("w", "cpu", 1 << 40, 0), 90)
+    assert claimed is not None
+    lease, _ = claimed
+    files = []
+    for name, content in CONTENT.items():
+        file = tmp_path / "out"
+        file.write_bytes(content)
+        store.put(artifact_key(job_id, lease.token, name), file)
+        file.unlink()
+        files.append({"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"job": job_id, "files": files}))
+    key = artifact_key(job_id, lease.token, "manifest.json")
+    store.put(key, manifest)
+    with server.database.write() as session:
+        leases.succeed(session, lease, {}, key)
+    return job_id, lease.token
+
+
+@pytest.fixture
+def published(server: Server, tmp_path: Path) -> Iterator[Published]:
+    job_id, token = publish(server, tmp_path)
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(create_app(server.settings), port=0, log_config=None, ws="none")
+    )
+    thread = threading.Thread(target=uvicorn_server.run)
+    thread.start()
+    while not uvicorn_server.started:
+        time.sleep(0.01)
+    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+    key = server.http.headers["Authorization"].removeprefix("Bearer ")
+    yield Published(f"http://127.0.0.1:{port}", key, job_id, token, open_store(server.settings.store_url))
+    uvicorn_server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(published: Published) -> Iterator[Client]:
+    with Client(published.url, published.key) as client:
+        yield client
+
+
+@pytest.fixture
+def in_s3(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty store in S3, with the credentials of one who may use it."""
+    s3.use(monkeypatch, tmp_path, KEEPER)
+    return f"s3://store/{tmp_path.name}"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    return path

@@ -1,0 +1,94 @@
+"""Jobs whose files are kept in S3, and what becomes of them when it is away."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from api.artifacts.store import open_store
+from api.jobs import events, service
+from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
+from tests.support.gate import Gate
+from tests.worker.conftest import Submit
+from worker import patience
+from worker.context import WorkerContext
+from worker.heartbeat import Presence
+from worker.tasks import look
+
+
+@pytest.fixture
+def remote(gate: Gate, worker: WorkerContext, tmp_path: Path) -> WorkerContext:  # noqa: ARG001
+    """A worker that keeps files there."""
+    url = f"s3://store/{tmp_path.name}"
+    settings = worker.settings.model_copy(update={"store_url": url})
+    return dataclasses.replace(worker, settings=settings, store=open_store(url))
+
+
+def run(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:
+    look(worker, Presence(worker))
+    with worker.database.read() as session:
+        return session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
+
+
+def test_a_job_is_kept_and_published_there(remote: WorkerContext, submit: Submit) -> None:
+    job_id = submit()
+    job, attempt = run(remote, job_id)
+    assert (job.status, attempt.error_message) == (JobStatus.SUCCEEDED, None)
+    assert job.manifest_key is not None
+    with remote.store.open(job.manifest_key) as file:
+        manifest = json.load(file)
+    folder = job.manifest_key.rpartition("/")[0]
+    for entry in manifest["files"]:
+        assert remote.store.size(f"{folder}/{entry['name']}") == entry["size"]
+    assert len(list(remote.store.list(f"work/{job_id}"))) == job.layers_total
+
+
+def test_nothing_begins_while_the_store_is_away(remote: WorkerContext, submit: Submit, gate: Gate) -> None:
+    job_id = submit()
+    gate.shut()
+    job, attempt = run(remote, job_id)
+    assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
+    assert (attempt.outcome, attempt.error_code) == (AttemptOutcome.STORE_LOST, "store_unreachable")
+    assert attempt.ended_at is not None
+    assert (job.available_at - attempt.ended_at).total_seconds() > 30
+    with remote.database.read() as session:
+        ended = events.page(session, job_id, 0, 100)[-1]
+    assert (ended.type, ended.data["code"]) == ("attempt_ended", "store_unreachable")
+
+
+def test_a_store_that_goes_away_for_long_counts_no_attempt(
+    remote: WorkerContext, submit: Submit, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
+    gate.shut_after = 2_000  # a probe is smaller, a layer is not
+    job, attempt = run(remote, submit())
+    assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
+    assert (attempt.outcome, attempt.error_code) == (AttemptOutcome.STORE_LOST, "store_unreachable")
+    assert job.layers_done == 0
+
+
+def test_a_cancel_does_not_wait_for_a_store_that_hangs(
+    remote: WorkerContext, submit: Submit, gate: Gate
+) -> None:
+    job_id = submit()
+    gate.hold_after = 2_000
+    cancelled: list[float] = []
+
+    def cancel() -> None:
+        while not gate.is_held:
+            time.sleep(0.01)
+        with remote.database.write() as session:
+            service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
+        cancelled.append(time.monotonic())
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    job, attempt = run(remote, job_id)
+    assert time.monotonic() - cancelled[0] < 5
+    thread.join()
+    assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
