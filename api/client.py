@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -115,6 +117,24 @@ class Client:
         """Queue a job again that did not succeed, and return it."""
         return self._json("POST", f"{_job(job_id)}/retry")
 
+    def project(self) -> Json:
+        """The key's project: its limits, and what of them is used."""
+        return self._json("GET", "/v1/project")
+
+    def create_key(self, name: str, scopes: Iterable[str], *, expires_at: datetime | None = None) -> Json:
+        """Make a key for the project (read, submit, admin) and return it; `key` is shown this once."""
+        body = {"name": name, "scopes": list(scopes), "expires_at": expires_at and expires_at.isoformat()}
+        return self._json("POST", "/v1/keys", json=body)
+
+    def keys(self, *, cursor: str | None = None, limit: int = 20) -> Json:
+        """A page of the project's keys, the newest first: {items, next_cursor}."""
+        params = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
+        return self._json("GET", "/v1/keys", params=params)
+
+    def revoke_key(self, key_id: str) -> None:
+        """Revoke a key; from then on it is refused."""
+        self._send("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
+
     def workers(self) -> Json:
         """The workers that are alive: {items}."""
         return self._json("GET", "/v1/workers")
@@ -178,11 +198,14 @@ class Client:
                 time.sleep(_PAUSE_SECONDS * tries)
 
     def _json(self, method: str, url: str, **options: Any) -> Json:
+        answer: Json = self._send(method, url, **options).json()
+        return answer
+
+    def _send(self, method: str, url: str, **options: Any) -> httpx.Response:
         response = self._http.request(method, url, **options)
         if response.is_error:
             raise _error(response)
-        answer: Json = response.json()
-        return answer
+        return response
 
 
 def _job(job_id: str) -> str:

@@ -3,10 +3,11 @@
 ApiError            status, code, message, hint, problems
 ├── Unauthorized    401  missing_key, wrong_key
 ├── Forbidden       403  scope_missing
-├── NotFound        404  job_not_found, report_not_available, ...
-├── Conflict        409  not_cancellable, not_retryable, not_deletable
+├── NotFound        404  job_not_found, report_not_available, key_not_found, ...
+├── Conflict        409  not_cancellable, not_retryable, not_deletable, last_admin_key, project_exists
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
+├── TooManyRequests 429  quota_queued, rate_limited
 └── Unavailable     503  not_ready, hub_unreachable
 """
 
@@ -91,6 +92,10 @@ class Unprocessable(ApiError):
     def __init__(self, *problems: Problem) -> None:
         first = problems[0]
         super().__init__(first.code, first.message, first.hint, problems=problems)
+
+
+class TooManyRequests(ApiError):
+    status = 429
 
 
 class Unavailable(ApiError):

@@ -19,9 +19,11 @@ from api.database import Database
 from api.dependencies import AppContext
 from api.jobs import routes as jobs
 from api.jobs.watch import JobWatch, seqs_in
-from api.limits import BodyLimit
+from api.limits import LimitRequests
 from api.observability import RequestContext
 from api.openapi import ProblemAPI
+from api.projects import routes as projects
+from api.projects.rates import open_rates
 from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.security import KeyHasher
@@ -43,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
         store=open_store(settings.store_url),
         hasher=KeyHasher.from_settings(settings),
         watch=JobWatch(seqs_in(database)),
+        rates=open_rates(settings),
     )
 
     @asynccontextmanager
@@ -50,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
         _make_first_key(context)
         yield
         context.database.close()
+        context.rates.close()
 
     app = ProblemAPI(
         title="Bitmill",
@@ -60,9 +64,16 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for router in (jobs.router, artifacts.router, workers.router, catalogue.router, health.router):
+    for router in (
+        jobs.router,
+        artifacts.router,
+        projects.router,
+        workers.router,
+        catalogue.router,
+        health.router,
+    ):
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitRequests, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli import check, database, download, jobs, serve, submit
+from cli import check, database, download, jobs, projects, serve, submit
 
 app = typer.Typer(
     help="Bitmill compresses language models: a server, a worker, and a client of both.",
@@ -29,3 +29,5 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(database.app, name="db")
+app.add_typer(projects.projects, name="project")
+app.add_typer(projects.keys, name="key")

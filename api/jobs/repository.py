@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
+from api.cursors import Position
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
 IDEMPOTENCY_HOURS = 24
@@ -59,14 +60,6 @@ class JobOrder(StrEnum):
     OLDEST = "created_at"
 
 
-@dataclass(frozen=True)
-class Position:
-    """A place in the list of jobs, which is ordered by (created_at, id)."""
-
-    created_at: datetime
-    id: str
-
-
 def new_job_id(now: datetime) -> str:
     """`job_` and a ULID, which sorts by time: 48 bits of milliseconds and 80 random ones, in base 32."""
     number = int(now.timestamp() * 1000) << 80 | secrets.randbits(80)
@@ -101,6 +94,12 @@ def queue_depths(session: Session) -> Sequence[QueueDepth]:
         .group_by(Job.device_class, Job.status)
     )
     return [QueueDepth(*row) for row in session.execute(query)]
+
+
+def count(session: Session, project_id: str, statuses: Iterable[JobStatus]) -> int:
+    """How many of a project's jobs are in one of these states."""
+    query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(statuses))
+    return session.execute(query).scalar_one()
 
 
 def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:

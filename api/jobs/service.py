@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import zlib
@@ -14,11 +12,12 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api import database
+from api.cursors import Position
 from api.errors import Conflict, NotFound, Unprocessable
-from api.jobs import events, repository, scheduling
+from api.jobs import events, quotas, repository, scheduling
 from api.jobs.attempts import deadline
-from api.jobs.models import RETRYABLE, TERMINAL, IdempotencyKey, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder, Position, Version
+from api.jobs.models import ACTIVE, RETRYABLE, TERMINAL, IdempotencyKey, Job, JobStatus
+from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
     AttemptRead,
     EventPage,
@@ -91,12 +90,18 @@ def create(
     settings: Settings,
     idempotency_key: str | None,
     *,
+    max_queued: int | None,
     clone_of: str | None = None,
 ) -> Job:
-    """Store a planned job with its first event, or find the one of a request with the same key."""
+    """Store a planned job with its first event, or find the one of a request with the same key.
+
+    Raises:
+        TooManyRequests: `quota_queued`.
+    """
     repeated = find_repeated(session, project_id, idempotency_key, planned.body)
     if repeated is not None:
         return repeated
+    quotas.require_room(session, project_id, max_queued)
     now = database.now(session)
     job = _new_job(project_id, planned, settings, now)
     session.add(job)
@@ -127,7 +132,9 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     return _found(repository.get(session, project_id, job_id), job_id)
 
 
-def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: float) -> Glance:
+def glance(
+    session: Session, project_id: str, job_id: str, *, lease_seconds: float, max_running: int | None
+) -> Glance:
     """What tells whether a job shows something new, found without reading all of it.
 
     Raises:
@@ -140,6 +147,9 @@ def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: flo
     if version.status == JobStatus.QUEUED:
         alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
         obstacle = scheduling.obstacle(version, alive)
+        if obstacle is None and max_running is not None:
+            running = repository.count(session, project_id, ACTIVE)
+            obstacle = scheduling.quota_obstacle(running, max_running)
     return Glance(version, obstacle)
 
 
@@ -163,11 +173,11 @@ def list_jobs(
     Raises:
         Unprocessable: `bad_cursor`.
     """
-    after = None if cursor is None else _read_cursor(cursor)
+    after = None if cursor is None else Position.of_cursor(cursor)
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
-    more = len(jobs) > limit
-    items = [JobRead.of(job) for job in jobs[:limit]]
-    return JobPage(items=items, next_cursor=_cursor(jobs[limit - 1]) if more else None)
+    last = jobs[limit - 1] if len(jobs) > limit else None
+    next_cursor = Position(last.created_at, last.id).to_cursor() if last else None
+    return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor)
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
@@ -213,16 +223,18 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def retry(session: Session, project_id: str, job_id: str) -> Job:
+def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | None) -> Job:
     """Queue a job again that did not succeed, with all attempts anew; finished layers are kept.
 
     Raises:
         Conflict: `not_retryable`.
+        TooManyRequests: `quota_queued`.
     """
     job = _found(repository.get_for_update(session, project_id, job_id), job_id)
     if job.status not in RETRYABLE:
         message = f"The job is {job.status.value}."
         raise Conflict("not_retryable", message, "Only failed, cancelled and expired jobs can be retried.")
+    quotas.require_room(session, project_id, max_queued)
     now = database.now(session)
     job.status = JobStatus.QUEUED
     job.attempts_counted = 0
@@ -328,21 +340,3 @@ def _body_digest(body: JobSubmit) -> str:
     """Two bodies that ask for the same have the same digest, however they are spelled."""
     text = json.dumps(body.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _cursor(job: Job) -> str:
-    text = f"{job.created_at.isoformat()} {job.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> Position:
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        created_at, job_id = text.split(" ")
-        moment = datetime.fromisoformat(created_at)
-        if moment.tzinfo is None:
-            raise ValueError("a cursor's time has a zone")
-    except (binascii.Error, ValueError) as error:
-        message = "This is not a cursor of this list."
-        raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
-    return Position(moment, job_id)

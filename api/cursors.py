@@ -1,0 +1,42 @@
+"""Places in lists that are ordered by (created_at, id), and how callers carry them from page to page."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from datetime import datetime
+
+from api.errors import Unprocessable
+from compression.errors import Problem
+
+
+@dataclass(frozen=True)
+class Position:
+    """The place of one item."""
+
+    created_at: datetime
+    id: str
+
+    def to_cursor(self) -> str:
+        """What a caller hands back to go on behind it."""
+        text = f"{self.created_at.isoformat()} {self.id}"
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    @classmethod
+    def of_cursor(cls, cursor: str) -> Position:
+        """The place that `to_cursor` told.
+
+        Raises:
+            Unprocessable: `bad_cursor`.
+        """
+        try:
+            text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+            created_at, item_id = text.split(" ")
+            moment = datetime.fromisoformat(created_at)
+            if moment.tzinfo is None:
+                raise ValueError("a cursor's time has a zone")
+        except (binascii.Error, ValueError) as error:
+            message = "This is not a cursor of this list."
+            raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
+        return cls(moment, item_id)
