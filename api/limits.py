@@ -35,7 +35,8 @@ class RequestLimits:
 
 
 class LimitRequests:
-    """ASGI middleware: 413 for a body over its limit, by its Content-Length or as it comes."""
+    """ASGI middleware: 413 for a body over its limit, by its Content-Length or as it comes; and what the
+    request's limits tell in the head of the answer."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self.app = app

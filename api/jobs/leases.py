@@ -311,11 +311,15 @@ def release(
     return give_back(session, lease.job_id, lease.attempt, outcome, facts, delay_seconds=delay_seconds)
 
 
-def queued_by_device(session: Session) -> dict[str, int]:
-    """How many jobs could be claimed now, by device class (`any` among them)."""
+def queued_by_device(session: Session, *, max_running: int | None = None) -> dict[str, int]:
+    """How many jobs could be claimed now, by device class (`any` among them). max_running: as for `claim`."""
     counts = session.execute(
         select(Job.device_class, func.count().label("jobs"))
-        .where(Job.status == JobStatus.QUEUED, Job.available_at <= database.now(session))
+        .where(
+            Job.status == JobStatus.QUEUED,
+            Job.available_at <= database.now(session),
+            Job.project_id.not_in(quotas.full_projects(max_running)),
+        )
         .group_by(Job.device_class)
     )
     return {row.device_class: row.jobs for row in counts}

@@ -6,6 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import product
 
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+
 from api.security import Scope
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import start
@@ -74,6 +77,15 @@ def test_what_is_anothers_does_not_exist(server: Server) -> None:
     for each in ids.values():
         assert each in to_own
         assert each not in to_other
+
+
+def test_only_these_routes_are_not_in_the_document(server: Server) -> None:
+    """What is not in it, the walks here do not see."""
+    app = server.http.app
+    assert isinstance(app, FastAPI)
+    hidden = {route.path for route in iter_route_contexts(app.routes) if not route.include_in_schema}
+    heads = {"/v1/jobs/{job_id}/artifacts/{name:path}"}
+    assert hidden == {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"} | heads
 
 
 NEEDED = {

@@ -20,7 +20,7 @@ from api.projects.models import Project
 from api.security import Scope
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import CPU, LEASE, WORKER, claim, must_claim, start
-from tests.api.projects.setting import limit
+from tests.api.projects.limiting import limit
 from tests.api.test_security import new_server_key
 
 
@@ -104,6 +104,8 @@ class TestRunning:
         add_job("patient", project_id="q")
         lease = must_claim(database)
         assert lease.job_id == "urgent0"
+        with database.read() as session:
+            assert leases.queued_by_device(session) == {"any": 1}
         assert must_claim(database).job_id == "patient"
         assert claim(database) is None
         with database.write() as session:

@@ -16,7 +16,7 @@ from api.main import create_app
 from api.projects.rates import LocalRates, Minute, SharedRates
 from api.security import Scope
 from tests.api.conftest import Server
-from tests.api.projects.setting import limit
+from tests.api.projects.limiting import limit
 from tests.api.test_security import new_server_key
 
 NOBODY = "redis://127.0.0.1:1/0"
