@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -174,6 +176,23 @@ class Client:
         """Send a message again, and return its delivery."""
         path = f"{_webhook(webhook_id)}/deliveries/{quote(delivery_id, safe='')}/redeliver"
         return self._json("POST", path)
+
+    def project(self) -> Json:
+        """The key's project: its limits, and what of them is used."""
+        return self._json("GET", "/v1/project")
+
+    def create_key(self, name: str, scopes: Iterable[str], *, expires_at: datetime | None = None) -> Json:
+        """Make a key for the project (read, submit, admin) and return it; `key` is shown this once."""
+        body = {"name": name, "scopes": list(scopes), "expires_at": expires_at and expires_at.isoformat()}
+        return self._json("POST", "/v1/keys", json=body)
+
+    def keys(self, *, cursor: str | None = None, limit: int = 20) -> Json:
+        """A page of the project's keys, the newest first: {items, next_cursor}."""
+        return self._json("GET", "/v1/keys", params=_given(cursor=cursor, limit=limit))
+
+    def revoke_key(self, key_id: str) -> None:
+        """Revoke a key; from then on it is refused."""
+        self._request("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
     def workers(self) -> Json:
         """The workers that are alive: {items}."""

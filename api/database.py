@@ -73,24 +73,26 @@ class Base(DeclarativeBase):
     }
 
 
-class _Now(FunctionElement[datetime]):
+class Now(FunctionElement[datetime]):
+    """The database's clock as an SQL expression, for queries that ask for it beside other things."""
+
     type = UTCDateTime()
     inherit_cache = True
 
 
-@compiles(_Now)
-def _now_default(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
+@compiles(Now)
+def _now_default(_element: Now, _compiler: SQLCompiler, **_kw: Any) -> str:
     return "clock_timestamp()"
 
 
-@compiles(_Now, "sqlite")
-def _now_sqlite(_element: _Now, _compiler: SQLCompiler, **_kw: Any) -> str:
+@compiles(Now, "sqlite")
+def _now_sqlite(_element: Now, _compiler: SQLCompiler, **_kw: Any) -> str:
     return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 
 def now(session: Session) -> datetime:
     """The database's clock, in UTC. Leases compare only times from here, so hosts' clocks do not matter."""
-    return session.execute(select(_Now())).scalar_one()
+    return session.execute(select(Now())).scalar_one()
 
 
 def lock(session: Session, name: str) -> None:

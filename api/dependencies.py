@@ -1,20 +1,25 @@
-"""What routes ask for: sessions, the store, the settings, and who calls."""
+"""What routes ask for: sessions, the store, the settings, and who calls, within the limits of its project."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import BackgroundTasks, Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api.artifacts.store import Store
 from api.database import Database
 from api.errors import Forbidden
 from api.jobs.watch import JobWatch
-from api.projects import service as projects
+from api.limits import RequestLimits
+from api.projects import repository as projects
+from api.projects.rates import Rates, admit
+from api.projects.service import identify
 from api.security import KeyHasher, Principal, Scope
 from api.settings import Settings
 
@@ -28,6 +33,7 @@ class AppContext:
     store: Store
     hasher: KeyHasher
     watch: JobWatch
+    rates: Rates
 
 
 def _context(request: Request) -> AppContext:
@@ -64,14 +70,31 @@ WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
 _bearer = HTTPBearer(auto_error=False, description="An API key; the first is in <data>/credentials.json.")
 
 
-def _requires(scope: Scope) -> Callable[..., Principal]:
-    def principal(
-        context: Context,
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    ) -> Principal:
-        key = credentials.credentials if credentials else None
-        with context.database.read() as session:
-            caller = projects.identify(session, context.hasher, key)
+def _caller(
+    request: Request,
+    context: Context,
+    background: BackgroundTasks,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    key = credentials.credentials if credentials else None
+    with context.database.read() as session:
+        caller = identify(session, context.hasher, context.settings, key)
+    limits: RequestLimits = request.state.limits
+    limits.lower_body(caller.limits.max_body_bytes)
+    if caller.limits.requests_per_minute is not None:
+        limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
+    if not caller.use_is_noted:
+        background.add_task(_note_use, context.database, caller.key_id)
+    return caller
+
+
+def _note_use(database: Database, key_id: str) -> None:
+    with suppress(OperationalError), database.write() as session:  # else the next request notes it
+        projects.note_use(session, key_id)
+
+
+def _requires(scope: Scope) -> Callable[..., Awaitable[Principal]]:
+    async def principal(caller: Annotated[Principal, Depends(_caller)]) -> Principal:
         if not caller.may(scope):
             raise Forbidden("scope_missing", f"This API key lacks the scope {scope.value!r}.")
         return caller

@@ -3,11 +3,12 @@
 ApiError            status, code, message, hint, problems
 ├── Unauthorized    401  missing_key, wrong_key
 ├── Forbidden       403  scope_missing
-├── NotFound        404  job_not_found, batch_not_found, webhook_not_found, report_not_available, ...
-├── Conflict        409  not_cancellable, not_retryable, not_deletable, webhook_disabled
+├── NotFound        404  job_not_found, batch_not_found, webhook_not_found, key_not_found, ...
+├── Conflict        409  not_cancellable, not_retryable, not_deletable, webhook_disabled, last_admin_key, ...
 ├── WrongMediaType  415  unsupported_media_type
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
+├── TooManyRequests 429  quota_queued, rate_limited
 └── Unavailable     503  not_ready, hub_unreachable
 
 Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
@@ -100,6 +101,10 @@ class Unprocessable(ApiError):
     def __init__(self, *problems: Problem) -> None:
         first = problems[0]
         super().__init__(first.code, first.message, first.hint, problems=problems)
+
+
+class TooManyRequests(ApiError):
+    status = 429
 
 
 class Unavailable(ApiError):

@@ -20,9 +20,11 @@ from api.database import Database
 from api.dependencies import AppContext
 from api.jobs import routes as jobs
 from api.jobs.watch import JobWatch, seqs_in
-from api.limits import BodyLimit
+from api.limits import LimitRequests
 from api.observability import RequestContext
 from api.openapi import ProblemAPI
+from api.projects import routes as projects
+from api.projects.rates import open_rates
 from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.security import KeyHasher
@@ -45,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         store=open_store(settings.store_url),
         hasher=KeyHasher.from_settings(settings),
         watch=JobWatch(seqs_in(database)),
+        rates=open_rates(settings),
     )
 
     @asynccontextmanager
@@ -52,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         _make_first_key(context)
         yield
         context.database.close()
+        context.rates.close()
 
     app = ProblemAPI(
         title="Bitmill",
@@ -62,9 +66,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for part in (jobs, batches, artifacts, webhooks, workers, catalogue, health):
+    for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue, health):
         app.include_router(part.router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitRequests, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from api.projects.limits import Limits
 from api.settings import Settings
 
 PREFIX = "bitmill_"
@@ -43,11 +44,16 @@ _IMPLIED = {
 
 @dataclass(frozen=True)
 class Principal:
-    """Who calls: the project that owns what is made, and the scopes of the key."""
+    """Who calls: the project that owns what is made, with its limits, and the scopes of the key.
+
+    use_is_noted: whether the key's last_used_at is recent enough.
+    """
 
     project_id: str
     key_id: str
     scopes: frozenset[Scope]
+    limits: Limits
+    use_is_noted: bool
 
     def may(self, scope: Scope) -> bool:
         return any(scope in _IMPLIED[own] for own in self.scopes)

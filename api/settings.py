@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
     max_attempts: counted attempts (crashes, lost leases) after which a job fails.
+    max_queued, max_running, requests_per_minute: limits of projects without their own; none unless set.
     scratch_dir: where engines write; on the store's file system finished files become links, not copies.
     engine_memory_bytes: resident memory past which an engine is ended; no limit unless set.
     resume_days: how long a job that ended keeps its finished layers for a retry.
@@ -61,6 +62,9 @@ class Settings(BaseSettings):
     download_url_seconds: int = Field(default=900, ge=1, le=604_800)
     activation_budget_bytes: int = Field(default=4 << 30, ge=1)
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    max_queued: int | None = Field(default=None, ge=0)
+    max_running: int | None = Field(default=None, ge=0)
+    requests_per_minute: int | None = Field(default=None, ge=1)
     webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     webhook_delivery_days: float = Field(default=30, gt=0)
     log_format: Literal["auto", "console", "json"] = "auto"

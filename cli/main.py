@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli import batches, check, database, download, jobs, serve, submit, webhooks
+from cli import batches, check, database, download, jobs, projects, serve, submit, webhooks
 
 app = typer.Typer(
     help="Bitmill compresses language models: a server, a worker, and a client of both.",
@@ -31,3 +31,5 @@ for command in COMMANDS:
 app.add_typer(batches.app, name="batch")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(database.app, name="db")
+app.add_typer(projects.projects, name="project")
+app.add_typer(projects.keys, name="key")

@@ -66,7 +66,7 @@ def reap(worker: WorkerContext) -> None:
 def sweep(worker: WorkerContext) -> None:
     """Repeat wake-ups that may have been lost: no more than there are jobs and idle workers for them."""
     with worker.database.read() as session:
-        queued = leases.queued_by_device(session)
+        queued = leases.queued_by_device(session, max_running=worker.settings.max_running)
         alive = workers.list_alive(session, worker.settings.lease_seconds)
     idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
     for device_class, count in wake_ups(queued, idle).items():

@@ -12,7 +12,12 @@ def look(worker: WorkerContext, presence: Presence) -> None:
     """Run every job that this worker can claim. Returns when there is none, or when the worker shall stop."""
     while not worker.stopping.is_set():
         with worker.database.write() as session:
-            claimed = leases.claim(session, worker.identity, worker.settings.lease_seconds)
+            claimed = leases.claim(
+                session,
+                worker.identity,
+                worker.settings.lease_seconds,
+                max_running=worker.settings.max_running,
+            )
         if claimed is None:
             return
         lease, job = claimed

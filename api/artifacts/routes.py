@@ -19,7 +19,9 @@ from api.errors import NotFound, documented
 CHUNK_BYTES = 1 << 20
 
 router = APIRouter(
-    prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"], responses=documented(401, 403, 404, 422, 503)
+    prefix="/v1/jobs/{job_id}/artifacts",
+    tags=["artifacts"],
+    responses=documented(401, 403, 404, 422, 429, 503),
 )
 
 _BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}

@@ -27,7 +27,7 @@ from api.wake import wake_all
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(401, 403, 422, 503))
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(401, 403, 422, 429, 503))
 
 _LINES: dict[str, Any] = {"schema": {"type": "string", "description": "The body of a job on each line."}}
 _LINES_TOO = {"requestBody": {"content": dict.fromkeys(JSON_LINES, _LINES)}}
@@ -79,7 +79,9 @@ def submit_batch(
     if batch is None:
         # before the write session's first statement: no lock yet
         outcomes = service.plan_items(reading, caller.project_id, items, settings)
-        batch = service.create(writing, request, body, outcomes, settings)
+        batch = service.create(
+            writing, request, body, outcomes, settings, max_queued=caller.limits.max_queued
+        )
         counts = service.wake_ups(writing, outcomes, lease_seconds=settings.lease_seconds)
         background.add_task(wake_all, counts, broker_url=settings.broker_url)
     response.headers["Location"] = f"/v1/batches/{batch.id}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 
 from sqlalchemy.orm import Session
 
@@ -27,7 +28,7 @@ from api.batches.schemas import (
 from api.cursors import Position
 from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
-from api.jobs import idempotency
+from api.jobs import idempotency, quotas
 from api.jobs import service as jobs
 from api.jobs.idempotency import Repeatable
 from api.jobs.submission import PlannedJob, Planner
@@ -95,14 +96,22 @@ def preview(outcomes: Sequence[Outcome]) -> BatchPlanned:
 
 
 def create(
-    session: Session, request: Repeatable, body: BatchSubmit, outcomes: Sequence[Outcome], settings: Settings
+    session: Session,
+    request: Repeatable,
+    body: BatchSubmit,
+    outcomes: Sequence[Outcome],
+    settings: Settings,
+    *,
+    max_queued: int | None,
 ) -> BatchDetail:
-    """Store a batch with its jobs, or find the one of a request with the same key."""
+    """Store a batch with its jobs, or find the one of a request with the same key. Jobs that the project's
+    queue has no room for are refused."""
     now = database.now(session)
     batch_id = new_id("batch", now)
     made = idempotency.keep(session, request, batch_id, now)
     if made != batch_id:
         return describe(session, request.project_id, made, -1, MAX_ITEMS)
+    outcomes = _with_room(outcomes, quotas.room_in_queue(session, request.project_id, max_queued), max_queued)
     planned = [(index, each) for index, each in enumerate(outcomes) if not isinstance(each, Refusal)]
     refused = [
         RefusedItem(index=index, error=each)
@@ -128,6 +137,18 @@ def create(
         rows.append(job)
     jobs.add(session, rows, {"batch": batch_id})
     return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+
+
+def _with_room(outcomes: Sequence[Outcome], room: int | None, max_queued: int | None) -> Sequence[Outcome]:
+    """The same, but that only the first `room` become jobs."""
+    if room is None:
+        return outcomes
+    full = Refusal.of(quotas.queue_is_full(max_queued))
+    jobs_before = accumulate(isinstance(each, PlannedJob) for each in outcomes)
+    return [
+        full if isinstance(each, PlannedJob) and number > room else each
+        for each, number in zip(outcomes, jobs_before, strict=True)
+    ]
 
 
 def wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:

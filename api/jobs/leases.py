@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, func, or_, select, true, update
 from sqlalchemy.orm import Session, undefer_group
 
 from api import database
-from api.jobs import events
+from api.jobs import events, quotas
 from api.jobs.attempts import NOTHING_SEEN, AttemptFacts, count_failure, end_attempt, give_back
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.jobs.reaper import reap, release_all
@@ -69,12 +69,16 @@ class Lease:
     worker_id: str
 
 
-def claim(session: Session, worker: WorkerIdentity, lease_seconds: float) -> tuple[Lease, Job] | None:
+def claim(
+    session: Session, worker: WorkerIdentity, lease_seconds: float, *, max_running: int | None = None
+) -> tuple[Lease, Job] | None:
     """Take the best waiting job that this worker can run: highest priority, then oldest; None without one.
 
     Writes the attempt's row and its event in the same transaction. A job for `any` device keeps the device
-    class of its first attempt, since another one would not give the same bytes.
+    class of its first attempt, since another one would not give the same bytes. max_running: how many jobs of
+    a project run at once that has no limit of its own.
     """
+    quotas.hold_limited(session, max_running)
     now = database.now(session)
     fits_gpu = Job.required_gpu_bytes <= worker.gpu_bytes if worker.device_class == "cuda" else true()
     best = (
@@ -86,6 +90,7 @@ def claim(session: Session, worker: WorkerIdentity, lease_seconds: float) -> tup
             Job.required_host_bytes <= worker.host_bytes,
             fits_gpu,
             or_(Job.queue_deadline.is_(None), Job.queue_deadline > now),
+            Job.project_id.not_in(quotas.full_projects(max_running)),
         )
         .order_by(Job.priority.desc(), Job.created_at, Job.id)
         .limit(1)
@@ -309,11 +314,15 @@ def release(
     )
 
 
-def queued_by_device(session: Session) -> dict[str, int]:
-    """How many jobs could be claimed now, by device class (`any` among them)."""
+def queued_by_device(session: Session, *, max_running: int | None = None) -> dict[str, int]:
+    """How many jobs could be claimed now, by device class (`any` among them). max_running: as for `claim`."""
     counts = session.execute(
         select(Job.device_class, func.count().label("jobs"))
-        .where(Job.status == JobStatus.QUEUED, Job.available_at <= database.now(session))
+        .where(
+            Job.status == JobStatus.QUEUED,
+            Job.available_at <= database.now(session),
+            Job.project_id.not_in(quotas.full_projects(max_running)),
+        )
         .group_by(Job.device_class)
     )
     return {row.device_class: row.jobs for row in counts}

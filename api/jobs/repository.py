@@ -89,6 +89,12 @@ def queue_depths(session: Session) -> Sequence[QueueDepth]:
     return [QueueDepth(*row) for row in session.execute(query)]
 
 
+def count(session: Session, project_id: str, statuses: Iterable[JobStatus]) -> int:
+    """How many of a project's jobs are in one of these states."""
+    query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(statuses))
+    return session.execute(query).scalar_one()
+
+
 def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:
     """The last seq of each of these jobs that exists."""
     rows = session.execute(select(Job.id, Job.event_seq).where(Job.id.in_(job_ids), Job.deleted_at.is_(None)))

@@ -32,11 +32,12 @@ from api.jobs.schemas import (
     JobSubmit,
 )
 from api.jobs.submission import PlannedJob, plan_job
+from api.security import Principal
 from api.settings import Settings
 from api.wake import wake
 from api.webhooks.service import check_callback
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 503))
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 429, 503))
 
 IdempotencyKeyHeader = Annotated[
     str | None,
@@ -64,7 +65,7 @@ _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "descrip
 class Acceptance:
     """What it takes to make a job of a request: sessions, settings, and the answer's header."""
 
-    project_id: str
+    caller: Principal
     settings: Settings
     reading: Session
     writing: Session
@@ -74,19 +75,20 @@ class Acceptance:
 
     def plan(self, body: JobSubmit) -> PlannedJob:
         """What a job would be. Comes before the write session's first statement: no lock yet."""
-        check_callback(self.reading, self.project_id, body.callback)
+        check_callback(self.reading, self.caller.project_id, body.callback)
         return plan_job(body, self.settings)
 
     def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
         """Plan and store a job, or find the one that an earlier request with the same key made."""
-        job = service.find_repeated(self.reading, self.project_id, self.idempotency_key, body)
+        job = service.find_repeated(self.reading, self.caller.project_id, self.idempotency_key, body)
         if job is None:
             job = service.create(
                 self.writing,
-                self.project_id,
+                self.caller.project_id,
                 self.plan(body),
                 self.settings,
                 self.idempotency_key,
+                max_queued=self.caller.limits.max_queued,
                 clone_of=clone_of,
             )
             self.background.add_task(wake, job.device_class, broker_url=self.settings.broker_url)
@@ -103,7 +105,7 @@ def _acceptance(
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> Acceptance:
-    return Acceptance(caller.project_id, settings, reading, writing, background, response, idempotency_key)
+    return Acceptance(caller, settings, reading, writing, background, response, idempotency_key)
 
 
 Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
@@ -168,7 +170,13 @@ def get_job(
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> JobDetail | Response:
     """A job as it stands, with its plan and its attempts."""
-    seen = service.glance(session, caller.project_id, job_id, lease_seconds=settings.lease_seconds)
+    seen = service.glance(
+        session,
+        caller.project_id,
+        job_id,
+        lease_seconds=settings.lease_seconds,
+        max_running=caller.limits.max_running,
+    )
     etag = seen.etag
     if etag in [each.strip() for each in (if_none_match or "").split(",")]:
         return Response(status_code=304, headers={"ETag": etag})
@@ -243,7 +251,7 @@ def retry_job(
     background: BackgroundTasks,
 ) -> JobRead:
     """Queue a failed, cancelled or expired job again; it goes on after the last finished layer."""
-    job = service.retry(session, caller.project_id, job_id)
+    job = service.retry(session, caller.project_id, job_id, max_queued=caller.limits.max_queued)
     background.add_task(wake, job.device_class, broker_url=settings.broker_url)
     return JobRead.of(job)
 
@@ -255,7 +263,7 @@ def clone_job(
     accepting: Accepting,
 ) -> JobRead:
     """Submit a job like another, with changes. It reads the same revision of a dataset from the Hub."""
-    body = service.cloned(accepting.reading, accepting.project_id, job_id, overrides)
+    body = service.cloned(accepting.reading, accepting.caller.project_id, job_id, overrides)
     return accepting.accept(body, clone_of=job_id)
 
 

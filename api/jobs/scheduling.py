@@ -26,6 +26,14 @@ def obstacle(job: Version, alive: Sequence[Worker]) -> Obstacle | None:
     return _too_small("GPU memory", job.required_gpu_bytes, max(worker.gpu_bytes for worker in roomy))
 
 
+def quota_obstacle(running: int, max_running: int) -> Obstacle | None:
+    """What keeps a job waiting until another one of its project has ended; None where one more may run."""
+    if running < max_running:
+        return None
+    message = f"{running} jobs of the project run, and {max_running} may at once."
+    return Obstacle(code="quota_running", message=message)
+
+
 def _too_small(what: str, needed: int, largest: int) -> Obstacle:
     message = (
         f"The job needs {needed / _GIB:.1f} GiB of {what}; the largest worker has {largest / _GIB:.1f} GiB."

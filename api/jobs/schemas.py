@@ -286,9 +286,10 @@ class Estimate(BaseModel):
 
 
 class Obstacle(BaseModel):
-    """What keeps a job waiting until another worker comes. code: no_worker or unschedulable."""
+    """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
+    until another job of the project has ended."""
 
-    code: Literal["no_worker", "unschedulable"]
+    code: Literal["no_worker", "unschedulable", "quota_running"]
     message: str
 
 

@@ -14,10 +14,10 @@ from api import database
 from api.cursors import Position
 from api.errors import Conflict, NotFound
 from api.ids import new_id
-from api.jobs import events, idempotency, repository, scheduling
+from api.jobs import events, idempotency, quotas, repository, scheduling
 from api.jobs.attempts import deadline
 from api.jobs.idempotency import Repeatable
-from api.jobs.models import CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
+from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
     AttemptRead,
@@ -88,15 +88,21 @@ def create(
     settings: Settings,
     idempotency_key: str | None,
     *,
+    max_queued: int | None,
     clone_of: str | None = None,
 ) -> Job:
-    """Store a planned job with its first event, or find the one of a request with the same key."""
+    """Store a planned job with its first event, or find the one of a request with the same key.
+
+    Raises:
+        TooManyRequests: `quota_queued`.
+    """
     now = database.now(session)
     job = new_job(new_id("job", now), project_id, planned, settings, now)
     request = _repeatable(project_id, idempotency_key, planned.body)
     made = idempotency.keep(session, request, job.id, now)
     if made != job.id:
         return get_job(session, project_id, made)
+    quotas.require_room(session, project_id, max_queued)
     add(session, [job], {} if clone_of is None else {"clone_of": clone_of})
     return job
 
@@ -125,7 +131,9 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     return _found(repository.get(session, project_id, job_id), job_id)
 
 
-def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: float) -> Glance:
+def glance(
+    session: Session, project_id: str, job_id: str, *, lease_seconds: float, max_running: int | None
+) -> Glance:
     """What tells whether a job shows something new, found without reading all of it.
 
     Raises:
@@ -138,6 +146,9 @@ def glance(session: Session, project_id: str, job_id: str, *, lease_seconds: flo
     if version.status == JobStatus.QUEUED:
         alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
         obstacle = scheduling.obstacle(version, alive)
+        if obstacle is None and max_running is not None:
+            running = repository.count(session, project_id, ACTIVE)
+            obstacle = scheduling.quota_obstacle(running, max_running)
     return Glance(version, obstacle)
 
 
@@ -163,10 +174,9 @@ def list_jobs(
     """
     after = None if cursor is None else Position.of_cursor(cursor)
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
-    more = len(jobs) > limit
-    items = [JobRead.of(job) for job in jobs[:limit]]
-    cursor = Position(items[-1].created_at, items[-1].id).to_cursor() if more else None
-    return JobPage(items=items, next_cursor=cursor)
+    last = jobs[limit - 1] if len(jobs) > limit else None
+    next_cursor = Position(last.created_at, last.id).to_cursor() if last else None
+    return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor)
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
@@ -221,16 +231,18 @@ def stop(session: Session, jobs: Iterable[Job]) -> None:
     events.store(session, told)
 
 
-def retry(session: Session, project_id: str, job_id: str) -> Job:
+def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | None) -> Job:
     """Queue a job again that did not succeed, with all attempts anew; finished layers are kept.
 
     Raises:
         Conflict: `not_retryable`.
+        TooManyRequests: `quota_queued`.
     """
     job = _found(repository.get_for_update(session, project_id, job_id), job_id)
     if job.status not in RETRYABLE:
         message = f"The job is {job.status.value}."
         raise Conflict("not_retryable", message, "Only failed, cancelled and expired jobs can be retried.")
+    quotas.require_room(session, project_id, max_queued)
     now = database.now(session)
     job.status = JobStatus.QUEUED
     job.attempts_counted = 0

@@ -1,28 +1,50 @@
-"""Keys of projects: who a key belongs to, and the first key of a new installation."""
+"""Projects and their keys: who a key belongs to, what may be done with keys, and the first key of an
+installation. Nothing here commits."""
 
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import structlog
 from sqlalchemy.orm import Session
 
 from api import database
-from api.errors import Unauthorized
+from api.cursors import Position
+from api.errors import Conflict, NotFound, Unauthorized, Unprocessable
+from api.jobs import repository as jobs
+from api.jobs.models import ACTIVE, JobStatus
 from api.projects import repository
+from api.projects.limits import Limits
+from api.projects.models import ApiKey, Project
+from api.projects.schemas import (
+    KeyCreate,
+    KeyCreated,
+    KeyPage,
+    KeyRead,
+    LimitsRead,
+    LimitsUpdate,
+    ProjectCreate,
+    ProjectRead,
+    ProjectUse,
+)
 from api.security import KeyHasher, Principal, Scope, is_well_formed, new_key, write_private
 from api.settings import Settings
+from compression.errors import Problem
 
 FIRST_PROJECT = "default"
+FIRST_KEY = KeyCreate(name="first key", scopes={Scope.ADMIN})
+NOTED_FOR = timedelta(hours=1)
+"""How late last_used_at may be: a write an hour for a key, not one a request."""
 
 log = structlog.get_logger(__name__)
 
 
-def identify(session: Session, hasher: KeyHasher, key: str | None) -> Principal:
+def identify(session: Session, hasher: KeyHasher, settings: Settings, key: str | None) -> Principal:
     """Who calls with that key.
 
     Raises:
-        Unauthorized: `missing_key`, or `wrong_key` for one that is mistyped, unknown or revoked.
+        Unauthorized: `missing_key`, or `wrong_key` for one that is mistyped, unknown, expired or revoked.
     """
     challenge = {"WWW-Authenticate": "Bearer"}
     if key is None:
@@ -32,17 +54,126 @@ def identify(session: Session, hasher: KeyHasher, key: str | None) -> Principal:
     if found is None:
         hint = "Check that the whole key was copied; the server's first one is in its credentials.json."
         raise Unauthorized("wrong_key", "This API key is not known.", hint, headers=challenge)
-    return Principal(found.project_id, found.id, frozenset(Scope(scope) for scope in found.scopes))
+    noted = found.key.last_used_at
+    return Principal(
+        project_id=found.project.id,
+        key_id=found.key.id,
+        scopes=frozenset(Scope(scope) for scope in found.key.scopes),
+        limits=Limits.of(found.project, settings),
+        use_is_noted=noted is not None and found.now - noted < NOTED_FOR,
+    )
 
 
-def create_key(
-    session: Session, hasher: KeyHasher, project_name: str, name: str, scopes: tuple[Scope, ...]
-) -> str:
-    """Make a key for a project, which is made too if it is new. Returns the key, which is kept nowhere."""
+def create_project(session: Session, hasher: KeyHasher, asked: ProjectCreate) -> tuple[Project, KeyCreated]:
+    """Make a project and its first key, for everything.
+
+    Raises:
+        Conflict: `project_exists`.
+    """
+    if repository.find_project(session, asked.name) is not None:
+        message = f"There is a project {asked.name!r} already."
+        raise Conflict("project_exists", message, "Take another name, or make a key for that project.")
+    project = repository.add_project(session, asked.name)
+    return project, create_key(session, hasher, project.id, FIRST_KEY)
+
+
+def set_limits(session: Session, name: str, limits: LimitsUpdate) -> Project:
+    """Set limits of the project of that name.
+
+    Raises:
+        NotFound: `project_not_found`.
+    """
+    project = find_project(session, name)
+    for limit, value in limits.model_dump(exclude_unset=True).items():
+        setattr(project, limit, value)
+    session.flush()
+    return project
+
+
+def find_project(session: Session, name: str) -> Project:
+    """The project of that name.
+
+    Raises:
+        NotFound: `project_not_found`.
+    """
+    project = repository.find_project(session, name)
+    if project is None:
+        hint = "`bitmill project list` has them."
+        raise NotFound("project_not_found", f"There is no project {name!r}.", hint)
+    return project
+
+
+def describe(session: Session, project: Project, settings: Settings) -> ProjectRead:
+    """A project with its limits and what of them is used."""
+    return ProjectRead(
+        id=project.id,
+        name=project.name,
+        created_at=project.created_at,
+        limits=LimitsRead.model_validate(Limits.of(project, settings)),
+        use=ProjectUse(
+            queued=jobs.count(session, project.id, (JobStatus.QUEUED,)),
+            running=jobs.count(session, project.id, ACTIVE),
+        ),
+    )
+
+
+def create_key(session: Session, hasher: KeyHasher, project_id: str, asked: KeyCreate) -> KeyCreated:
+    """Make a key for a project. The key itself is in the answer and nowhere else.
+
+    Raises:
+        Unprocessable: `already_expired`.
+    """
+    if asked.expires_at is not None and asked.expires_at <= database.now(session):
+        hint = "Give a later one, or none."
+        raise Unprocessable(Problem("already_expired", "This time is past.", hint, "/expires_at"))
     key = new_key()
-    project = repository.get_or_create_project(session, project_name)
-    repository.add_key(session, project, name, hasher.digest(key), scopes)
-    return key
+    digest, scopes = hasher.digest(key), sorted(asked.scopes)
+    row = repository.add_key(session, project_id, asked.name, digest, scopes, asked.expires_at)
+    return KeyCreated(**KeyRead.model_validate(row).model_dump(), key=key)
+
+
+def list_keys(session: Session, project_id: str, cursor: str | None, limit: int) -> KeyPage:
+    """A page of keys.
+
+    Raises:
+        Unprocessable: `bad_cursor`.
+    """
+    after = None if cursor is None else Position.of_cursor(cursor)
+    keys = repository.list_keys(session, project_id, after, limit + 1)
+    last = keys[limit - 1] if len(keys) > limit else None
+    next_cursor = Position(last.created_at, last.id).to_cursor() if last else None
+    return KeyPage(items=[KeyRead.model_validate(key) for key in keys[:limit]], next_cursor=next_cursor)
+
+
+def revoke_own_key(session: Session, project_id: str, key_id: str) -> None:
+    """Revoke a key of the project. Revoking it twice is no error.
+
+    Raises:
+        NotFound: `key_not_found`, also for another project's.
+        Conflict: `last_admin_key`: without it nobody could make another.
+    """
+    repository.hold_project(session, project_id)  # of two that revoke each other's key, one comes too late
+    key = repository.get_key(session, key_id)
+    if key is None or key.project_id != project_id:
+        raise _key_not_found(key_id)
+    admins = [good.id for good in repository.good_keys(session, project_id) if Scope.ADMIN in good.scopes]
+    if admins == [key_id]:
+        message = "This is the project's last key with the scope 'admin'."
+        raise Conflict("last_admin_key", message, "Make another one first.")
+    _revoke(session, key)
+
+
+def revoke_key(session: Session, key_id: str) -> KeyRead:
+    """Revoke any key, for the operator, who can always make another.
+
+    Raises:
+        NotFound: `key_not_found`.
+    """
+    key = repository.get_key(session, key_id)
+    if key is None:
+        raise _key_not_found(key_id)
+    _revoke(session, key)
+    return KeyRead.model_validate(key)
 
 
 def ensure_first_key(session: Session, hasher: KeyHasher, settings: Settings) -> None:
@@ -54,10 +185,21 @@ def ensure_first_key(session: Session, hasher: KeyHasher, settings: Settings) ->
     database.lock(session, "first key")
     if repository.has_keys(session):
         return
-    key = create_key(session, hasher, FIRST_PROJECT, "first key", (Scope.ADMIN,))
+    project = repository.get_or_create_project(session, FIRST_PROJECT)
+    key = create_key(session, hasher, project.id, FIRST_KEY).key
     credentials = {"url": f"http://{_reachable(settings.host)}:{settings.port}", "api_key": key}
     write_private(settings.credentials_file, (json.dumps(credentials, indent=2) + "\n").encode())
     log.info("first_key_made", file=str(settings.credentials_file))
+
+
+def _revoke(session: Session, key: ApiKey) -> None:
+    if key.revoked_at is None:
+        key.revoked_at = database.now(session)
+        session.flush()
+
+
+def _key_not_found(key_id: str) -> NotFound:
+    return NotFound("key_not_found", f"There is no key {key_id!r}.")
 
 
 def _reachable(host: str) -> str:

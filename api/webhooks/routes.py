@@ -20,7 +20,7 @@ from api.webhooks.schemas import (
     WebhookRead,
 )
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=documented(401, 403, 422, 503))
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=documented(401, 403, 422, 429, 503))
 
 Cursor = Annotated[str | None, Query(max_length=200)]
 Limit = Annotated[int, Query(ge=1, le=100)]

@@ -46,7 +46,7 @@ def test_every_operation_is_described_tagged_and_typed(server: Server) -> None:
                 assert list(response["content"]) == ["application/problem+json"], (method, path, status)
         if path.startswith("/v1/"):
             assert operation["security"] == [{"HTTPBearer": []}]
-            assert {"401", "403", "503"} <= set(operation["responses"])
+            assert {"401", "403", "429", "503"} <= set(operation["responses"])
 
 
 def test_the_smallest_body_is_an_example(server: Server) -> None:

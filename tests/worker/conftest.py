@@ -41,7 +41,7 @@ def submit(worker: WorkerContext, tiny_llama: Path) -> Submit:
         planned = plan_job(body, worker.settings)
         with worker.database.write() as session:
             project = get_or_create_project(session, "default")
-            job: Job = service.create(session, project.id, planned, worker.settings, None)
+            job: Job = service.create(session, project.id, planned, worker.settings, None, max_queued=None)
         return job.id
 
     return queue

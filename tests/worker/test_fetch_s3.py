@@ -45,7 +45,7 @@ def run_again_elsewhere(worker: WorkerContext, job_id: str, tmp_path: Path) -> J
     shutil.rmtree(tmp_path / "huggingface")
     with worker.database.write() as session:
         project = session.get_one(Job, job_id).project_id
-        service.retry(session, project, job_id)
+        service.retry(session, project, job_id, max_queued=None)
     return run(worker, job_id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +17,9 @@ from api.jobs.models import Job, JobLayer, JobStatus
 from tests.worker.conftest import Submit
 from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
+from worker.heartbeat import Presence
 from worker.reaper import forget_work, reap, remove_deleted, wake_ups
+from worker.tasks import look
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,14 @@ def test_an_expired_lease_is_reaped(worker: WorkerContext, submit: Submit) -> No
     with worker.database.write() as session:
         assert leases.claim(session, worker.identity, -1) is not None
     reap(worker)
+    with worker.database.read() as session:
+        assert session.get_one(Job, job_id).status == JobStatus.QUEUED
+
+
+def test_a_project_runs_no_more_than_the_setting_says(worker: WorkerContext, submit: Submit) -> None:
+    job_id = submit()
+    full = replace(worker, settings=worker.settings.model_copy(update={"max_running": 0}))
+    look(full, Presence(full))
     with worker.database.read() as session:
         assert session.get_one(Job, job_id).status == JobStatus.QUEUED
 

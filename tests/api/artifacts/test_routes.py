@@ -7,6 +7,7 @@ import hashlib
 import json
 import socket
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -145,6 +146,20 @@ class TestClient:
         assert client.workers() == {"items": []}
         with pytest.raises(ApiError, match="report_not_available"):
             client.report(job["id"])
+
+    def test_keys(self, client: Client, published: Published) -> None:
+        assert client.project()["name"] == "default"
+        tomorrow = datetime.now(UTC) + timedelta(days=1)
+        made = client.create_key("reading", ["read"], expires_at=tomorrow)
+        assert datetime.fromisoformat(made["expires_at"]) == tomorrow
+        with Client(published.url, made["key"]) as reader:
+            assert [job["id"] for job in reader.jobs()["items"]] == [published.job_id]
+            page = client.keys(limit=1)
+            assert page["items"][0]["id"] == made["id"]
+            assert client.keys(cursor=page["next_cursor"])["items"][0]["name"] == "first key"
+            client.revoke_key(made["id"])
+            with pytest.raises(ApiError, match="wrong_key"):
+                reader.jobs()
 
     def test_no_server(self) -> None:
         with Client("http://127.0.0.1:1", "key") as client, pytest.raises(httpx.TransportError):

@@ -105,7 +105,7 @@ class TestEndings:
             leases.fail(session, lease, AttemptOutcome.CRASHED, "c", "m", retryable=True)
         assert job_row(database).status == JobStatus.FAILED
         with database.write() as session:
-            retry(session, "p", "job")
+            retry(session, "p", "job", max_queued=None)
         job = job_row(database)
         assert (job.status, job.attempts_counted, job.error_code) == (JobStatus.QUEUED, 0, None)
         again = must_claim(database)

@@ -223,6 +223,17 @@ class TestCallbacks:
             server.http.post(f"/v1/jobs/{each['id']}/cancel")
         assert [each["job_id"] for each in hook.deliveries()["items"]] == [clone["id"], job["id"]]
 
+    def test_a_batch_tells_of_its_jobs(self, server: Server, hook: Hook) -> None:
+        every = Hook(server, create(server, all_jobs=True, events=["job_queued", "job_cancelled"])["id"])
+        jobs = [server.body(callback=hook.id), server.body(), server.body(callback="wh_1")]
+        batch = server.http.post("/v1/batches", json={"jobs": jobs}).json()
+        told, silent = (item["job_id"] for item in batch["items"][:2])
+        assert batch["items"][2]["error"]["code"] == "callback_not_found"
+        server.http.post(f"/v1/batches/{batch['id']}/cancel")
+        assert [each["job_id"] for each in hook.deliveries()["items"]] == [told]
+        found = {(each["event"], each["job_id"]) for each in every.deliveries()["items"]}
+        assert found == {(event, job) for event in ("job_queued", "job_cancelled") for job in (told, silent)}
+
     def test_a_callback_that_is_not_there(self, server: Server) -> None:
         for params in ({}, {"dry_run": True}):
             answer = server.http.post("/v1/jobs", json=server.body(callback="wh_1"), params=params)

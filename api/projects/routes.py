@@ -1,0 +1,43 @@
+"""/v1/project and /v1/keys"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.dependencies import Admin, Context, CurrentSettings, Reader, ReadSession, WriteSession
+from api.errors import documented
+from api.projects import repository, service
+from api.projects.schemas import KeyCreate, KeyCreated, KeyPage, ProjectRead
+
+router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(401, 403, 429, 503))
+
+
+@router.get("/project", response_model=ProjectRead)
+def get_project(caller: Reader, session: ReadSession, settings: CurrentSettings) -> ProjectRead:
+    """The project of the key that calls: its limits, and what of them is used."""
+    return service.describe(session, repository.get_project(session, caller.project_id), settings)
+
+
+@router.post("/keys", status_code=201, response_model=KeyCreated, responses=documented(400, 413, 422))
+def create_key(body: KeyCreate, caller: Admin, session: WriteSession, context: Context) -> KeyCreated:
+    """Make a key for the own project. It is shown in this answer only."""
+    return service.create_key(session, context.hasher, caller.project_id, body)
+
+
+@router.get("/keys", response_model=KeyPage, responses=documented(422))
+def list_keys(
+    caller: Admin,
+    session: ReadSession,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> KeyPage:
+    """List the project's keys a page at a time, the newest first. The keys themselves are kept nowhere."""
+    return service.list_keys(session, caller.project_id, cursor, limit)
+
+
+@router.delete("/keys/{key_id}", status_code=204, responses=documented(404, 409))
+def revoke_key(key_id: str, caller: Admin, session: WriteSession) -> None:
+    """Revoke a key: from then on it is refused. The project's last key for `admin` cannot be revoked."""
+    service.revoke_own_key(session, caller.project_id, key_id)
