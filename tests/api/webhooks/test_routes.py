@@ -223,7 +223,8 @@ class TestCallbacks:
             server.http.post(f"/v1/jobs/{each['id']}/cancel")
         assert [each["job_id"] for each in hook.deliveries()["items"]] == [clone["id"], job["id"]]
 
-    def test_a_batch_tells_of_its_jobs(self, server: Server, hook: Hook) -> None:
+    def test_a_batch_tells_of_its_jobs(self, server: Server) -> None:
+        hook = Hook(server, create(server, all_jobs=False)["id"])
         every = Hook(server, create(server, all_jobs=True, events=["job_queued", "job_cancelled"])["id"])
         jobs = [server.body(callback=hook.id), server.body(), server.body(callback="wh_1")]
         batch = server.http.post("/v1/batches", json={"jobs": jobs}).json()
