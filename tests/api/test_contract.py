@@ -1,0 +1,55 @@
+"""The API keeps to its OpenAPI document, whatever it is sent: every check of schemathesis on every operation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+from schemathesis import GenerationMode
+from schemathesis.config import SchemathesisConfig
+from schemathesis.schemas import APIOperation
+
+from tests.api.conftest import Server
+from tests.api.test_isolation import PARTS, own_things
+
+DOCUMENT = json.loads((Path(__file__).parents[2] / "docs" / "openapi.json").read_text())
+OPERATIONS = [(method, path) for path, item in DOCUMENT["paths"].items() for method in item]
+# What a document cannot say is refused with a 422: that a model exists, that a scheme fits it.
+ACCEPTED = ["2xx", "3xx", "401", "403", "404", "409", "422", "429", "5xx"]
+CONFIG = {"checks": {"positive_data_acceptance": {"expected-statuses": ACCEPTED}}}
+EXAMPLES = 15
+
+
+def find(server: Server, method: str, path: str) -> APIOperation:
+    schema = schemathesis.openapi.from_dict(DOCUMENT, config=SchemathesisConfig.from_dict(CONFIG))
+    schema.app = server.http.app
+    operation: APIOperation = schema[path][method]
+    return operation
+
+
+def check(server: Server, operation: APIOperation, mode: GenerationMode, things: dict[str, str]) -> None:
+    """Send made-up requests, and hold each answer against the document. things: what paths name."""
+
+    @seed(0)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def keeps(case: schemathesis.Case) -> None:
+        case.path_parameters.update({name: things[name] for name in case.path_parameters if name in things})
+        case.call_and_validate(headers={"Authorization": server.http.headers["Authorization"]})
+
+    keeps()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
+@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=str)
+def test_whatever_is_sent(server: Server, method: str, path: str, mode: GenerationMode) -> None:
+    check(server, find(server, method, path), mode, {})
+
+
+@pytest.mark.parametrize(("method", "path"), [each for each in OPERATIONS if "{" in each[1]], ids=str)
+def test_things_that_are_there(server: Server, method: str, path: str) -> None:
+    things = own_things(server) | PARTS
+    check(server, find(server, method, path), GenerationMode.POSITIVE, things)
