@@ -1,4 +1,4 @@
-"""The API keeps to its OpenAPI document, whatever it is sent: every check of schemathesis on every operation."""
+"""The API keeps to its OpenAPI document, whatever it is sent: all of schemathesis, on all operations."""
 
 from __future__ import annotations
 
