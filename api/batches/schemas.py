@@ -33,7 +33,8 @@ def _read_item(value: Any) -> JobSubmit | Refusal:
     if isinstance(value, Refusal):
         return value
     if not isinstance(value, dict):
-        return Refusal(code="not_a_json_object", detail="The job is not a JSON object.")
+        hint = "Give the fields of a submission."
+        return Refusal(code="not_a_json_object", detail="The job is not a JSON object.", hint=hint)
     try:
         return JobSubmit.model_validate(value)
     except ValidationError as error:

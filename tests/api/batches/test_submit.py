@@ -114,11 +114,12 @@ class TestJobs:
         assert pointers == [["/group_size"], ["/recipe/steps/0/group_size"]]
 
     def test_keys_that_are_no_text_refuse_the_item_alone(self, server: Server) -> None:
-        body = json.dumps({"jobs": [{**server.body(), "a\ud800\0": 1}, server.body()]})
+        keys = ("\ud800", "\0", "\ud800\0")
+        body = json.dumps({"jobs": [*({**server.body(), key: 1} for key in keys), server.body()]})
         headers = {"Content-Type": "application/json"}
         answer = server.http.post("/v1/batches", content=body, headers=headers)
         assert answer.status_code == 202, answer.text
-        assert answer.json()["counts"]["refused"] == 1
+        assert answer.json()["counts"]["refused"] == 3
 
 
 class TestSweep:
@@ -265,6 +266,13 @@ class TestIdempotency:
         headers = {"Idempotency-Key": "night"}
         answer = server.http.post("/v1/batches", json=body | change, headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (422, "idempotency_key_reused")
+
+    def test_a_sweep_asks_for_the_same_as_its_jobs(self, server: Server) -> None:
+        headers = {"Idempotency-Key": "k"}
+        base = server.body()
+        model, scheme = base.pop("model"), base.pop("scheme")
+        swept = submit(server, {"sweep": {"models": [model], "schemes": [scheme], "base": base}}, **headers)
+        assert submit(server, {"jobs": [server.body()]}, **headers) == swept
 
     def test_a_key_of_a_job_is_another(self, server: Server) -> None:
         headers = {"Idempotency-Key": "k"}

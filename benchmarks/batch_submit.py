@@ -1,0 +1,61 @@
+"""How long a batch of 1,000 jobs on 10 local models takes to be accepted.
+
+    python -m benchmarks.batch_submit
+
+The server and SQLite are real, in this process; the models are tiny. Equal work is planned once, so there are two
+figures: 10 schemes in 10 priorities, and 100 recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+import migrations
+from api.main import create_app
+from api.settings import Settings
+from benchmarks.console import say
+from tests.support.models import tiny_dataset, tiny_model
+
+MODELS = 10
+SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W4A8", "W4AFP8", "W8A8", "FP8_DYNAMIC", "FP8", "MXFP4", "MXFP8")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch, "models")
+        first = tiny_model(root / "0")
+        models = [first, *(Path(shutil.copytree(first, root / str(n))) for n in range(1, MODELS))]
+        dataset = tiny_dataset(root / "texts.jsonl")
+        settings = Settings(data_dir=Path(scratch, "data"), local_roots=(root,))
+        migrations.upgrade(settings.database_url)
+        equal: list[dict[str, Any]] = [{"scheme": s, "priority": n} for s in SCHEMES for n in range(10)]
+        different: list[dict[str, Any]] = [{"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)]
+        with TestClient(create_app(settings)) as http:
+            key = json.loads(settings.credentials_file.read_text())["api_key"]
+            http.headers["Authorization"] = f"Bearer {key}"
+            for name, variants in (("100 plans", equal), ("1,000 plans", different)):
+                jobs = [
+                    {"model": str(model), "dataset": str(dataset), **variant}
+                    for model in models
+                    for variant in variants
+                ]
+                say(f"1,000 jobs, {name}: {_seconds(http, jobs):.2f} s")
+
+
+def _seconds(http: TestClient, jobs: list[dict[str, Any]]) -> float:
+    started = time.perf_counter()
+    answer = http.post("/v1/batches", json={"jobs": jobs})
+    seconds = time.perf_counter() - started
+    assert answer.json()["counts"]["accepted"] == len(jobs), answer.text
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
