@@ -15,9 +15,8 @@ from tests.api.jobs.leasing import start
 from tests.api.test_openapi import operations
 from tests.api.test_security import new_server_key
 
-NOTHING: Mapping[str, str] = defaultdict(
-    lambda: "nothing"
-)  # parameters of a path, with ids that are nobody's
+NOTHING: Mapping[str, str] = defaultdict(lambda: "nothing")
+"""For every parameter in a path an id that is nobody's."""
 
 
 def own_things(server: Server) -> dict[str, str]:
@@ -67,10 +66,8 @@ def listed(found: Mapping[str, tuple[int, str]]) -> str:
 
 
 def test_what_is_anothers_does_not_exist(server: Server) -> None:
-    own, other = (
-        {"Authorization": server.http.headers["Authorization"]},
-        new_server_key(server, "other", Scope.ADMIN),
-    )
+    own = {"Authorization": server.http.headers["Authorization"]}
+    other = new_server_key(server, "other", Scope.ADMIN)
     ids = own_things(server)
     start(server)  # so that a worker has the job
     before = readable(server, own, ids | PARTS)
