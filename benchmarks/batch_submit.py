@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch_submit
 
-The server and SQLite are real, in this process; the models are tiny. Equal work is planned once, so there are two
-figures: 10 schemes in 10 priorities, and 100 recipes.
+The server and SQLite are real, in this process; the models are tiny. Equal work is planned once, so there are
+two figures: 10 schemes in 10 priorities, and 100 recipes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
         settings = Settings(data_dir=Path(scratch, "data"), local_roots=(root,))
         migrations.upgrade(settings.database_url)
         equal: list[dict[str, Any]] = [{"scheme": s, "priority": n} for s in SCHEMES for n in range(10)]
-        different: list[dict[str, Any]] = [{"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)]
+        different: list[dict[str, Any]] = [
+            {"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)
+        ]
         with TestClient(create_app(settings)) as http:
             key = json.loads(settings.credentials_file.read_text())["api_key"]
             http.headers["Authorization"] = f"Bearer {key}"
