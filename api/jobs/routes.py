@@ -42,7 +42,7 @@ IdempotencyKeyHeader = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=200,
-        description="The same key with the same body gives the same job, for 24 hours.",
+        description="The same key with the same body gives the same job or batch, for 24 hours.",
     ),
 ]
 
