@@ -3,7 +3,7 @@
     python -m benchmarks.batch_submit
 
 The server and SQLite are real, in this process; the models are tiny. Equal work is planned once, so there are
-two figures: 10 schemes in 10 priorities, and 100 recipes.
+two figures: for 10 schemes in 10 priorities, and for 100 seeds.
 """
 
 from __future__ import annotations
@@ -35,20 +35,18 @@ def main() -> None:
         dataset = tiny_dataset(root / "texts.jsonl")
         settings = Settings(data_dir=Path(scratch, "data"), local_roots=(root,))
         migrations.upgrade(settings.database_url)
-        equal: list[dict[str, Any]] = [{"scheme": s, "priority": n} for s in SCHEMES for n in range(10)]
-        different: list[dict[str, Any]] = [
-            {"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)
-        ]
+        equal = [{"scheme": scheme, "priority": n} for scheme in SCHEMES for n in range(10)]
+        different = [{"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)]
         with TestClient(create_app(settings)) as http:
             key = json.loads(settings.credentials_file.read_text())["api_key"]
             http.headers["Authorization"] = f"Bearer {key}"
-            for name, variants in (("100 plans", equal), ("1,000 plans", different)):
+            for plans, variants in (("100", equal), ("1,000", different)):
                 jobs = [
                     {"model": str(model), "dataset": str(dataset), **variant}
                     for model in models
                     for variant in variants
                 ]
-                say(f"1,000 jobs, {name}: {_seconds(http, jobs):.2f} s")
+                say(f"1,000 jobs, {plans} plans: {_seconds(http, jobs):.2f} s")
 
 
 def _seconds(http: TestClient, jobs: list[dict[str, Any]]) -> float:

@@ -29,7 +29,7 @@ def list_page(session: Session, project_id: str, after: Position | None, limit: 
     return session.scalars(query.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)).all()
 
 
-def counting(batch_ids: Iterable[str]) -> Select[tuple[str | None, JobStatus, int]]:
+def counting(batch_ids: Iterable[str]) -> Select[str | None, JobStatus, int]:
     """How many jobs of each of these batches there are, by status."""
     return (
         select(Job.batch_id, Job.status, func.count())
@@ -55,7 +55,7 @@ def job_ids(session: Session, batch_id: str, after: int, limit: int) -> Sequence
         .order_by(Job.batch_index)
         .limit(limit)
     )
-    return [(index, job_id) for index, job_id in session.execute(query)]
+    return [(index, job_id) for index, job_id in session.execute(query) if index is not None]
 
 
 def cancellable_for_update(session: Session, batch_id: str) -> Sequence[Job]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -24,7 +24,7 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 SHORT_FORM: frozenset[str] = frozenset(get_args(ShortForm))
 _STEP = re.compile(r"/recipe/steps/\d+/")
 
-Asked = TypeVarTuple("Asked")
+Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
 
@@ -59,10 +59,15 @@ class Planner:
         hub = HubEnvironment.read()
         roots, prefixes = settings.local_roots, settings.s3_prefixes
         self._activation_budget_bytes = settings.activation_budget_bytes
-        self._model = _once(lambda model: resolve_model(model, roots, hub))
-        self._dataset = _once(
-            lambda dataset: resolve_dataset(dataset, roots, prefixes, settings.store_url, hub)
-        )
+
+        def model(name: str) -> ModelSource:
+            return resolve_model(name, roots, hub)
+
+        def dataset(asked: DatasetSpec) -> DatasetSpec:
+            return resolve_dataset(asked, roots, prefixes, settings.store_url, hub)
+
+        self._model = _once(model)
+        self._dataset = _once(dataset)
         self._headers = _once(read_checkpoint)
         self._work = _once(self._plan_work)
 
@@ -117,18 +122,18 @@ def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
     return Planner(settings).plan(body)
 
 
-def _once(find: Callable[[*Asked], Found]) -> Callable[[*Asked], Found]:
-    """`find`, asked once for the same; what was refused stays refused."""
+def _once(find: Callable[[Asked], Found]) -> Callable[[Asked], Found]:
+    """`find`, called once for the same; what was refused stays refused."""
 
     @cache
-    def outcome(*asked: *Asked) -> Found | CompressionError:
+    def outcome(asked: Asked) -> Found | CompressionError:
         try:
-            return find(*asked)
+            return find(asked)
         except CompressionError as error:
             return error
 
-    def found(*asked: *Asked) -> Found:
-        result = outcome(*asked)
+    def found(asked: Asked) -> Found:
+        result = outcome(asked)
         if isinstance(result, CompressionError):
             raise result.with_traceback(None)
         return result
