@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 import migrations
@@ -23,6 +23,7 @@ from api.jobs.watch import JobWatch, seqs_in
 from api.limits import LimitRequests
 from api.observability import RequestContext
 from api.openapi import ProblemAPI
+from api.parameters import refuse_unknown
 from api.projects import routes as projects
 from api.projects.rates import open_rates
 from api.projects.repository import has_keys
@@ -66,8 +67,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.context = context
     errors.install(app)
-    for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue, health):
-        app.include_router(part.router)
+    for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue):
+        app.include_router(part.router, dependencies=[Depends(refuse_unknown)])
+    app.include_router(health.router)
     app.add_middleware(LimitRequests, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app

@@ -9,7 +9,7 @@ from api.dependencies import Reader
 from api.errors import documented
 from compression import catalogue
 
-router = APIRouter(prefix="/v1", tags=["catalogue"], responses=documented(401, 403, 429, 503))
+router = APIRouter(prefix="/v1", tags=["catalogue"], responses=documented(401, 403, 422, 429, 503))
 
 
 @router.get("/methods", response_model=MethodList)

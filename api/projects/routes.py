@@ -11,7 +11,7 @@ from api.errors import documented
 from api.projects import repository, service
 from api.projects.schemas import KeyCreate, KeyCreated, KeyPage, ProjectRead
 
-router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(401, 403, 429, 503))
+router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(401, 403, 422, 429, 503))
 
 
 @router.get("/project", response_model=ProjectRead)
@@ -20,13 +20,13 @@ def get_project(caller: Reader, session: ReadSession, settings: CurrentSettings)
     return service.describe(session, repository.get_project(session, caller.project_id), settings)
 
 
-@router.post("/keys", status_code=201, response_model=KeyCreated, responses=documented(400, 413, 422))
+@router.post("/keys", status_code=201, response_model=KeyCreated, responses=documented(400, 413))
 def create_key(body: KeyCreate, caller: Admin, session: WriteSession, context: Context) -> KeyCreated:
     """Make a key for the own project. It is shown in this answer only."""
     return service.create_key(session, context.hasher, caller.project_id, body)
 
 
-@router.get("/keys", response_model=KeyPage, responses=documented(422))
+@router.get("/keys", response_model=KeyPage)
 def list_keys(
     caller: Admin,
     session: ReadSession,

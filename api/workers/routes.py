@@ -9,7 +9,7 @@ from api.errors import documented
 from api.workers import service
 from api.workers.schemas import QueueList, WorkerList
 
-router = APIRouter(prefix="/v1", tags=["workers"], responses=documented(401, 403, 429, 503))
+router = APIRouter(prefix="/v1", tags=["workers"], responses=documented(401, 403, 422, 429, 503))
 
 
 @router.get("/workers", response_model=WorkerList)

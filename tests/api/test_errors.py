@@ -253,3 +253,14 @@ def test_tracebacks_hide_secrets_too(
     logged = capsys.readouterr().err
     assert "refused [hidden]" in logged
     assert key not in logged
+
+
+def test_a_parameter_that_is_not_there_is_named(server: Server) -> None:
+    """`?statsu=failed` would list every job."""
+    problem = assert_problem(server.http.get("/v1/jobs?statsu=failed&limit=1"), 422, "validation_error")
+    assert [(each["code"], each["parameter"]) for each in problem["errors"]] == [
+        ("unknown_parameter", "statsu")
+    ]
+    job = server.submit()["id"]
+    assert_problem(server.http.get(f"/v1/jobs/{job}?waiting=1"), 422, "validation_error")
+    assert server.http.get(f"/v1/jobs/{job}?wait=0&since=0").status_code == 200
