@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, assume, given, seed, settings
 from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 from schemathesis.schemas import APIOperation
@@ -44,6 +44,7 @@ def check(server: Server, operation: APIOperation, mode: GenerationMode, things:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def keeps(case: schemathesis.Case) -> None:
+        assume([] not in (case.query or {}).values())  # which is not sent: what should be wrong is missing
         case.path_parameters.update({name: things[name] for name in case.path_parameters if name in things})
         case.call_and_validate(headers={"Authorization": server.http.headers["Authorization"]})
 
