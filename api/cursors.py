@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from api.errors import Unprocessable
 from compression.errors import Problem
+
+
+class Placed(Protocol):
+    """A row of such a list."""
+
+    @property
+    def created_at(self) -> datetime: ...
+
+    @property
+    def id(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -41,3 +53,11 @@ class Position:
             message = "This is not a cursor of this list."
             raise Unprocessable(Problem("bad_cursor", message, "Pass next_cursor as it came.")) from error
         return cls(moment, item_id)
+
+
+def next_cursor(found: Sequence[Placed], limit: int) -> str | None:
+    """The cursor of the next page, whose first row `found` has, if there is one, behind `limit` others."""
+    if len(found) <= limit:
+        return None
+    last = found[limit - 1]
+    return Position(last.created_at, last.id).to_cursor()

@@ -25,7 +25,7 @@ from api.batches.schemas import (
     PlannedItem,
     RefusedItem,
 )
-from api.cursors import Position
+from api.cursors import Position, next_cursor
 from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
 from api.jobs import idempotency, quotas
@@ -189,10 +189,7 @@ def list_batches(session: Session, project_id: str, cursor: str | None, limit: i
     """
     after = None if cursor is None else Position.of_cursor(cursor)
     found = repository.list_page(session, project_id, after, limit + 1)
-    page = found[:limit]
-    more = len(found) > limit
-    next_cursor = Position(page[-1].created_at, page[-1].id).to_cursor() if more else None
-    return BatchPage(items=_read(session, page), next_cursor=next_cursor)
+    return BatchPage(items=_read(session, found[:limit]), next_cursor=next_cursor(found, limit))
 
 
 def cancel(session: Session, project_id: str, batch_id: str) -> BatchRead:

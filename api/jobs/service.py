@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api import database
-from api.cursors import Position
+from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound
 from api.ids import new_id
 from api.jobs import events, idempotency, quotas, repository, scheduling
@@ -174,9 +174,7 @@ def list_jobs(
     """
     after = None if cursor is None else Position.of_cursor(cursor)
     jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
-    last = jobs[limit - 1] if len(jobs) > limit else None
-    next_cursor = Position(last.created_at, last.id).to_cursor() if last else None
-    return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor)
+    return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor(jobs, limit))
 
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:

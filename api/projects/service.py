@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from api import database
-from api.cursors import Position
+from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound, Unauthorized, Unprocessable
 from api.jobs import repository as jobs
 from api.jobs.models import ACTIVE, JobStatus
@@ -140,9 +140,8 @@ def list_keys(session: Session, project_id: str, cursor: str | None, limit: int)
     """
     after = None if cursor is None else Position.of_cursor(cursor)
     keys = repository.list_keys(session, project_id, after, limit + 1)
-    last = keys[limit - 1] if len(keys) > limit else None
-    next_cursor = Position(last.created_at, last.id).to_cursor() if last else None
-    return KeyPage(items=[KeyRead.model_validate(key) for key in keys[:limit]], next_cursor=next_cursor)
+    items = [KeyRead.model_validate(key) for key in keys[:limit]]
+    return KeyPage(items=items, next_cursor=next_cursor(keys, limit))
 
 
 def revoke_own_key(session: Session, project_id: str, key_id: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from sqlalchemy.orm import Session
 
 from api import database
-from api.cursors import Position
+from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound, Unprocessable
 from api.webhooks import outbox, repository
 from api.webhooks.addresses import resolve
@@ -73,9 +73,7 @@ def list_webhooks(session: Session, project_id: str, cursor: str | None, limit: 
     after = None if cursor is None else Position.of_cursor(cursor)
     found = repository.list_page(session, project_id, after, limit + 1)
     items = [WebhookRead.model_validate(webhook) for webhook in found[:limit]]
-    more = len(found) > limit
-    cursor = Position(items[-1].created_at, items[-1].id).to_cursor() if more else None
-    return WebhookPage(items=items, next_cursor=cursor)
+    return WebhookPage(items=items, next_cursor=next_cursor(found, limit))
 
 
 def delete(session: Session, project_id: str, webhook_id: str) -> None:
@@ -101,9 +99,7 @@ def list_deliveries(
     after = None if cursor is None else Position.of_cursor(cursor)
     found = repository.deliveries(session, webhook_id, wanted, after, limit + 1)
     items = [DeliveryRead.model_validate(delivery) for delivery in found[:limit]]
-    more = len(found) > limit
-    cursor = Position(items[-1].created_at, items[-1].id).to_cursor() if more else None
-    return DeliveryPage(items=items, next_cursor=cursor)
+    return DeliveryPage(items=items, next_cursor=next_cursor(found, limit))
 
 
 def ping(session: Session, project_id: str, webhook_id: str) -> Delivery:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import Session
 
 from api import database as clock
 from api.database import Database
@@ -19,6 +21,26 @@ from api.projects.models import ApiKey, Project
 def add_project(database: Database, name: str, created_at: datetime | None = None) -> None:
     with database.write() as session:
         session.add(Project(id=name, name=name, created_at=created_at or clock.now(session)))
+
+
+def counted_together(database: Database, begin: Callable[[Session], None]) -> str:
+    """What four threads count to, ten steps each, in transactions that read and then write."""
+    add_project(database, "0")
+
+    def count() -> None:
+        for _ in range(10):
+            with database.write() as session:
+                begin(session)
+                project = session.scalars(select(Project)).one()
+                project.name = str(int(project.name) + 1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        return session.scalars(select(Project.name)).one()
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -34,21 +56,7 @@ def test_pragmas(database: Database) -> None:
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_write_that_reads_first_waits_for_the_other_writer(database: Database) -> None:
     """With a plain BEGIN, both would read the old number and one would fail or be lost."""
-    add_project(database, "0")
-
-    def increase() -> None:
-        for _ in range(10):
-            with database.write() as session:
-                project = session.scalars(select(Project)).one()
-                project.name = str(int(project.name) + 1)
-
-    threads = [threading.Thread(target=increase) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    with database.read() as session:
-        assert session.scalars(select(Project.name)).one() == "40"
+    assert counted_together(database, lambda _session: None) == "40"
 
 
 def test_readers_see_one_snapshot_and_block_nobody(database: Database) -> None:
@@ -126,19 +134,4 @@ def test_an_unwritable_folder_says_so(tmp_path: Path) -> None:
 
 def test_one_transaction_at_a_time_has_a_name(database: Database) -> None:
     """Both would read the old number, without a lock on PostgreSQL."""
-    add_project(database, "0")
-
-    def increase() -> None:
-        for _ in range(10):
-            with database.write() as session:
-                clock.lock(session, "projects")
-                project = session.scalars(select(Project)).one()
-                project.name = str(int(project.name) + 1)
-
-    threads = [threading.Thread(target=increase) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    with database.read() as session:
-        assert session.scalars(select(Project.name)).one() == "40"
+    assert counted_together(database, lambda session: clock.lock(session, "projects")) == "40"
