@@ -138,10 +138,20 @@ def test_a_batch_of_nobody_or_of_another(server: Server, method: str, path: str)
         assert session.scalars(select(Job.status)).all() == [JobStatus.QUEUED]
 
 
+EXPLAINED = {
+    "sqlite": ("EXPLAIN QUERY PLAN", "USING COVERING INDEX ix_jobs_batch"),
+    "postgresql": ("EXPLAIN", "Index Only Scan using ix_jobs_batch"),
+}
+
+
 def test_counting_reads_the_index_alone(server: Server) -> None:
     """A row's status lies behind its plan, which may be megabytes."""
+    explain, found = EXPLAINED[server.database.engine.dialect.name]
     with server.database.read() as session:
         query = repository.counting(["batch_1", "batch_2"])
         sql = query.compile(session.connection(), compile_kwargs={"literal_binds": True})
-        steps = session.execute(text(f"EXPLAIN QUERY PLAN {sql}")).all()
-    assert "USING COVERING INDEX ix_jobs_batch" in str(steps)
+        if explain == "EXPLAIN":  # a table that is empty would be read whole
+            session.execute(text("SET LOCAL enable_seqscan = off"))
+            session.execute(text("SET LOCAL enable_bitmapscan = off"))
+        steps = session.execute(text(f"{explain} {sql}")).all()
+    assert found in str(steps)

@@ -157,7 +157,7 @@ class TestAnnounce:
             reap(database)
             make_available(database)
         with database.write() as session:
-            service.retry(session, "p", job)
+            service.retry(session, "p", job, max_queued=None)
         add_job("late", recipe=RECIPE, queue_deadline=now(database) - timedelta(seconds=1))
         reap(database)
         assert told(database) == [
