@@ -75,6 +75,6 @@ def gate(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     from tests.support.gate import Gate
     from tests.support.s3 import KEEPER
 
-    with Gate(s3.port) as gate:
+    with Gate(s3.port, f"s3://store/{tmp_path.name}") as gate:
         replace(s3, url=gate.url).use(monkeypatch, tmp_path, KEEPER)
         yield gate

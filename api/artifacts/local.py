@@ -49,7 +49,7 @@ class LocalStore:
     def open(self, key: str) -> BinaryIO:
         return self._existing(key).open("rb")
 
-    def url(self, key: str, name: str, seconds: int) -> None:  # noqa: ARG002
+    def url(self, _key: str, _name: str, _seconds: int, /) -> None:
         return None
 
     def size(self, key: str) -> int:

@@ -93,7 +93,7 @@ class Store(Protocol):
     def open(self, key: str) -> BinaryIO:
         """A seekable reader of the object."""
 
-    def url(self, key: str, name: str, seconds: int) -> str | None:
+    def url(self, key: str, name: str, seconds: int, /) -> str | None:
         """An address at which anybody gets the object, as a file of that name, for so long; None where the
         store gives none. Nothing is asked of the store."""
 

@@ -11,11 +11,13 @@ from typing import Self
 class Gate:
     """Forwards connections to a port of this machine, until it is shut.
 
+    store_url: of a store on that server, for who connects through here.
     sent: bytes that came from clients. shut_after, hold_after: it does so by itself when more of them came.
     replace: bytes of a client, and what the server gets for them.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, store_url: str) -> None:
+        self.store_url = store_url
         self.sent = 0
         self.shut_after: int | None = None
         self.hold_after: int | None = None

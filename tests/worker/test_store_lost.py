@@ -6,7 +6,6 @@ import dataclasses
 import json
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -22,11 +21,10 @@ from worker.tasks import look
 
 
 @pytest.fixture
-def remote(gate: Gate, worker: WorkerContext, tmp_path: Path) -> WorkerContext:  # noqa: ARG001
+def remote(gate: Gate, worker: WorkerContext) -> WorkerContext:
     """A worker that keeps files there."""
-    url = f"s3://store/{tmp_path.name}"
-    settings = worker.settings.model_copy(update={"store_url": url})
-    return dataclasses.replace(worker, settings=settings, store=open_store(url))
+    settings = worker.settings.model_copy(update={"store_url": gate.store_url})
+    return dataclasses.replace(worker, settings=settings, store=open_store(gate.store_url))
 
 
 def run(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:

@@ -92,8 +92,8 @@ class TestAStoreThatIsAway:
     """S3 behind a gate."""
 
     @pytest.fixture
-    def away(self, gate: Gate, tmp_path: Path) -> Store:  # noqa: ARG002
-        return open_store(f"s3://store/{tmp_path.name}")
+    def away(self, gate: Gate) -> Store:
+        return open_store(gate.store_url)
 
     def test_the_upload_goes_on_behind_what_is_there(self, gate: Gate, away: Store, output: Path) -> None:
         large = 3_000_000

@@ -24,8 +24,8 @@ from tests.support.gate import Gate
 
 
 @pytest.fixture
-def settings(settings: Settings, in_s3: str, gate: Gate) -> Settings:  # noqa: ARG001
-    return settings.model_copy(update={"store_url": in_s3})
+def settings(settings: Settings, gate: Gate) -> Settings:
+    return settings.model_copy(update={"store_url": gate.store_url})
 
 
 def test_a_download_is_sent_to_the_store(published: Published, gate: Gate) -> None:
