@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.demo.data import make_demo_dataset
 from cli.demo.model import make_demo_model
@@ -55,11 +56,22 @@ def run(checkpoints: dict[str, Path]) -> Run:
 def test_a_model_answers(scheme: str, checkpoints: dict[str, Path], run: Run) -> None:
     """Where the original fails, the machine or vLLM's environment is at fault, not the engine.
 
-    vLLM computes in bfloat16, Transformers in float32: within 0.03 nats, unless vLLM's int8 saturates.
+    vLLM computes in bfloat16. What that makes of the losses is measured in Transformers, against float32;
+    vLLM may differ half as much again from token to token, and on average by three standard errors of it.
+    Where its int8 saturates, by 0.3 nats on average.
     """
     seen = run.seen[scheme]
     assert not seen.error
     assert "Paris" in seen.answer
-    tolerance = 0.3 if scheme == "W8A8" and not run.exact_int8 else 0.03
-    expected = float(losses(checkpoints[scheme], PASSAGE).mean())
-    assert sum(seen.losses) / len(seen.losses) == pytest.approx(expected, abs=tolerance)
+    exact = losses(checkpoints[scheme], PASSAGE)
+    rounding = rms(losses(checkpoints[scheme], PASSAGE, torch.bfloat16) - exact)
+    gaps = torch.tensor(seen.losses) - exact
+    if scheme == "W8A8" and not run.exact_int8:
+        assert abs(gaps.mean()) < 0.3
+    else:
+        assert rms(gaps) < 1.5 * rounding
+        assert abs(gaps.mean()) < 3 * rounding / len(gaps) ** 0.5
+
+
+def rms(gaps: torch.Tensor) -> float:
+    return float(gaps.square().mean().sqrt())

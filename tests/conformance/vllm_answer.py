@@ -85,8 +85,8 @@ def scaled_fp8_quant(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact_int8() -> bool:
     """Whether a product of int8 matrices with all entries 127 is what it should be."""
-    weight = torch.full((32, 64), 127, dtype=torch.int8)
-    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(32, 1), torch.float32, True, False)
+    weight, scales = torch.full((32, 64), 127, dtype=torch.int8), torch.ones(32, 1)
+    handler = ops.create_onednn_scaled_mm(weight.t(), scales, torch.float32, True, False)  # keeps an address
     output = torch.empty(1, 32)
     ops.onednn_scaled_mm(handler, weight[:1].contiguous(), output, torch.ones(1, 1), None, None, None)
     return bool((output == 64 * 127 * 127).all())

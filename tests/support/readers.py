@@ -44,11 +44,12 @@ def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-def losses(folder: Path, text: str) -> Tensor:
-    """Negative log likelihood of each token of the text but the first, in nats, read the same way."""
+def losses(folder: Path, text: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Negative log likelihood of each token of the text but the first, in nats, read the same way and
+    computed in `dtype`."""
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        logits = _load(folder)(input_ids=tokens).logits[0, :-1].double()
+        logits = _load(folder).to(dtype)(input_ids=tokens).logits[0, :-1].double()
     return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
 
 
