@@ -28,7 +28,7 @@ def list_artifacts(session: Session, store: Store, project_id: str, job_id: str)
         ArtifactRead(**file.model_dump(), url=f"/v1/jobs/{job_id}/artifacts/{quote(file.name)}")
         for file in manifest.files
     ]
-    return ArtifactList(job=manifest.job, files=files)
+    return ArtifactList(job=job_id, files=files)
 
 
 def find_artifact(session: Session, store: Store, project_id: str, job_id: str, name: str) -> StoredArtifact:
