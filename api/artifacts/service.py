@@ -54,5 +54,6 @@ def _manifest(session: Session, store: Store, project_id: str, job_id: str) -> t
         with store.open(job.manifest_key) as file:
             manifest = Manifest.model_validate_json(file.read())
     except ObjectNotFound as error:
-        raise NotFound("artifacts_gone", "The job's files are no longer in the store.") from error
+        hint = 'Make them again: clone the job with {"cache": "bypass"}.'
+        raise NotFound("artifacts_gone", "The job's files are no longer in the store.", hint) from error
     return manifest, job.manifest_key.rpartition("/")[0]
