@@ -88,6 +88,9 @@ def submit(
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
     callback: Annotated[str | None, typer.Option(help="A webhook that is told how it ends.", **_Run)] = None,
+    cache: Annotated[
+        bool, typer.Option(help="Take what another job of the project has made of the same.", **_Run)
+    ] = True,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key with the same options gives the same job.", **_Run)
     ] = None,
@@ -127,6 +130,7 @@ def submit(
         max_runtime_seconds=max_runtime_seconds,
         max_queue_seconds=max_queue_seconds,
         callback=callback,
+        cache=cache,
     )
     try:
         request = body(options)
@@ -164,7 +168,8 @@ def _print_submitted(job: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        out().print(f"{job['id']} is {job['status']}.")
+        twin = job["deduplicated_from"]
+        out().print(f"{job['id']} is {job['status']}" + (f", as {twin} does the same." if twin else "."))
 
 
 def _print_outcome(job: dict[str, Any], report: dict[str, Any] | None, *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ import structlog
 
 from api.artifacts.store import Store
 from api.database import Database
-from api.jobs import leases, retention
+from api.jobs import digests, leases, retention
 from api.wake import wake
 from api.webhooks import outbox
 from api.workers import repository as workers
@@ -88,6 +88,7 @@ def forget_old(worker: WorkerContext) -> None:
     """Remove what is kept for some days only, once they are over."""
     with worker.database.write() as session:
         outbox.forget(session, worker.settings.webhook_delivery_days)
+        digests.forget_old(session)
     forget_work(worker.database, worker.store, worker.settings.resume_days)
 
 

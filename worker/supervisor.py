@@ -1,11 +1,12 @@
 """One attempt at one claimed job, from the lease to its end.
 
-    fetch      what earlier attempts finished, from the store; what is elsewhere, by a process of its own
+    fetch      what earlier attempts finished, from the store; what is elsewhere, by a process of its own;
+               which work it is: where another job has done it or does it now, nothing is left to do here
     plan, compress, verify      the engine, in its own process; every finished layer goes to the store
     upload     the output, then the row that publishes it
 
-An attempt ends in one of five ways: published, failed, cancelled, given back, or fenced out. It is given back
-where this worker ends, and where its store is away.
+An attempt ends in one of six ways: published, deduplicated, failed, cancelled, given back, or fenced out. It
+is given back where this worker ends, and where its store is away.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from api.artifacts.store import Check, StoreError, StoreUnavailable
-from api.jobs import leases
+from api.jobs import leases, twins
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
 from compression.errors import CompressionError
@@ -33,6 +34,7 @@ from worker import upload
 from worker.context import WorkerContext
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
+from worker.identity import Identity, identify
 from worker.patience import patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
@@ -178,12 +180,15 @@ class _Attempt:
         self._started = time.monotonic()
         self._spec = _specification(worker, job, self._output)
         self._digests: dict[str, str] = {}  # of finished layers' shards, by file name
+        self._identity: Identity | None = None
         self._unkept: dict[str, Any] | None = None  # the message that a stop came in between
         self.facts = AttemptFacts()
 
     def run(self) -> None:
-        """Fetch, compress and publish. Returns when the job has succeeded, else raises the reason."""
+        """Fetch, compress and publish. Returns when nothing is left to do, else raises the reason."""
         self._fetch()
+        if self._is_done_elsewhere():
+            return
         report = self._compress()
         self._hold_to_quality_gate(report)
         self._publish(report)
@@ -202,6 +207,17 @@ class _Attempt:
             found = self._run(EngineProcess(self._spec, self._folder, FETCHER, environment))
             if found["dataset"] is not None:
                 self._pin(found["dataset"])
+
+    def _is_done_elsewhere(self) -> bool:
+        """Find out which work the job is. Whether another one has done it, or does it now: then this attempt
+        has ended."""
+        self._identity = identify(self._database, self._job, self._spec.dataset, self._check)
+        with self._database.write() as session:
+            twins.hold(session, self._job.project_id)
+            leases.save_cache_key(session, self._lease, self._identity.key)
+            if self._identity.key is None or self._job.cache == "bypass":
+                return False
+            return twins.take(session, self._job.id, self._lease.attempt)
 
     def _restore(self, resolved_plan: dict[str, Any], layers: Sequence[JobLayer]) -> None:
         lost = restore(self._store, resolved_plan, layers, self._partial, self._check)
@@ -278,6 +294,8 @@ class _Attempt:
                 leases.set_phase(session, self._lease, data["phase"])
             elif message["type"] == "plan_resolved":
                 leases.save_plan(session, self._lease, data["header"])
+                if self._identity is not None and not self._identity.holds():
+                    leases.save_cache_key(session, self._lease, None)
             else:
                 leases.append_event(session, self._lease, message["type"], data)
 

@@ -28,7 +28,7 @@ def list_artifacts(session: Session, store: Store, project_id: str, job_id: str)
         ArtifactRead(**file.model_dump(), url=f"/v1/jobs/{job_id}/artifacts/{quote(file.name)}")
         for file in manifest.files
     ]
-    return ArtifactList(job=manifest.job, files=files)
+    return ArtifactList(job=job_id, files=files)
 
 
 def find_artifact(session: Session, store: Store, project_id: str, job_id: str, name: str) -> StoredArtifact:
@@ -54,5 +54,6 @@ def _manifest(session: Session, store: Store, project_id: str, job_id: str) -> t
         with store.open(job.manifest_key) as file:
             manifest = Manifest.model_validate_json(file.read())
     except ObjectNotFound as error:
-        raise NotFound("artifacts_gone", "The job's files are no longer in the store.") from error
+        hint = 'Make them again: clone the job with {"cache": "bypass"}.'
+        raise NotFound("artifacts_gone", "The job's files are no longer in the store.", hint) from error
     return manifest, job.manifest_key.rpartition("/")[0]

@@ -134,7 +134,7 @@ def create(
     for job_id, (index, each) in zip(new_ids("job", now, len(planned)), planned, strict=True):
         job = jobs.new_job(job_id, request.project_id, each, settings, now)
         job.batch_id, job.batch_index = batch_id, index
-        rows.append(job)
+        rows.append((job, each))
     jobs.add(session, rows, {"batch": batch_id})
     return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
 

@@ -69,7 +69,7 @@ def give_back(
     """
     code, message = why or (None, None)
     end_attempt(session, job_id, number, outcome, code, message, facts)
-    job = _drop_lease(session, job_id)
+    job = let_go(session, job_id)
     if job.status == JobStatus.CANCELLING:
         return _end(session, job, JobStatus.CANCELLED)
     return _requeue(session, job, delay_seconds)
@@ -91,7 +91,7 @@ def count_failure(
     A job that is being cancelled ends cancelled. The caller holds the job's row.
     """
     end_attempt(session, job_id, number, outcome, code, message, facts)
-    job = _drop_lease(session, job_id)
+    job = let_go(session, job_id)
     job.attempts_counted += 1
     if job.status == JobStatus.CANCELLING:
         return _end(session, job, JobStatus.CANCELLED)
@@ -101,8 +101,8 @@ def count_failure(
     return _end(session, job, JobStatus.FAILED, {"code": code, "message": message})
 
 
-def _drop_lease(session: Session, job_id: str) -> Job:
-    """The token rises, so a worker that still holds the old lease is fenced out."""
+def let_go(session: Session, job_id: str) -> Job:
+    """Take a job from its worker. The token rises: who still holds the old lease is fenced out."""
     job = session.get_one(Job, job_id, populate_existing=True)
     job.lease_owner = None
     job.lease_until = None

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, func, or_, select, true, update
 from sqlalchemy.orm import Session, undefer_group
 
 from api import database
-from api.jobs import events, quotas
+from api.jobs import events, quotas, twins
 from api.jobs.attempts import NOTHING_SEEN, AttemptFacts, count_failure, end_attempt, give_back
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.jobs.reaper import reap, release_all
@@ -43,6 +43,7 @@ __all__ = [
     "release",
     "release_all",
     "renew",
+    "save_cache_key",
     "save_plan",
     "set_phase",
     "succeed",
@@ -91,6 +92,7 @@ def claim(
             fits_gpu,
             or_(Job.queue_deadline.is_(None), Job.queue_deadline > now),
             Job.project_id.not_in(quotas.full_projects(max_running)),
+            Job.deduplicated_from.is_(None),
         )
         .order_by(Job.priority.desc(), Job.created_at, Job.id)
         .limit(1)
@@ -182,6 +184,15 @@ def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
         append_event(session, lease, "warning", {"code": "plan_changed", "message": message})
 
 
+def save_cache_key(session: Session, lease: Lease, key: str | None) -> None:
+    """Say which work the job turned out to be; those that wait for what it was before go their own way."""
+    _fenced_update(session, lease)
+    known = session.execute(select(Job.cache_key).where(Job.id == lease.job_id)).scalar_one()
+    if known != key:
+        _fenced_update(session, lease, cache_key=key)
+        twins.detach(session, lease.job_id)
+
+
 def pin_dataset(session: Session, lease: Lease, dataset: dict[str, Any]) -> None:
     """Keep which state of the dataset the first attempt found, so that later ones ask for the same."""
     _fenced_update(session, lease, dataset=dataset)
@@ -243,7 +254,7 @@ def succeed(
     manifest_key: str,
     facts: AttemptFacts = NOTHING_SEEN,
 ) -> None:
-    """End the job with its published artifacts.
+    """End the job with its published artifacts, and those that wait for it.
 
     Raises:
         CancelWon: a cancel came first.
@@ -255,6 +266,7 @@ def succeed(
     end_attempt(session, lease.job_id, lease.attempt, AttemptOutcome.SUCCEEDED, facts=facts)
     told = {"totals": report.get("totals")}
     _finish(session, lease, JobStatus.SUCCEEDED, told, report=report, manifest_key=manifest_key)
+    twins.settle(session, lease.job_id)
 
 
 def fail(
@@ -322,6 +334,7 @@ def queued_by_device(session: Session, *, max_running: int | None = None) -> dic
             Job.status == JobStatus.QUEUED,
             Job.available_at <= database.now(session),
             Job.project_id.not_in(quotas.full_projects(max_running)),
+            Job.deduplicated_from.is_(None),
         )
         .group_by(Job.device_class)
     )

@@ -34,7 +34,8 @@ RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended. Of these, preempted and store_lost are not counted toward max_attempts."""
+    """How an attempt ended. Of these, preempted, store_lost and deduplicated are not counted toward
+    max_attempts."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -45,6 +46,7 @@ class AttemptOutcome(StrEnum):
     LEASE_LOST = "lease_lost"
     PREEMPTED = "preempted"
     STORE_LOST = "store_lost"
+    DEDUPLICATED = "deduplicated"
 
 
 def _values(members: type[StrEnum]) -> list[str]:
@@ -68,8 +70,12 @@ class Job(Base):
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
     queue_deadline: when a job that still waits expires.
     callback: the webhook that is told of this job whichever it is told of otherwise; it may be gone by now.
-    manifest_key: where the published manifest is; readers trust this row, not the store's listing.
+    manifest_key: where the published manifest is; readers trust this row, not the store's listing. Jobs that
+    share a result share it.
     batch_id, batch_index: which item of which batch it was submitted as.
+    cache: whether it takes what another job made: use or bypass. cache_key: which work it is (identity.py);
+    null while that is not known. deduplicated_from: whose result it has, or, while it is queued, whose it
+    waits for.
     deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
     """
 
@@ -127,14 +133,18 @@ class Job(Base):
     resolved_plan: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_group="work")
 
     report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
-    manifest_key: Mapped[str | None] = mapped_column(Text)
+    manifest_key: Mapped[str | None] = mapped_column(Text, index=True)
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
+    cache: Mapped[str] = mapped_column(String(8), default="use", server_default="use")
+    cache_key: Mapped[str | None] = mapped_column(String(64))
+    deduplicated_from: Mapped[str | None] = mapped_column(String(40), index=True)
     deleted_at: Mapped[datetime | None] = mapped_column(index=True)
 
     __table_args__ = (
         Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),
         Index("ix_jobs_lease", "status", "lease_until"),
+        Index("ix_jobs_cache", "project_id", "cache_key"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
         # All that counts and pages of a batch ask for: a row is long, and its status lies behind the plan.
@@ -207,3 +217,13 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     resource_id: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class FileDigest(Base):
+    """The sha256 of a file, remembered for as long as its stamp (identity.py) is the same."""
+
+    __tablename__ = "file_digests"
+
+    stamp: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    at: Mapped[datetime] = mapped_column(index=True)

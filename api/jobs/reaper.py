@@ -8,14 +8,15 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from api import database
-from api.jobs import events
+from api.jobs import events, twins
 from api.jobs.attempts import count_failure, give_back
 from api.jobs.models import ACTIVE, AttemptOutcome, Job, JobStatus
 
 
 def reap(session: Session) -> int:
     """End what ran out: a lost lease (queued again, failed past max_attempts, or cancelled if that was asked
-    for) and a wait longer than max_queue_seconds (expired). Returns how many jobs changed.
+    for), a wait longer than max_queue_seconds (expired), and a wait for a twin that is no longer in flight.
+    Returns how many jobs changed.
 
     Harmless when several workers do it at once: each job is locked, and skipped where another holds it.
     """
@@ -31,7 +32,7 @@ def reap(session: Session) -> int:
             message,
             retryable=True,
         )
-    return len(lost) + _expire(session)
+    return len(lost) + _expire(session) + twins.settle_rest(session)
 
 
 def release_all(session: Session) -> int:
@@ -44,9 +45,11 @@ def release_all(session: Session) -> int:
 
 def _expire(session: Session) -> int:
     now = database.now(session)
-    overdue = _lock(session, Job.status == JobStatus.QUEUED, Job.queue_deadline <= now)
+    waits = (Job.status == JobStatus.QUEUED, ~twins.waits_for_running())
+    overdue = _lock(session, *waits, Job.queue_deadline <= now)
     for job in overdue:
         job.status = JobStatus.EXPIRED
+        job.deduplicated_from = None
         job.finished_at = now
         job.error_code = "max_queue_seconds"
         job.error_message = f"No worker took the job within {job.max_queue_seconds} seconds."

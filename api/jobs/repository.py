@@ -41,6 +41,7 @@ class Version(NamedTuple):
     device_class: str
     required_host_bytes: int
     required_gpu_bytes: int
+    deduplicated_from: str | None
 
 
 class QueueDepth(NamedTuple):
@@ -80,10 +81,10 @@ def version(session: Session, project_id: str, job_id: str) -> Version | None:
 
 
 def queue_depths(session: Session) -> Sequence[QueueDepth]:
-    """How many jobs of all projects wait and run, by device class."""
+    """How many jobs of all projects wait for a worker and run, by device class."""
     query = (
         select(Job.device_class, Job.status, func.count(), func.min(Job.created_at))
-        .where(Job.status.in_((JobStatus.QUEUED, *ACTIVE)))
+        .where(Job.status.in_((JobStatus.QUEUED, *ACTIVE)), Job.deduplicated_from.is_(None))
         .group_by(Job.device_class, Job.status)
     )
     return [QueueDepth(*row) for row in session.execute(query)]

@@ -9,6 +9,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from api import database
+from api.jobs import twins
 from api.jobs.models import RETRYABLE, TERMINAL, Job, JobLayer
 
 
@@ -31,9 +32,9 @@ def forget_layers(session: Session, job_id: str) -> None:
 
 
 def deleted(session: Session, limit: int) -> Sequence[str]:
-    """Ids of jobs that were deleted and still have a row."""
-    query = select(Job.id).where(Job.deleted_at.is_not(None)).order_by(Job.deleted_at).limit(limit)
-    return session.scalars(query).all()
+    """Ids of jobs that were deleted and still have a row; not of those whose files others have as well."""
+    query = select(Job.id).where(Job.deleted_at.is_not(None), ~twins.shares_files())
+    return session.scalars(query.order_by(Job.deleted_at).limit(limit)).all()
 
 
 def remove(session: Session, job_id: str) -> None:

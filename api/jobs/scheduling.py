@@ -12,7 +12,11 @@ _GIB = 1 << 30
 
 
 def obstacle(job: Version, alive: Sequence[Worker]) -> Obstacle | None:
-    """What keeps a job waiting until another worker comes; None where one of these would take it."""
+    """What keeps a job waiting until another worker comes, or a twin has ended; None where one of these
+    workers would take it."""
+    if job.deduplicated_from is not None:
+        message = f"The job waits for {job.deduplicated_from}, which does the same work."
+        return Obstacle(code="attached", message=message)
     able = [worker for worker in alive if job.device_class in ("any", worker.device_class)]
     if not able:
         kind = "" if job.device_class == "any" else f" with the device class {job.device_class}"

@@ -84,6 +84,10 @@ class JobSubmit(BaseModel):
     labels: Labels = {}
     max_runtime_seconds: Seconds | None = None
     max_queue_seconds: Seconds | None = None
+    cache: Literal["use", "bypass"] = Field(
+        default="use",
+        description="use: have the result of another job of the project that does the same.",
+    )
     callback: str | None = Field(
         default=None,
         max_length=40,
@@ -171,6 +175,9 @@ class JobRead(BaseModel):
     finished_at: datetime | None
     error: JobError | None
     batch: JobBatch | None
+    deduplicated_from: str | None = Field(
+        description="The job whose result this one has or, while it is queued, waits for."
+    )
 
     @classmethod
     def of(cls, job: Job, **more: Any) -> Self:
@@ -287,9 +294,9 @@ class Estimate(BaseModel):
 
 class Obstacle(BaseModel):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
-    until another job of the project has ended."""
+    until another job of the project has ended, attached until the one in `deduplicated_from` has."""
 
-    code: Literal["no_worker", "unschedulable", "quota_running"]
+    code: Literal["no_worker", "unschedulable", "quota_running", "attached"]
     message: str
 
 

@@ -14,9 +14,10 @@ from api import database
 from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound
 from api.ids import new_id
-from api.jobs import events, idempotency, quotas, repository, scheduling
+from api.jobs import digests, events, idempotency, quotas, repository, scheduling, twins
 from api.jobs.attempts import deadline
 from api.jobs.idempotency import Repeatable
+from api.jobs.identity import cache_key
 from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
@@ -103,12 +104,18 @@ def create(
     if made != job.id:
         return get_job(session, project_id, made)
     quotas.require_room(session, project_id, max_queued)
-    add(session, [job], {} if clone_of is None else {"clone_of": clone_of})
+    add(session, [(job, planned)], {} if clone_of is None else {"clone_of": clone_of})
     return job
 
 
-def add(session: Session, jobs: Sequence[Job], origin: dict[str, str]) -> None:
-    """Store new jobs, each with its first events. origin: what the first one says of where it comes from."""
+def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dict[str, str]) -> None:
+    """Store new jobs of a project, each with its first events; what was made already is taken from there.
+
+    origin: what the first event says of where a job comes from.
+    """
+    _set_cache_keys(session, planned)
+    jobs = [job for job, _ in planned]
+    reused = twins.attach_new(session, jobs)
     told = []
     for job in jobs:
         first = ("job_queued", {"device_class": job.device_class, **origin})
@@ -120,6 +127,17 @@ def add(session: Session, jobs: Sequence[Job], origin: dict[str, str]) -> None:
     session.add_all(jobs)
     session.flush()  # before the events, which refer to them
     events.store(session, told)
+    for job, twin in reused:
+        twins.reuse(session, job, twin)
+
+
+def _set_cache_keys(session: Session, planned: Sequence[tuple[Job, PlannedJob]]) -> None:
+    """Say which work each job is, where the digests of all its files are known; else its worker says it."""
+    known = digests.known(session, {each for _, plan in planned for each in (plan.stamps or {}).values()})
+    for job, plan in planned:
+        if plan.stamps is not None and known.keys() >= set(plan.stamps.values()):
+            of_files = {name: known[stamp] for name, stamp in plan.stamps.items()}
+            job.cache_key = cache_key(job, plan.dataset, of_files)
 
 
 def get_job(session: Session, project_id: str, job_id: str) -> Job:
@@ -221,6 +239,7 @@ def stop(session: Session, jobs: Iterable[Job]) -> None:
         kinds = ["cancel_requested"]
         if job.status == JobStatus.QUEUED:
             job.status = JobStatus.CANCELLED
+            job.deduplicated_from = None
             job.finished_at = now
             kinds.append("job_cancelled")
         else:
@@ -248,7 +267,7 @@ def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | N
     job.queue_deadline = deadline(now, job.max_queue_seconds)
     job.finished_at = None
     job.error_code = job.error_message = None
-    job.report = None
+    job.report = job.deduplicated_from = None
     session.flush()
     events.append(session, job.id, "job_queued", {"device_class": job.device_class, "retry": True})
     return job
@@ -307,6 +326,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         require=body.require,
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
+        cache=body.cache,
         callback=body.callback,
         max_attempts=settings.max_attempts,
         plan=planned.document,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from pydantic import ValidationError
 
 from api.errors import Unprocessable, pointer_to
+from api.jobs import identity
 from api.jobs.schemas import JobSubmit, ShortForm
 from api.jobs.sources import ModelSource, resolve_dataset, resolve_model
 from api.settings import Settings
@@ -31,13 +32,15 @@ Found = TypeVar("Found")
 @dataclass(frozen=True)
 class PlannedJob:
     """What a submission became. source: what the worker is told. dataset: with path or revision resolved.
-    document: the plan as JSON. Jobs of the same work share both."""
+    document: the plan as JSON. stamps: of the files that it depends on, by name; None where one is gone. Jobs
+    of the same work share these."""
 
     body: JobSubmit
     source: str
     dataset: DatasetSpec | None
     plan: Plan
     document: dict[str, Any]
+    stamps: Mapping[str, str] | None
 
 
 class _Work(NamedTuple):
@@ -97,12 +100,12 @@ class Planner:
             raise Unprocessable(*problems)
         work = _Work(source, recipe, dataset, body.calibration, body.evaluation, body.require)
         try:
-            planned, document = self._work(work)
+            planned, document, stamps = self._work(work)
         except PlanError as error:
             raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
-        return PlannedJob(body, source.source, dataset, planned, document)
+        return PlannedJob(body, source.source, dataset, planned, document, stamps)
 
-    def _plan_work(self, work: _Work) -> tuple[Plan, dict[str, Any]]:
+    def _plan_work(self, work: _Work) -> tuple[Plan, dict[str, Any], Mapping[str, str] | None]:
         planned = plan(
             work.source.folder,
             work.recipe,
@@ -114,7 +117,12 @@ class Planner:
             require=work.require,
             read=self._headers,
         )
-        return planned, planned.to_dict()
+        checkpoint = planned.checkpoint if identity.is_local(work.source.source) else None
+        try:
+            stamps = identity.stamps_of(identity.files_of(checkpoint, work.dataset))
+        except OSError:
+            stamps = None
+        return planned, planned.to_dict(), stamps
 
 
 def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:

@@ -34,8 +34,9 @@ class Server:
         return bitmill(self.home, *arguments, **{"DATA_DIR": str(self.home / "data"), **settings})
 
     def submit(self, *arguments: str | Path) -> Result:
-        """Submit the cheapest job there is, and more options."""
-        return self.bitmill("submit", self.model, "--scheme", "W4A16", "--group-size", "32", *arguments)
+        """Submit the cheapest job there is, which is run whatever others made, with more options."""
+        cheapest = ("--scheme", "W4A16", "--group-size", "32", "--no-cache")
+        return self.bitmill("submit", self.model, *cheapest, *arguments)
 
     @property
     def calibrated(self) -> tuple[str | Path, ...]:

@@ -69,7 +69,7 @@ def test_an_interrupted_download_goes_on_and_a_changed_file_is_replaced(
 def test_who_waits_on_a_terminal_sees_a_live_bar_and_then_a_table(server: Server) -> None:
     ours, theirs = pty.openpty()
     settings = {"DATA_DIR": str(server.home / "data")}
-    arguments = ("submit", server.model, "--scheme", "W4A16", "--group-size", "32", "--wait")
+    arguments = ("submit", server.model, "--scheme", "W4A16", "--group-size", "32", "--no-cache", "--wait")
     with subprocess.Popen(
         command(*arguments, *server.calibrated),
         env={**environment(server.home, settings), "TERM": "xterm", "COLUMNS": "120"},
@@ -97,6 +97,14 @@ def test_a_job_that_fails_is_exit_code_1_with_its_reason(server: Server) -> None
     assert "failed: quality_gate_failed" in result.err
     # Where stderr is no terminal, progress is lines.
     assert re.search(r"^layer 2/2  relative error \d\.\d\de-\d\d  .* left$", result.err, re.MULTILINE)
+
+
+def test_what_was_made_is_there_at_once(server: Server, finished: dict[str, Any]) -> None:
+    told = server.submit(*server.calibrated, "--cache")
+    assert (told.code, "is succeeded, as job_" in told.out) == (0, True)
+    waited = server.submit(*server.calibrated, "--cache", "--wait", "--json").json
+    assert waited["job"]["deduplicated_from"] in told.out
+    assert waited["report"]["totals"]["output_bytes"] == finished["report"]["totals"]["output_bytes"]
 
 
 def test_a_waiting_job_is_cancelled_at_once(server: Server) -> None:

@@ -50,6 +50,23 @@ def assert_resumed(service: Service, job_id: str, uninterrupted: str) -> None:
     assert service.weights(job_id) == service.weights(uninterrupted)
 
 
+def test_what_was_made_or_is_being_made_is_not_made_again(
+    service: Service, uninterrupted: str, deep: Body
+) -> None:
+    job = service.post("/v1/jobs", deep)
+    assert (job["status"], job["deduplicated_from"]) == ("succeeded", uninterrupted)
+    assert service.weights(job["id"]) == service.weights(uninterrupted)
+
+    other = deep | {"calibration": deep["calibration"] | {"seed": 1}}
+    first = service.post("/v1/jobs", other)["id"]
+    second = service.post("/v1/jobs", other)
+    assert (second["status"], second["deduplicated_from"]) == ("queued", first)
+    service.succeed(first)
+    service.succeed(second["id"])
+    assert service.outcomes(second["id"]) == []
+    assert service.weights(second["id"]) == service.weights(first) != service.weights(uninterrupted)
+
+
 def test_a_job_goes_from_submission_to_verified_files(service: Service, uninterrupted: str) -> None:
     job = service.job(uninterrupted)
     types = [event["type"] for event in service.events(uninterrupted)]
