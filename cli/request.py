@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import DatasetSpec
+
+if TYPE_CHECKING:
+    from api.client.types import JobSubmit
 
 _OPTION_OF = {"config": "dataset-config", "split": "dataset-split"}
 
@@ -53,13 +56,13 @@ class JobOptions:
     callback: str | None = None
 
 
-def body(options: JobOptions) -> dict[str, Any]:
+def body(options: JobOptions) -> JobSubmit:
     """The JSON body, with only what was given.
 
     Raises:
         BadOptions: nothing was sent.
     """
-    return _given(
+    given = _given(
         model=_server_path(options.model),
         dataset=_dataset(options),
         scheme=options.scheme,
@@ -88,6 +91,7 @@ def body(options: JobOptions) -> dict[str, Any]:
         max_queue_seconds=options.max_queue_seconds,
         callback=options.callback,
     )
+    return cast("JobSubmit", given)
 
 
 def _given(**fields: Any) -> dict[str, Any]:
