@@ -26,6 +26,7 @@ from api.client.types import (
 )
 
 TERMINAL: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled", "expired")
+_ENDINGS = tuple(f"job_{status}" for status in TERMINAL)
 LONG_POLL_SECONDS = 30
 _QUIET_SECONDS = 60.0
 """A stream says something every 15."""
@@ -119,18 +120,22 @@ class JobCalls(Base):
             response = yield from answered(Open(stream), patience)
             if response.status_code == 204:
                 return
-            reader = EventReader()
+            reader, last = EventReader(), ""
+            error: httpx.TransportError = httpx.RemoteProtocolError("The stream ended before the job did.")
             try:
                 while (chunk := (yield Read())) is not None:
                     for event in reader.events(chunk):
-                        since = event["seq"]
+                        since, last = event["seq"], event["type"]
                         patience.renew()
                         yield Item(event)
-            except httpx.TransportError:
-                pause = patience.pause()
-                if pause is None:
-                    raise
-                yield Pause(pause)
+                if last in _ENDINGS:  # and no retry came before the stream ended
+                    return
+            except httpx.TransportError as broken:
+                error = broken
+            pause = patience.pause()
+            if pause is None:
+                raise error
+            yield Pause(pause)
 
     @call
     def wait(self, job_id: str, *, timeout_seconds: float = math.inf) -> Flow[JobDetail]:
