@@ -17,7 +17,7 @@ from api.client.artifacts import ArtifactCalls
 from api.client.drivers import Awaiting, Blocking
 from api.client.errors import ApiError, DigestMismatch
 from api.client.jobs import TERMINAL, JobCalls
-from api.client.service import BatchCalls, ProjectCalls, ServerCalls, WebhookCalls
+from api.client.others import BatchCalls, ProjectCalls, ServerCalls, WebhookCalls
 
 __all__ = ["TERMINAL", "ApiError", "AsyncClient", "Client", "DigestMismatch"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 from typer.main import get_command
 
@@ -86,9 +86,7 @@ def test_a_store_that_is_none_is_named(tmp_path: Path, command: str, broker: str
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize(
-    "url", ["nonsense", "oracle://somewhere/bitmill", "sqlite:////no/such/folder/bitmill.db"]
-)
+@pytest.mark.parametrize("url", ["nonsense", "nosuch://somewhere/bitmill"])
 def test_a_database_that_is_none_is_named(tmp_path: Path, url: str) -> None:
     result = bitmill(tmp_path, "serve", "--json", DATABASE_URL=url, BROKER_URL="redis://127.0.0.1:9/0")
     assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "database_failed")
@@ -96,15 +94,13 @@ def test_a_database_that_is_none_is_named(tmp_path: Path, url: str) -> None:
     assert "Traceback" not in result.err
 
 
-def commands(
-    command: click.Command, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every command that does something, with the words that name it."""
-    if isinstance(command, click.Group):
-        for name, each in command.commands.items():
-            yield from commands(each, (*path, name))
-    else:
+    if not hasattr(command, "commands"):
         yield path, command
+        return
+    for name, each in command.commands.items():
+        yield from commands(each, (*path, name))
 
 
 def test_every_command_takes_json() -> None:

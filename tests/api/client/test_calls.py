@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import threading
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from api.client import ApiError
+from api.client import ApiError, AsyncClient
 from api.jobs import leases
 from api.jobs.models import AttemptOutcome
+from tests.api.artifacts.conftest import publish
 from tests.api.client.conftest import Connect, Served
 from tests.api.jobs.leasing import start
 from tests.api.test_openapi import operations
@@ -23,16 +25,9 @@ REPORT = {"totals": {}, "modules": [{"name": "a", "shape": [2, 3]}, {"name": "b"
 WEBHOOK = {"url": "https://1.1.1.1/"}
 
 
-def finish(served: Served, tmp_path: Path) -> str:
-    """A job that succeeded, with one file of its own."""
-    from tests.api.artifacts.conftest import publish
-
-    return publish(served.server, tmp_path)[0]
-
-
 def test_every_operation_has_a_call(client: Any, served: Served, tmp_path: Path) -> None:
     body = served.server.body()
-    done = finish(served, tmp_path)
+    done, _ = publish(served.server, tmp_path)
     assert [file["name"] for file in client.artifacts(done)["files"]][1] == "config.json"
     client.download(done, "config.json", tmp_path / "config.json")
     assert (tmp_path / "config.json").read_bytes() == b"{}"
@@ -188,3 +183,17 @@ def test_keys_that_expire(client: Any, served: Served, connect: Connect) -> None
         client.revoke_key(made["id"])
         with pytest.raises(ApiError, match="wrong_key"):
             list(reader.jobs())
+
+
+def test_awaited_calls_run_beside_each_other(served: Served) -> None:
+    """Each waits for a job of its own; one after the other they would wait for the first alone."""
+    jobs = [served.server.submit()["id"] for _ in range(5)]
+
+    async def wait_for_all() -> list[str]:
+        async with AsyncClient(served.url, served.key) as client:
+            waiting = [asyncio.create_task(client.wait(job_id)) for job_id in jobs]
+            for job_id in reversed(jobs):
+                await client.cancel(job_id)
+            return [job["status"] for job in await asyncio.gather(*waiting)]
+
+    assert asyncio.run(wait_for_all()) == ["cancelled"] * 5

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from tests.api.conftest import Server, database, database_url, migrated_file, server, settings
+from tests.api.conftest import Server
 from tests.support.serving import serving
-
-__all__ = ["database", "database_url", "migrated_file", "server", "settings"]
 
 pytestmark = pytest.mark.generator
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(__file__).parent
+FOLDER = ROOT / "tests" / "conformance"
 BIN = ROOT / ".venv-generator" / "bin"
 
 
