@@ -6,15 +6,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 VLLM_INSTALLED := .venv-vllm/.installed
+GENERATOR_INSTALLED := .venv-generator/.installed
 PIP_FLAGS := --disable-pip-version-check --no-input --quiet --quiet
 LINTED := api benchmarks cli compression migrations tests worker
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check test-peer test-vllm bench results lock clean
+.PHONY: help install demo test check test-peer test-vllm test-generator bench results lock clean
 
 help:  ## list the targets
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv with everything in requirements.lock; does nothing when nothing changed
 
@@ -33,7 +34,7 @@ demo: install  ## compress a real model through the real service, and ask it a q
 	@$(BIN)/python -m cli.demo
 
 test: install  ## all tests that need nothing but .venv
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m 'not peer and not vllm'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m 'not peer and not vllm and not generator'
 
 check: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check $(LINTED)
@@ -59,6 +60,15 @@ $(VLLM_INSTALLED): tests/conformance/requirements-vllm.txt
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install $(PIP_FLAGS) -r tests/conformance/requirements-vllm.txt
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-generator: install $(GENERATOR_INSTALLED)  ## generate a client from docs/openapi.json and use it, in a virtual environment of its own
+	@$(BIN)/python -m pytest -m generator
+
+$(GENERATOR_INSTALLED): tests/conformance/requirements-generator.txt
+	@echo 'Making .venv-generator ...'
+	@$(PYTHON) -m venv .venv-generator
+	@.venv-generator/bin/python -m pip install $(PIP_FLAGS) -r tests/conformance/requirements-generator.txt
 	@touch $@
 
 bench: install $(PEER_INSTALLED)  ## time and score Bitmill and LLM Compressor side by side

@@ -25,12 +25,13 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from api.artifacts.store import StoreUnavailable
+from api.schemas import all_required
 from compression.errors import PlanError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -114,6 +115,8 @@ class Unavailable(ApiError):
 class FieldProblem(BaseModel):
     """One thing that is wrong. `pointer` (RFC 6901) is the field of the body to blame, where one is."""
 
+    model_config = ConfigDict(json_schema_extra=all_required)
+
     code: str
     message: str
     hint: str = ""
@@ -123,6 +126,8 @@ class FieldProblem(BaseModel):
 
 class Refusal(BaseModel):
     """Why one of several things was refused: what an error would say of it alone."""
+
+    model_config = ConfigDict(json_schema_extra=all_required)
 
     code: str = Field(examples=["unknown_scheme"])
     detail: str = Field(examples=["There is no scheme named 'W5A16'."])
@@ -145,6 +150,8 @@ class Refusal(BaseModel):
 class ProblemDetails(BaseModel):
     """An error (RFC 9457). Programs branch on `code`, which is never renamed."""
 
+    model_config = ConfigDict(json_schema_extra=all_required)
+
     type: str = "about:blank"
     title: str = Field(examples=["Unprocessable Entity"])
     status: int = Field(examples=[422])
@@ -153,13 +160,6 @@ class ProblemDetails(BaseModel):
     hint: str = Field(default="", examples=["Use one of W4A16, W8A8, FP8_DYNAMIC."])
     request_id: str = ""
     errors: list[FieldProblem] = []
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` for those statuses."""
-    return {
-        status: {"model": ProblemDetails, "description": HTTPStatus(status).phrase} for status in statuses
-    }
 
 
 def problem_response(

@@ -7,8 +7,9 @@ from pydantic import BaseModel
 
 import migrations
 from api.artifacts.store import StoreUnavailable
+from api.codes import documented
 from api.dependencies import AppContext, Context
-from api.errors import Unavailable, documented
+from api.errors import Unavailable
 
 router = APIRouter(tags=["health"])
 
@@ -25,7 +26,7 @@ def livez() -> Health:
     return Health(status="alive")
 
 
-@router.get("/readyz", responses=documented(503))
+@router.get("/readyz", responses=documented({503: ["schema_stale", "store_unavailable"]}))
 def readyz(context: Context) -> Health:
     """The database has the schema that this code needs, and the store answers."""
     _check_schema(context)

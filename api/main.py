@@ -64,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("bitmill"),
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
+        separate_input_output_schemas=False,  # one name for one thing: Recipe, not Recipe-Input and -Output
     )
     app.state.context = context
     errors.install(app)

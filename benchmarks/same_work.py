@@ -12,7 +12,9 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
+from api.client.types import JobSubmit
 from benchmarks.console import say
 from tests.integration.service import Service
 from tests.support.models import tiny_dataset, tiny_model
@@ -33,7 +35,7 @@ def main() -> None:
             seconds = []
             for _ in range(REQUESTS):
                 started = time.perf_counter()
-                job = service.post("/v1/jobs", body)
+                job = service.client.submit(cast("JobSubmit", body))
                 seconds.append(time.perf_counter() - started)
                 assert (job["status"], job["deduplicated_from"] is None) == ("succeeded", False), job
         finally:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,11 +15,12 @@ from cli.output import JsonOption, err, fail, out, print_json
 
 if TYPE_CHECKING:
     from api.client import Client
+    from api.client.types import AcceptedItem, BatchCounts, BatchRead, RefusedItem
 
 POLL_SECONDS = 1.0
+_PAGE = 100
 _ALL = 1000
 _SHOWN_REFUSALS = 10
-_GOING_ON = ("queued", "running", "cancelling")
 
 app = typer.Typer(help="Many jobs at once.", no_args_is_help=True)
 
@@ -62,10 +64,10 @@ def list_batches(
     as_json: JsonOption = False,
 ) -> None:
     """List batches, the newest first."""
-    from cli.connection import first_of, server
+    from cli.connection import server
 
     with server(as_json=as_json) as client:
-        found = first_of(lambda cursor, size: client.batches(cursor=cursor, limit=size), limit)
+        found = list(islice(client.batches(page_size=min(limit, _PAGE)), limit))
     if as_json:
         print_json({"batches": found})
     elif found:
@@ -93,12 +95,13 @@ def show(
             except KeyboardInterrupt:
                 hint = f"Cancel it with: bitmill batch cancel {batch_id}"
                 fail(Exit.INTERRUPTED, "interrupted", f"{batch_id} goes on.", as_json=as_json, hint=hint)
-        batch = client.batch(batch_id, limit=_ALL)
+        batch = client.batch(batch_id)
+        items = list(client.batch_items(batch_id, page_size=_ALL))
     if as_json:
-        print_json(batch)
+        print_json({**batch, "items": items})
     else:
         _print_table([batch])
-        _print_refusals(batch["items"])
+        _print_refusals(items)
     if wait and batch["counts"]["succeeded"] < batch["counts"]["total"]:
         raise typer.Exit(Exit.FAILED)
 
@@ -116,13 +119,13 @@ def cancel(batch_id: BatchId, as_json: JsonOption = False) -> None:
         out().print(f"{batch_id}: {states(batch['counts'])}.")
 
 
-def states(counts: dict[str, int]) -> str:
+def states(counts: BatchCounts) -> str:
     """How many items are what: "1 refused, 2 running, 5 succeeded"."""
     sums = ("total", "accepted")
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count and state not in sums)
 
 
-def _read(file: Path, *, as_json: bool) -> dict[str, Any] | bytes:
+def _read(file: Path, *, as_json: bool) -> Any:
     """The lines as they are, for the server to judge one by one; or the one JSON document."""
     try:
         content = file.read_bytes()
@@ -131,9 +134,9 @@ def _read(file: Path, *, as_json: bool) -> dict[str, Any] | bytes:
         fail(Exit.USAGE, "bad_file", f"{file}: {error}", as_json=as_json)
 
 
-def done(counts: dict[str, int]) -> int:
+def done(counts: BatchCounts) -> int:
     """How many of the jobs that were accepted have ended."""
-    return counts["accepted"] - sum(counts[state] for state in _GOING_ON)
+    return counts["accepted"] - counts["queued"] - counts["running"] - counts["cancelling"]
 
 
 def wait_for(client: Client, batch_id: str, *, quiet: bool) -> None:
@@ -144,15 +147,15 @@ def wait_for(client: Client, batch_id: str, *, quiet: bool) -> None:
 
     with batch_progress(Console(quiet=True) if quiet else err()) as show:
         while True:
-            counts = client.batch(batch_id, limit=1)["counts"]
+            counts = client.batch(batch_id)["counts"]
             show(done(counts), counts["accepted"], states(counts))
             if done(counts) == counts["accepted"]:
                 return
             time.sleep(POLL_SECONDS)
 
 
-def _print_refusals(items: list[dict[str, Any]]) -> None:
-    refused = [item for item in items if "error" in item]
+def _print_refusals(items: list[AcceptedItem | RefusedItem]) -> None:
+    refused = [cast("RefusedItem", item) for item in items if "error" in item]
     for item in refused[:_SHOWN_REFUSALS]:
         error = item["error"]
         err().print(f"item {item['index']}: {error['code']}: {error['detail']} {error['hint']}", markup=False)
@@ -160,7 +163,7 @@ def _print_refusals(items: list[dict[str, Any]]) -> None:
         err().print(f"and {len(refused) - _SHOWN_REFUSALS} more; --json has them all.")
 
 
-def _print_table(found: list[dict[str, Any]]) -> None:
+def _print_table(found: list[BatchRead]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli.exits import Exit
 from cli.output import fail, load_settings
 
 if TYPE_CHECKING:
     from api.client import Client
+    from api.client.types import FieldProblem
     from api.settings import Settings
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-_PAGE = 100
+PATIENCE_SECONDS = 1.0
+"""A person would rather hear that the server does not answer."""
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def server(*, as_json: bool) -> Iterator[Client]:
 
     url, key = _credentials(load_settings(as_json=as_json), as_json=as_json)
     try:
-        with Client(url, key) as client:
+        with Client(url, key, patience_seconds=PATIENCE_SECONDS) as client:
             yield client
     except ApiError as error:
         exit_code = Exit.UNREACHABLE if error.status >= 500 else Exit.REFUSED
@@ -49,20 +51,7 @@ def server(*, as_json: bool) -> Iterator[Client]:
         )
 
 
-def first_of(read_page: Callable[[str | None, int], dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """At most `limit` items of a list that comes in pages. read_page: takes a cursor and the page's size."""
-    found: list[dict[str, Any]] = []
-    cursor: str | None = None
-    while len(found) < limit:
-        page = read_page(cursor, min(limit - len(found), _PAGE))
-        found += page["items"]
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
-    return found
-
-
-def _problem_text(problem: dict[str, str]) -> str:
+def _problem_text(problem: FieldProblem) -> str:
     where = problem["pointer"] or problem["parameter"]
     return f"{where}: {problem['message']} {problem['hint']}".removeprefix(": ").rstrip()
 

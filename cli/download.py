@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from cli.output import JsonOption, err, fail, out, print_json
 
 if TYPE_CHECKING:
     from api.client import Client
+    from api.client.types import ArtifactRead
 
 
 def download(
@@ -41,14 +42,14 @@ def download(
         out().print(f"{len(files)} files in {output_dir}", markup=False)
 
 
-def fetch(client: Client, job_id: str, folder: Path) -> list[dict[str, Any]]:
+def fetch(client: Client, job_id: str, folder: Path) -> list[ArtifactRead]:
     """Download every file of the manifest and return its entries {name, size, sha256, url}.
 
     Raises:
         DigestMismatch: a file arrived otherwise than it was written.
         OSError: the folder cannot be written to.
     """
-    files: list[dict[str, Any]] = client.artifacts(job_id)["files"]
+    files = client.artifacts(job_id)["files"]
     with err().status("") as status:
         for file in files:
             status.update(f"{file['name']}, {bytes_text(file['size'])}")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from cli.output import JsonOption, out, print_json
+
+if TYPE_CHECKING:
+    from api.client.types import JobRead, JobStatus
+
+PAGE = 100
+"""Of lists, where as many are asked for."""
 
 
 def jobs(
@@ -19,12 +26,11 @@ def jobs(
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, the newest first."""
-    from cli.connection import first_of, server
+    from cli.connection import server
 
     with server(as_json=as_json) as client:
-        found = first_of(
-            lambda cursor, size: client.jobs(status=status, batch=batch, cursor=cursor, limit=size), limit
-        )
+        wanted = cast("JobStatus | None", status)  # the server judges it
+        found = list(islice(client.jobs(status=wanted, batch=batch, page_size=min(limit, PAGE)), limit))
     if as_json:
         print_json({"jobs": found})
     elif found:
@@ -47,7 +53,7 @@ def cancel(
         out().print(f"{job_id} is {job['status']}.")
 
 
-def _print_table(found: list[dict[str, Any]]) -> None:
+def _print_table(found: list[JobRead]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

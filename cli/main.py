@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli import batches, check, database, download, jobs, projects, serve, submit, webhooks
+from cli import batches, catalogue, check, database, download, jobs, projects, serve, submit, webhooks
 
 app = typer.Typer(
     help="Bitmill compresses language models: a server, a worker, and a client of both.",
@@ -24,6 +24,9 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     jobs.jobs,
     jobs.cancel,
     download.download,
+    catalogue.methods,
+    catalogue.schemes,
+    catalogue.datasets,
     check.doctor,
 )
 for command in COMMANDS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -44,6 +45,17 @@ def print_json(document: Any, *, indent: int | None = 2) -> None:
     """One JSON document, on stdout; on one line with indent None."""
     sys.stdout.write(json.dumps(document, indent=indent, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+
+
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table of plain text, as a result."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out().print(table)
 
 
 def fail(

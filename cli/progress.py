@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from cli.formats import bytes_text, seconds_text
 
-POLL_SECONDS = 0.4
-Event = dict[str, Any]
-TERMINAL_EVENTS = {"job_succeeded", "job_failed", "job_cancelled", "job_expired"}
+if TYPE_CHECKING:
+    from api.client.types import EventRead
 
 
 class View(Protocol):
@@ -27,7 +25,7 @@ class View(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def show(self, event: Event) -> None: ...
+    def show(self, event: EventRead) -> None: ...
 
 
 def view_for(console: Console, layers_total: int) -> View:
@@ -35,25 +33,7 @@ def view_for(console: Console, layers_total: int) -> View:
     return Bar(console, layers_total) if console.is_terminal else Lines(console)
 
 
-def follow(
-    read_events: Callable[[int], Iterable[Event]], view: View, poll_seconds: float = POLL_SECONDS
-) -> Event:
-    """Show events until the one that ends the job, and return that.
-
-    read_events(since) gives the events after that seq, in order; none yet is an empty answer.
-    """
-    since = 0
-    with view:
-        while True:
-            for event in read_events(since):
-                since = event["seq"]
-                view.show(event)
-                if event["type"] in TERMINAL_EVENTS:
-                    return event
-            time.sleep(poll_seconds)
-
-
-def sentence(event: Event) -> str | None:
+def sentence(event: EventRead) -> str | None:
     """What a line says about an event; None for those that say nothing to the person who waits."""
     data = event["data"]
     match event["type"]:
@@ -72,7 +52,7 @@ def sentence(event: Event) -> str | None:
         case "attempt_ended" if data["outcome"] != "succeeded":
             reason = f": {data['message']}" if data.get("message") else ""
             return f"attempt {event['attempt']} {data['outcome']}{reason}"
-        case "attempt_started" if event["attempt"] > 1:
+        case "attempt_started" if (event["attempt"] or 0) > 1:
             return f"attempt {event['attempt']} goes on"
     return None
 
@@ -104,7 +84,7 @@ class Silent:
     ) -> None:
         pass
 
-    def show(self, event: Event) -> None:
+    def show(self, event: EventRead) -> None:
         pass
 
 
@@ -114,7 +94,7 @@ class Lines(Silent):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def show(self, event: Event) -> None:
+    def show(self, event: EventRead) -> None:
         line = sentence(event)
         if line is not None:
             self._console.print(line, markup=False)
@@ -145,7 +125,7 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: EventRead) -> None:
         data = event["data"]
         match event["type"]:
             case "phase_changed":

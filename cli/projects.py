@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.exits import Exit
-from cli.output import JsonOption, fail, load_settings, out, print_json
+from cli.output import JsonOption, fail, load_settings, out, print_json, print_table
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from api.projects.schemas import KeyCreated, ProjectRead
+    from api.projects.schemas import KeyCreated, KeyRead, ProjectRead
     from api.settings import Settings
 
 NONE = "none"
@@ -114,6 +114,24 @@ def create_key(
         _print_key(key)
 
 
+@keys.command("list")
+def list_keys(
+    project: Annotated[str, typer.Option(metavar="NAME", help="The project whose keys to list.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List a project's API keys, the newest first. The keys themselves are kept nowhere."""
+    with _database(as_json=as_json) as (session, _settings):
+        from api.projects import service
+
+        owner = service.find_project(session, project)
+        found = service.list_keys(session, owner.id, None, limit).items
+    if as_json:
+        print_json({"keys": [key.model_dump(mode="json") for key in found]})
+    else:
+        print_table(("key", "scopes", "state", "last used", "name"), map(_key_row, found))
+
+
 @keys.command("revoke")
 def revoke_key(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, which begins with key_.")],
@@ -155,6 +173,15 @@ def _database(*, as_json: bool) -> Iterator[tuple[Session, Settings]]:
 
 def _print_key(key: KeyCreated) -> None:
     out().print(f"The API key {key.id}, shown this once: [bold]{key.key}[/]")
+
+
+def _key_row(key: KeyRead) -> tuple[str, ...]:
+    if key.revoked_at is not None:
+        state = "revoked"
+    else:
+        state = f"until {key.expires_at:%Y-%m-%d %H:%M}" if key.expires_at else "good"
+    used = f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at else "never"
+    return key.id, ", ".join(key.scopes), state, used, key.name
 
 
 def _print_table(found: Sequence[ProjectRead]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import DatasetSpec
+
+if TYPE_CHECKING:
+    from api.client.types import JobSubmit
 
 _OPTION_OF = {"config": "dataset-config", "split": "dataset-split"}
 
@@ -54,13 +57,13 @@ class JobOptions:
     cache: bool = True
 
 
-def body(options: JobOptions) -> dict[str, Any]:
+def body(options: JobOptions) -> JobSubmit:
     """The JSON body, with only what was given.
 
     Raises:
         BadOptions: nothing was sent.
     """
-    return _given(
+    given = _given(
         model=_server_path(options.model),
         dataset=_dataset(options),
         scheme=options.scheme,
@@ -90,6 +93,7 @@ def body(options: JobOptions) -> dict[str, Any]:
         callback=options.callback,
         cache=None if options.cache else "bypass",
     )
+    return cast("JobSubmit", given)
 
 
 def _given(**fields: Any) -> dict[str, Any]:

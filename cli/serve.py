@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,12 +50,14 @@ def serve(
 
     threading.Thread(target=_when_ready, args=(url, announce), daemon=True).start()
     if not settings.embedded:
-        _serve_api(settings)
+        with _bad_settings(as_json=as_json):
+            _serve_api(settings)
         return
     from worker.embedded import ServeRefused, run_embedded
 
     try:
-        run_embedded(settings)
+        with _bad_settings(as_json=as_json):
+            run_embedded(settings)
     except ServeRefused as error:
         fail(Exit.FAILED, error.code, str(error), as_json=as_json)
     except RuntimeError as error:
@@ -70,7 +73,8 @@ def worker(as_json: JsonOption = False) -> None:
     from worker.celery_app import WorkerRefused, run_worker
 
     try:
-        run_worker(settings)
+        with _bad_settings(as_json=as_json):
+            run_worker(settings)
     except WorkerRefused as error:
         fail(Exit.USAGE, "broker_is_embedded", str(error), as_json=as_json)
 
@@ -92,6 +96,22 @@ def _serve_api(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
+
+
+@contextmanager
+def _bad_settings(*, as_json: bool) -> Iterator[None]:
+    """End the command with its exit code where the URL of store or database is none, or nothing is there."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from api.artifacts.store import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        fail(Exit.USAGE, error.code, f"BITMILL_STORE_URL: {error.message}", as_json=as_json, hint=error.hint)
+    except SQLAlchemyError as error:
+        message = f"BITMILL_DATABASE_URL: {str(error).splitlines()[0]}"
+        fail(Exit.FAILED, "database_failed", message, as_json=as_json, hint="`bitmill doctor` looks at it.")
 
 
 def _free_port(host: str | None) -> int:
@@ -117,13 +137,16 @@ def _when_ready(url: str, announce: Callable[[], None]) -> None:
     """Announce once the server answers. Runs beside the server, and ends with the process."""
     import httpx
 
-    while True:
-        try:
-            httpx.get(f"{url}/livez", trust_env=False)
-        except httpx.TransportError:
-            time.sleep(READY_POLL_SECONDS)
-        else:
-            return announce()
+    from api.client import Client
+
+    with Client(url, patience_seconds=0) as client:
+        while True:
+            try:
+                client.alive()
+            except httpx.TransportError:
+                time.sleep(READY_POLL_SECONDS)
+            else:
+                return announce()
 
 
 def _keep_url(credentials: Path, url: str) -> None:

@@ -14,6 +14,7 @@ from compression.schemes import SCHEMES, SPARSE_SCHEMES
 
 if TYPE_CHECKING:
     from api.client import Client
+    from api.client.types import JobDetail, JobRead
 
 _What = {"rich_help_panel": "What"}
 _How = {"rich_help_panel": "How"}
@@ -152,19 +153,19 @@ def submit(
         _print_outcome(ended, report, as_json=as_json)
 
 
-def wait_for(
-    client: Client, job: dict[str, Any], *, quiet: bool
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def wait_for(client: Client, job: JobRead, *, quiet: bool) -> tuple[JobDetail, dict[str, Any] | None]:
     """Follow a submitted job to its end, with progress on stderr. Returns it as it ended, and its report."""
-    from cli.progress import Silent, follow, view_for
+    from cli.progress import Silent, view_for
 
     view = Silent() if quiet else view_for(err(), job["layers_total"])
-    follow(lambda since: client.events(job["id"], since=since)["items"], view)
+    with view:
+        for event in client.follow(job["id"]):
+            view.show(event)
     ended = client.job(job["id"])
     return ended, client.report(job["id"]) if ended["status"] == "succeeded" else None
 
 
-def _print_submitted(job: dict[str, Any], *, as_json: bool) -> None:
+def _print_submitted(job: JobRead, *, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
@@ -172,7 +173,7 @@ def _print_submitted(job: dict[str, Any], *, as_json: bool) -> None:
         out().print(f"{job['id']} is {job['status']}" + (f", as {twin} does the same." if twin else "."))
 
 
-def _print_outcome(job: dict[str, Any], report: dict[str, Any] | None, *, as_json: bool) -> None:
+def _print_outcome(job: JobDetail, report: dict[str, Any] | None, *, as_json: bool) -> None:
     if as_json:
         print_json({"job": job, "report": report})
     elif report is not None:
@@ -183,13 +184,13 @@ def _print_outcome(job: dict[str, Any], report: dict[str, Any] | None, *, as_jso
         raise typer.Exit(Exit.FAILED)
 
 
-def failure(job: dict[str, Any]) -> str:
+def failure(job: JobRead) -> str:
     """Why a job did not succeed, as a sentence."""
     error = job["error"]
     return f"{job['id']} {job['status']}" + (f": {error['code']}: {error['message']}" if error else "")
 
 
-def print_result(job: dict[str, Any], report: dict[str, Any]) -> None:
+def print_result(job: JobDetail, report: dict[str, Any]) -> None:
     """The table of a succeeded job, where its checkpoint is, and how to serve it."""
     from cli.summary import table
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from cli.formats import bytes_text, seconds_text
 
+if TYPE_CHECKING:
+    from api.client.types import JobRead
 
-def table(job: dict[str, Any], report: dict[str, Any]) -> Table:
+
+def table(job: JobRead, report: dict[str, Any]) -> Table:
     """Size, accuracy, seconds by phase and peak memory of a succeeded job."""
     shown = Table(
         title=f"{Path(job['model']).name} as {job['scheme']} by {job['method']}", title_justify="left"

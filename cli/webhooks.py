@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from cli.output import JsonOption, out, print_json
+from cli.output import JsonOption, out, print_json, print_table
+
+if TYPE_CHECKING:
+    from api.client.types import DeliveryRead, DeliveryStatus, WebhookCreate, WebhookRead
 
 app = typer.Typer(help="Servers that are told what happens to jobs.", no_args_is_help=True)
 
@@ -34,10 +37,11 @@ def add(
     """Make a webhook. Its secret is shown this once."""
     from cli.connection import server
 
-    given = {"events": event or None, "description": description}
-    body = {name: value for name, value in given.items() if value is not None}
+    body: dict[str, Any] = {"url": url, "all_jobs": not callback_only, "description": description}
+    if event:
+        body["events"] = event
     with server(as_json=as_json) as client:
-        webhook = client.create_webhook({"url": url, "all_jobs": not callback_only, **body})
+        webhook = client.create_webhook(cast("WebhookCreate", body))  # the server judges it
     if as_json:
         print_json(webhook)
     else:
@@ -50,11 +54,11 @@ def list_webhooks(limit: LimitOption = 20, as_json: JsonOption = False) -> None:
     from cli.connection import server
 
     with server(as_json=as_json) as client:
-        found = client.webhooks(limit=limit)["items"]
+        found = list(islice(client.webhooks(page_size=limit), limit))
     if as_json:
         print_json({"webhooks": found})
     elif found:
-        _print_table(("webhook", "state", "jobs", "events", "url"), map(_webhook_row, found))
+        print_table(("webhook", "state", "jobs", "events", "url"), map(_webhook_row, found))
     else:
         out().print("There are no webhooks yet.")
 
@@ -93,12 +97,13 @@ def deliveries(
     from cli.connection import server
 
     with server(as_json=as_json) as client:
-        found = client.deliveries(webhook_id, status=status, job_id=job, limit=limit)["items"]
+        wanted = cast("DeliveryStatus | None", status)
+        found = list(islice(client.deliveries(webhook_id, status=wanted, job_id=job, page_size=limit), limit))
     if as_json:
         print_json({"deliveries": found})
     elif found:
         headings = ("delivery", "status", "attempts", "event", "job", "created", "last answer")
-        _print_table(headings, map(_delivery_row, found))
+        print_table(headings, map(_delivery_row, found))
     else:
         out().print("There are no such deliveries.")
 
@@ -116,14 +121,14 @@ def redeliver(
         _print_sent(client.redeliver(webhook_id, delivery_id), as_json=as_json)
 
 
-def _print_sent(delivery: dict[str, Any], *, as_json: bool) -> None:
+def _print_sent(delivery: DeliveryRead, *, as_json: bool) -> None:
     if as_json:
         print_json(delivery)
     else:
         out().print(f"{delivery['id']} is {delivery['status']}.", markup=False)
 
 
-def _webhook_row(webhook: dict[str, Any]) -> tuple[str, ...]:
+def _webhook_row(webhook: WebhookRead) -> tuple[str, ...]:
     return (
         webhook["id"],
         "disabled" if webhook["disabled_at"] else "enabled",
@@ -133,7 +138,7 @@ def _webhook_row(webhook: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _delivery_row(delivery: dict[str, Any]) -> tuple[str, ...]:
+def _delivery_row(delivery: DeliveryRead) -> tuple[str, ...]:
     return (
         delivery["id"],
         delivery["status"],
@@ -143,13 +148,3 @@ def _delivery_row(delivery: dict[str, Any]) -> tuple[str, ...]:
         delivery["created_at"][:19].replace("T", " "),
         delivery["last_error"] or str(delivery["last_status_code"] or ""),
     )
-
-
-def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*headings, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    out().print(table)

@@ -13,15 +13,16 @@ from api.artifacts import service
 from api.artifacts.ranges import ByteRange, parse_range
 from api.artifacts.schemas import ArtifactList
 from api.artifacts.store import ObjectNotFound, Store, disposition
+from api.codes import EVERYWHERE, documented
 from api.dependencies import ArtifactStore, CurrentSettings, Reader, ReadSession
-from api.errors import NotFound, documented
+from api.errors import NotFound
 
 CHUNK_BYTES = 1 << 20
 
 router = APIRouter(
     prefix="/v1/jobs/{job_id}/artifacts",
     tags=["artifacts"],
-    responses=documented(401, 403, 404, 422, 429, 503),
+    responses=documented(EVERYWHERE, {404: ["job_not_found", "artifacts_not_available", "artifacts_gone"]}),
 )
 
 _BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
@@ -42,7 +43,13 @@ def list_artifacts(job_id: str, caller: Reader, session: ReadSession, store: Art
         206: {"description": "The part that Range asked for.", **_BINARY},
         304: {"description": "The file is the one that If-None-Match names."},
         307: {"description": "The file is at Location, an address in S3 that is good for some minutes."},
-        **documented(416),
+        **documented(
+            {
+                404: ["job_not_found", "artifacts_not_available", "artifact_not_found", "artifacts_gone"],
+                416: ["range_not_satisfiable"],
+                503: ["store_denied", "store_unreachable"],
+            }
+        ),
     },
 )
 def download_artifact(

@@ -19,18 +19,26 @@ from api.batches.schemas import (
     BatchSubmit,
     check_count,
 )
+from api.codes import EVERYWHERE, SUBMISSION, WITH_BODY, documented
 from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
-from api.errors import WrongMediaType, documented
+from api.errors import WrongMediaType
 from api.jobs.routes import IdempotencyKeyHeader
 from api.jobs.schemas import Name
 from api.wake import wake_all
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(EVERYWHERE))
 
-_LINES: dict[str, Any] = {"schema": {"type": "string", "description": "The body of a job on each line."}}
+_LINES: dict[str, Any] = {
+    "schema": {"type": "string", "description": "The body of a job on each line."},
+    "example": '{"model": "/models/llama", "scheme": "W4A16"}\n{"model": "org/model", "scheme": "W8A8"}\n',
+}
 _LINES_TOO = {"requestBody": {"content": dict.fromkeys(JSON_LINES, _LINES)}}
+_REFUSED = (
+    *("batch_empty", "batch_too_large", "jobs_or_sweep", "sweep_base_overlaps"),
+    *("label_key_invalid", "idempotency_key_reused"),
+)
 _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": BatchPlanned, "description": "With `dry_run`"}}
 
 
@@ -50,7 +58,8 @@ async def _check_body(request: Request) -> None:
     "",
     status_code=202,
     response_model=BatchDetail,
-    responses=documented(400, 413, 415) | _PLANNED,
+    responses=documented(WITH_BODY, {422: _REFUSED, 415: ["unsupported_media_type"], 503: SUBMISSION[503]})
+    | _PLANNED,
     openapi_extra=_LINES_TOO,
 )
 def submit_batch(
@@ -88,7 +97,7 @@ def submit_batch(
     return batch
 
 
-@router.get("", response_model=BatchPage)
+@router.get("", response_model=BatchPage, responses=documented({422: ["bad_cursor"]}))
 def list_batches(
     caller: Reader,
     session: ReadSession,
@@ -99,7 +108,7 @@ def list_batches(
     return service.list_batches(session, caller.project_id, cursor, limit)
 
 
-@router.get("/{batch_id}", response_model=BatchDetail, responses=documented(404))
+@router.get("/{batch_id}", response_model=BatchDetail, responses=documented({404: ["batch_not_found"]}))
 def get_batch(
     batch_id: str,
     caller: Reader,
@@ -111,7 +120,12 @@ def get_batch(
     return service.describe(session, caller.project_id, batch_id, cursor, limit)
 
 
-@router.post("/{batch_id}/cancel", status_code=202, response_model=BatchRead, responses=documented(404))
+@router.post(
+    "/{batch_id}/cancel",
+    status_code=202,
+    response_model=BatchRead,
+    responses=documented({404: ["batch_not_found"]}),
+)
 def cancel_batch(batch_id: str, caller: Submitter, session: WriteSession) -> BatchRead:
     """Cancel all jobs of a batch that wait or run. Cancelling twice is no error."""
     return service.cancel(session, caller.project_id, batch_id)

@@ -23,6 +23,7 @@ from api.batches.models import Batch
 from api.errors import Refusal, Unprocessable
 from api.jobs.models import JobStatus
 from api.jobs.schemas import JobOutline, JobSubmit, Labels, Name, ShortForm
+from api.schemas import all_required
 from compression.errors import Problem
 
 MAX_ITEMS = 1000
@@ -143,6 +144,8 @@ def _read_line(line: bytes) -> Any:
 
 class BatchCounts(BaseModel):
     """Items by what became of them. total is accepted + refused; accepted is the sum of all that follow."""
+
+    model_config = ConfigDict(json_schema_extra=all_required)
 
     total: int
     accepted: int

@@ -1,1 +1,1 @@
-"""What this server takes: methods and schemes."""
+"""What this server takes: methods, schemes and datasets."""

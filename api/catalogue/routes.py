@@ -1,15 +1,16 @@
-"""/v1/methods and /v1/schemes"""
+"""/v1/methods, /v1/schemes and /v1/datasets"""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.catalogue.schemas import MethodList, MethodRead, SchemeList, SchemeRead
-from api.dependencies import Reader
-from api.errors import documented
+from api.catalogue import service
+from api.catalogue.schemas import DatasetList, MethodList, MethodRead, SchemeList, SchemeRead
+from api.codes import EVERYWHERE, documented
+from api.dependencies import CurrentSettings, Reader
 from compression import catalogue
 
-router = APIRouter(prefix="/v1", tags=["catalogue"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1", tags=["catalogue"], responses=documented(EVERYWHERE))
 
 
 @router.get("/methods", response_model=MethodList)
@@ -22,3 +23,9 @@ def list_methods(_: Reader) -> MethodList:
 def list_schemes(_: Reader) -> SchemeList:
     """The schemes weights may get, how they are stored, and what makes them."""
     return SchemeList(items=[SchemeRead.model_validate(scheme) for scheme in catalogue.schemes()])
+
+
+@router.get("/datasets", response_model=DatasetList)
+def list_datasets(caller: Reader, settings: CurrentSettings) -> DatasetList:
+    """The kinds of datasets that jobs may name here, those with a short name, and how much is taken."""
+    return service.datasets(settings, caller.limits.max_body_bytes)

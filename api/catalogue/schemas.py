@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -45,3 +47,48 @@ class SchemeList(BaseModel):
     """All schemes."""
 
     items: list[SchemeRead]
+
+
+class DatasetKindRead(BaseModel):
+    """A place that calibration text may come from."""
+
+    kind: Literal["path", "hub", "s3", "texts", "self"]
+    field: str = Field(description="Of a submission's dataset.", examples=["path"])
+    description: str
+    suffixes: list[str] = Field(description="Of files; empty where there are none.")
+    limits: str
+    available: bool = Field(description="Whether jobs on this server may name one.")
+    note: str = Field(description="What is missing, or what of it alone is available; empty where all is.")
+
+
+class NamedDatasetRead(BaseModel):
+    """A dataset on the Hub that has a short name, and what is read of it unless a job says otherwise."""
+
+    name: str = Field(examples=["ultrachat_200k"])
+    hub: str = Field(examples=["HuggingFaceH4/ultrachat_200k"])
+    config: str | None
+    split: str
+    columns: list[str] = Field(description="Those that hold the text.")
+    chat_template: bool = Field(description="Whether the model's chat template makes text of the column.")
+    template: str | None = Field(description="What makes text of several columns, with a name for each.")
+
+
+class CalibrationParameter(BaseModel):
+    """A field of `calibration`. least, most: null where it is no number, or has no such bound."""
+
+    name: str = Field(examples=["num_calibration_samples"])
+    default: bool | int
+    least: int | None
+    most: int | None
+
+
+class DatasetList(BaseModel):
+    """Kinds of datasets, those that have a short name, and how much of one is taken.
+
+    columns: where text is looked for when no column is named, the first that is there.
+    """
+
+    items: list[DatasetKindRead]
+    named: list[NamedDatasetRead]
+    columns: list[str]
+    calibration: list[CalibrationParameter]

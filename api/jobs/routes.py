@@ -13,8 +13,8 @@ from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime, Field
 from sqlalchemy.orm import Session
 
+from api.codes import EVERYWHERE, SUBMISSION, documented
 from api.dependencies import Context, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
-from api.errors import documented
 from api.jobs import service
 from api.jobs.following import Waited, event_stream
 from api.jobs.models import TERMINAL, JobStatus
@@ -37,7 +37,7 @@ from api.settings import Settings
 from api.wake import wake
 from api.webhooks.service import check_callback
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(EVERYWHERE))
 
 IdempotencyKeyHeader = Annotated[
     str | None,
@@ -58,6 +58,23 @@ Moment = Annotated[
     AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(3000, 1, 1, tzinfo=UTC))
 ]
 DryRun = Annotated[bool, Query(description="Answer with the plan, 200, and store nothing.")]
+_JOB = {404: ["job_not_found"]}
+_MADE = {422: ["idempotency_key_reused"], 429: ["quota_queued"]}
+_CSV: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/csv": {
+                "schema": {"type": "string"},
+                "example": "name,scheme,relative_error\r\nmodel.layers.0.self_attn.q_proj,W4A16,0.004\r\n",
+            }
+        }
+    }
+}
+_STREAM = {
+    "schema": {"type": "string", "description": "A message an event: its seq, its type, and it as JSON."},
+    "example": 'event: job_queued\ndata: {"seq": 1, "at": "2026-11-26T15:00:00.123000Z", "attempt": null, '
+    '"type": "job_queued", "data": {}}\nid: 1\n\n',
+}
 _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "description": "With `dry_run`"}}
 
 
@@ -111,7 +128,7 @@ def _acceptance(
 Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
 
 
-@router.post("", status_code=202, response_model=JobRead, responses=documented(400, 413) | _PLANNED)
+@router.post("", status_code=202, response_model=JobRead, responses=documented(SUBMISSION, _MADE) | _PLANNED)
 def submit_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
     accepting: Accepting,
@@ -123,7 +140,7 @@ def submit_job(
     return accepting.accept(body)
 
 
-@router.post("/estimate", response_model=Estimate, responses=documented(400, 413))
+@router.post("/estimate", response_model=Estimate, responses=documented(SUBMISSION))
 def estimate_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
     _: Submitter,
@@ -133,7 +150,7 @@ def estimate_job(
     return Estimate.model_validate(plan_job(body, settings).document)
 
 
-@router.get("", response_model=JobPage)
+@router.get("", response_model=JobPage, responses=documented({422: ["bad_cursor"]}))
 def list_jobs(
     caller: Reader,
     session: ReadSession,
@@ -158,7 +175,7 @@ def list_jobs(
 @router.get(
     "/{job_id}",
     response_model=JobDetail,
-    responses=documented(404) | {304: {"description": "Nothing changed since `If-None-Match`"}},
+    responses=documented(_JOB) | {304: {"description": "Nothing changed since `If-None-Match`"}},
     dependencies=[Waited],
 )
 def get_job(
@@ -187,9 +204,9 @@ def get_job(
 @router.get(
     "/{job_id}/events",
     response_model=EventPage,
-    responses=documented(404)
+    responses=documented(_JOB)
     | {
-        200: {"content": {EventSourceResponse.media_type: {"schema": {"type": "string"}}}},
+        200: {"content": {EventSourceResponse.media_type: _STREAM}},
         204: {"description": "A stream was asked to go on, and the job has ended"},
     },
 )
@@ -218,7 +235,7 @@ def list_job_events(
 @router.get(
     "/{job_id}/report",
     response_model=dict[str, Any],
-    responses=documented(404) | {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    responses=documented({404: ["job_not_found", "report_not_available"]}) | _CSV,
 )
 def get_job_report(
     job_id: str,
@@ -236,13 +253,23 @@ def get_job_report(
     return Response(as_csv(report), media_type="text/csv", headers=headers)
 
 
-@router.post("/{job_id}/cancel", status_code=202, response_model=JobRead, responses=documented(404, 409))
+@router.post(
+    "/{job_id}/cancel",
+    status_code=202,
+    response_model=JobRead,
+    responses=documented(_JOB, {409: ["not_cancellable"]}),
+)
 def cancel_job(job_id: str, caller: Submitter, session: WriteSession) -> JobRead:
     """Cancel a job: at once if it waits, else as soon as its worker sees it. Cancelling twice is no error."""
     return JobRead.of(service.cancel(session, caller.project_id, job_id))
 
 
-@router.post("/{job_id}/retry", status_code=202, response_model=JobRead, responses=documented(404, 409))
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    response_model=JobRead,
+    responses=documented(_JOB, {409: ["not_retryable"], 429: ["quota_queued"]}),
+)
 def retry_job(
     job_id: str,
     caller: Submitter,
@@ -256,7 +283,9 @@ def retry_job(
     return JobRead.of(job)
 
 
-@router.post("/{job_id}/clone", status_code=202, response_model=JobRead, responses=documented(400, 404, 413))
+@router.post(
+    "/{job_id}/clone", status_code=202, response_model=JobRead, responses=documented(_JOB, SUBMISSION, _MADE)
+)
 def clone_job(
     job_id: str,
     overrides: JobOverrides,
@@ -267,7 +296,7 @@ def clone_job(
     return accepting.accept(body, clone_of=job_id)
 
 
-@router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
+@router.delete("/{job_id}", status_code=204, responses=documented(_JOB, {409: ["not_deletable"]}))
 def delete_job(job_id: str, caller: Submitter, session: WriteSession) -> None:
     """Delete a job that has ended, and its files. Cancel one that has not."""
     service.delete(session, caller.project_id, job_id)

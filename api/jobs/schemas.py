@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 
 from api.jobs.models import AttemptOutcome, Job, JobStatus
+from api.schemas import all_required
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.steps import GroupSize, Observer
@@ -17,9 +26,22 @@ from compression.steps import GroupSize, Observer
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 _TEN_YEARS = 10 * 365 * 86_400
 
-LabelKey = Annotated[str, Field(min_length=1, max_length=63, pattern=_PRINTABLE)]
+
+def _label_key(key: str) -> str:
+    """A filter is key:value, and values may have colons."""
+    if ":" in key or not re.fullmatch(_PRINTABLE, key):
+        message = "The key of a label has no colon and no control character: ?label=key:value finds it."
+        context = {"code": "label_key_invalid", "message": message}
+        raise PydanticCustomError("label_key_invalid", "{message}", context)
+    return key
+
+
+LabelKey = Annotated[str, Field(min_length=1, max_length=63), AfterValidator(_label_key)]
 LabelValue = Annotated[str, Field(max_length=256, pattern=_PRINTABLE)]
-Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Labels = Annotated[
+    dict[LabelKey, LabelValue],
+    Field(max_length=32, description="Keys without colons. Jobs are listed by them: `?label=key:value`."),
+]
 Name = Annotated[str, Field(max_length=200, pattern=_PRINTABLE)]
 Seconds = Annotated[int, Field(ge=1, le=_TEN_YEARS)]
 DeviceClass = Literal["any", "cpu", "cuda"]
@@ -105,9 +127,18 @@ class JobSubmit(BaseModel):
             raise PydanticCustomError("plan_error", "{message}", context) from error
 
 
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """What is not given is as in the other job; a client must not send the defaults of a submission."""
+    _accept_string_dataset(schema)
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
 class JobOverrides(JobSubmit):
     """What is to be different in a clone: any field of a submission. `scheme` and what goes with it, or a
     `recipe`, replace the whole recipe."""
+
+    model_config = ConfigDict(json_schema_extra=_without_defaults)
 
     model: str = Field(default="", min_length=1, max_length=4096)
 
@@ -212,6 +243,8 @@ class JobPlanned(JobOutline):
 
 class MemoryPart(BaseModel):
     """One part of a peak, and how it was found: with basis exact, when it is held; with guide, where."""
+
+    model_config = ConfigDict(json_schema_extra=all_required)
 
     name: str
     bytes: int

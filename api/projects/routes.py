@@ -6,12 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from api.codes import EVERYWHERE, WITH_BODY, documented
 from api.dependencies import Admin, Context, CurrentSettings, Reader, ReadSession, WriteSession
-from api.errors import documented
 from api.projects import repository, service
 from api.projects.schemas import KeyCreate, KeyCreated, KeyPage, ProjectRead
 
-router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(EVERYWHERE))
 
 
 @router.get("/project", response_model=ProjectRead)
@@ -20,13 +20,18 @@ def get_project(caller: Reader, session: ReadSession, settings: CurrentSettings)
     return service.describe(session, repository.get_project(session, caller.project_id), settings)
 
 
-@router.post("/keys", status_code=201, response_model=KeyCreated, responses=documented(400, 413))
+@router.post(
+    "/keys",
+    status_code=201,
+    response_model=KeyCreated,
+    responses=documented(WITH_BODY, {422: ["already_expired"]}),
+)
 def create_key(body: KeyCreate, caller: Admin, session: WriteSession, context: Context) -> KeyCreated:
     """Make a key for the own project. It is shown in this answer only."""
     return service.create_key(session, context.hasher, caller.project_id, body)
 
 
-@router.get("/keys", response_model=KeyPage)
+@router.get("/keys", response_model=KeyPage, responses=documented({422: ["bad_cursor"]}))
 def list_keys(
     caller: Admin,
     session: ReadSession,
@@ -37,7 +42,11 @@ def list_keys(
     return service.list_keys(session, caller.project_id, cursor, limit)
 
 
-@router.delete("/keys/{key_id}", status_code=204, responses=documented(404, 409))
+@router.delete(
+    "/keys/{key_id}",
+    status_code=204,
+    responses=documented({404: ["key_not_found"], 409: ["last_admin_key"]}),
+)
 def revoke_key(key_id: str, caller: Admin, session: WriteSession) -> None:
     """Revoke a key: from then on it is refused. The project's last key for `admin` cannot be revoked."""
     service.revoke_own_key(session, caller.project_id, key_id)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from api.codes import EVERYWHERE, WITH_BODY, documented
 from api.dependencies import Admin, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
-from api.errors import documented
 from api.webhooks import service
 from api.webhooks.models import DeliveryStatus
 from api.webhooks.repository import DeliveryFilter
@@ -20,13 +20,20 @@ from api.webhooks.schemas import (
     WebhookRead,
 )
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=documented(EVERYWHERE))
+
+_WEBHOOK = {404: ["webhook_not_found"]}
 
 Cursor = Annotated[str | None, Query(max_length=200)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-@router.post("", status_code=201, response_model=WebhookCreated, responses=documented(400, 413))
+@router.post(
+    "",
+    status_code=201,
+    response_model=WebhookCreated,
+    responses=documented(WITH_BODY, {422: ["webhook_url_not_allowed", "webhook_host_not_found"]}),
+)
 def create_webhook(
     body: WebhookCreate, caller: Admin, settings: CurrentSettings, session: WriteSession, response: Response
 ) -> WebhookCreated:
@@ -39,7 +46,7 @@ def create_webhook(
     return WebhookCreated.model_validate(webhook)
 
 
-@router.get("", response_model=WebhookPage)
+@router.get("", response_model=WebhookPage, responses=documented({422: ["bad_cursor"]}))
 def list_webhooks(
     caller: Reader, session: ReadSession, cursor: Cursor = None, limit: Limit = 20
 ) -> WebhookPage:
@@ -47,27 +54,34 @@ def list_webhooks(
     return service.list_webhooks(session, caller.project_id, cursor, limit)
 
 
-@router.get("/{webhook_id}", response_model=WebhookRead, responses=documented(404))
+@router.get("/{webhook_id}", response_model=WebhookRead, responses=documented(_WEBHOOK))
 def get_webhook(webhook_id: str, caller: Reader, session: ReadSession) -> WebhookRead:
     """A webhook, without its secret."""
     return WebhookRead.model_validate(service.get_webhook(session, caller.project_id, webhook_id))
 
 
-@router.delete("/{webhook_id}", status_code=204, responses=documented(404))
+@router.delete("/{webhook_id}", status_code=204, responses=documented(_WEBHOOK))
 def delete_webhook(webhook_id: str, caller: Admin, session: WriteSession) -> None:
     """Delete a webhook and its log. What was still to be sent there is not sent."""
     service.delete(session, caller.project_id, webhook_id)
 
 
 @router.post(
-    "/{webhook_id}/ping", status_code=202, response_model=DeliveryRead, responses=documented(404, 409)
+    "/{webhook_id}/ping",
+    status_code=202,
+    response_model=DeliveryRead,
+    responses=documented(_WEBHOOK, {409: ["webhook_disabled"]}),
 )
 def ping_webhook(webhook_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
     """Send a message of the type ping, to see whether the receiver gets it."""
     return DeliveryRead.model_validate(service.ping(session, caller.project_id, webhook_id))
 
 
-@router.get("/{webhook_id}/deliveries", response_model=DeliveryPage, responses=documented(404))
+@router.get(
+    "/{webhook_id}/deliveries",
+    response_model=DeliveryPage,
+    responses=documented(_WEBHOOK, {422: ["bad_cursor"]}),
+)
 def list_deliveries(
     webhook_id: str,
     caller: Reader,
@@ -86,7 +100,7 @@ def list_deliveries(
     "/{webhook_id}/deliveries/{delivery_id}/redeliver",
     status_code=202,
     response_model=DeliveryRead,
-    responses=documented(404, 409),
+    responses=documented(_WEBHOOK, {404: ["delivery_not_found"], 409: ["webhook_disabled"]}),
 )
 def redeliver(webhook_id: str, delivery_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
     """Send a message again, the same under the same id, and retry it as if it were new."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from api.codes import EVERYWHERE, documented
 from api.dependencies import CurrentSettings, Reader, ReadSession
-from api.errors import documented
 from api.workers import service
 from api.workers.schemas import QueueList, WorkerList
 
-router = APIRouter(prefix="/v1", tags=["workers"], responses=documented(401, 403, 422, 429, 503))
+router = APIRouter(prefix="/v1", tags=["workers"], responses=documented(EVERYWHERE))
 
 
 @router.get("/workers", response_model=WorkerList)

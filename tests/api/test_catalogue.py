@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from api.catalogue import service
+from api.projects import service as projects
+from api.projects.schemas import LimitsUpdate
+from api.settings import Settings
 from compression import catalogue
 from compression.errors import PlanError
-from compression.recipe import Recipe
+from compression.hub.streaming import HubDataset
+from compression.recipe import Calibration, DatasetSpec, Recipe
 from compression.schemes import get_scheme
 from tests.api.conftest import Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
+BOUNDS = ("least", "most")
 ORDER = ("smoothquant", "awq", "sparsegpt", "wanda", "magnitude", "rtn", "gptq")
 
 
@@ -36,7 +43,7 @@ def cells(*values: Any) -> str:
 
 
 def test_the_page_has_every_method(server: Server) -> None:
-    lines = PAGE.read_text().splitlines()
+    lines = [*PAGE.read_text().splitlines(), ""]
     rows = [
         cells(
             [row["name"]],
@@ -55,7 +62,7 @@ def test_the_page_has_every_method(server: Server) -> None:
 
 
 def test_the_page_has_every_scheme(server: Server) -> None:
-    lines = PAGE.read_text().splitlines()
+    lines = [*PAGE.read_text().splitlines(), ""]
     names = ("weights", "activations", "format", "needs_calibration", "composes_with", "recovery")
     rows = [
         cells([row["name"], *row["aliases"]], *(row[name] for name in names))
@@ -100,7 +107,109 @@ def test_schemes_are_made_by_what_they_name(scheme: catalogue.SchemeRow) -> None
                 Recipe.from_short(scheme.name, method=method, has_dataset=True)
 
 
+def datasets(server: Server) -> dict[str, Any]:
+    answer = server.http.get("/v1/datasets")
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_the_page_has_every_dataset(server: Server) -> None:
+    found = datasets(server)
+    lines = [*PAGE.read_text().splitlines(), ""]
+    kinds = [
+        cells([row["kind"]], [row["field"]], row["description"][:-1], row["suffixes"])
+        for row in found["items"]
+    ]
+    named = [
+        cells(
+            [row["name"]],
+            [row["hub"]],
+            row["config"] or "",
+            row["split"],
+            row["columns"],
+            row["chat_template"],
+        )
+        for row in found["named"]
+    ]
+    calibration = [
+        cells(
+            [row["name"]],
+            json.dumps(row["default"]),
+            *("" if row[name] is None else row[name] for name in BOUNDS),
+        )
+        for row in found["calibration"]
+    ]
+    for rows in (kinds, named, calibration):
+        start = lines.index(rows[0])
+        assert lines[start : start + len(rows) + 1] == [*rows, ""]
+    assert f"the first of {cells(found['columns'])[2:-2]}" in PAGE.read_text()
+
+
+def test_kinds_are_what_a_submission_takes(server: Server) -> None:
+    found = datasets(server)["items"]
+    values = {"path": "/x.txt", "hub": "c4", "s3": "s3://bucket/x.txt", "texts": ["x"], "generated": True}
+    assert [row["field"] for row in found] == list(values)
+    for row in found:
+        DatasetSpec.model_validate({row["field"]: values[row["field"]]})
+    assert DatasetSpec.model_validate("self").generated
+
+
+def test_calibration_is_bounded_as_it_says(server: Server) -> None:
+    assert {
+        row["name"]: row["default"] for row in datasets(server)["calibration"]
+    } == Calibration().model_dump()
+    for row in datasets(server)["calibration"]:
+        for bound, beyond in (("least", -1), ("most", 1)):
+            if row[bound] is not None:
+                Calibration.model_validate({row["name"]: row[bound]})
+                with pytest.raises(ValidationError):
+                    Calibration.model_validate({row["name"]: row[bound] + beyond})
+
+
+def test_named_datasets_are_read_as_they_say(server: Server) -> None:
+    for row in datasets(server)["named"]:
+        read = HubDataset.of(DatasetSpec(hub=row["name"]))
+        assert (read.ref.id, read.config, read.split) == (row["hub"], row["config"], row["split"])
+        assert (read.messages_column is not None) == row["chat_template"]
+        if row["template"] is None:
+            assert row["columns"] == [read.text_column or read.messages_column]
+        else:
+            assert row["template"] == read.templates[0]
+            row["template"].format(**dict.fromkeys(row["columns"], "x"))
+
+
+def test_what_is_available_is_what_the_settings_allow(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def available(settings: Settings) -> dict[str, tuple[bool, str]]:
+        rows = service.datasets(settings, 1000).items
+        return {row.kind: (row.available, row.note) for row in rows}
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    all_of_it = server.settings.model_copy(update={"s3_prefixes": ("s3://texts",)})
+    assert set(available(all_of_it).values()) == {(True, "")}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nothing = server.settings.model_copy(update={"local_roots": ()})
+    assert {kind: note for kind, (there, note) in available(nothing).items() if not there} == {
+        "path": "The server has no BITMILL_LOCAL_ROOTS.",
+        "s3": "The server has no BITMILL_S3_PREFIXES.",
+    }
+    assert available(nothing)["hub"] == (True, "Only what is cached: the server has HF_HUB_OFFLINE.")
+
+
+def test_the_limit_of_a_request_is_the_caller_s(server: Server) -> None:
+    def limit() -> str:
+        (texts,) = [row for row in datasets(server)["items"] if row["kind"] == "texts"]
+        return str(texts["limits"])
+
+    assert limit() == "A request has at most 200000 bytes."
+    with server.database.write() as session:
+        projects.set_limits(session, "default", LimitsUpdate(max_body_bytes=5000))
+    assert limit() == "A request has at most 5000 bytes."
+
+
 def test_they_need_a_key(server: Server) -> None:
     server.http.headers.pop("Authorization")
-    assert server.http.get("/v1/methods").status_code == 401
-    assert server.http.get("/v1/schemes").status_code == 401
+    for name in ("methods", "schemes", "datasets"):
+        assert server.http.get(f"/v1/{name}").status_code == 401

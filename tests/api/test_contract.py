@@ -14,6 +14,7 @@ from schemathesis.schemas import APIOperation
 
 from tests.api.conftest import Server
 from tests.api.test_isolation import PARTS, own_things
+from tests.api.test_openapi import errors_of
 
 DOCUMENT = json.loads((Path(__file__).parents[2] / "docs" / "openapi.json").read_text())
 OPERATIONS = [(method, path) for path, item in DOCUMENT["paths"].items() for method in item]
@@ -40,13 +41,17 @@ def find(server: Server, method: str, path: str) -> APIOperation:
 def check(server: Server, operation: APIOperation, mode: GenerationMode, things: dict[str, str]) -> None:
     """Send made-up requests, and hold each answer against the document. things: what paths name."""
 
+    told = errors_of(operation.definition.raw)
+
     @seed(0)
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def keeps(case: schemathesis.Case) -> None:
         assume([] not in (case.query or {}).values())  # which is not sent: what should be wrong is missing
         case.path_parameters.update({name: things[name] for name in case.path_parameters if name in things})
-        case.call_and_validate(headers={"Authorization": server.http.headers["Authorization"]})
+        answer = case.call_and_validate(headers={"Authorization": server.http.headers["Authorization"]})
+        if answer.status_code >= 400:
+            assert answer.json()["code"] in told[answer.status_code]
 
     keeps()
 

@@ -127,6 +127,7 @@ NEEDED = {
     "list_queues": Scope.READ,
     "list_methods": Scope.READ,
     "list_schemes": Scope.READ,
+    "list_datasets": Scope.READ,
 }
 """Which scope an operation needs. One without a line here fails."""
 GRANTED = {

@@ -71,7 +71,7 @@ def test_a_shown_command_of_bitmill_exists(words: list[str]) -> None:
 
 def test_every_command_is_shown() -> None:
     shown = {_command(words).name for words in _shown("bitmill")}
-    alone = {"serve", "worker", "submit", "jobs", "cancel", "download", "doctor"}
+    alone = {"serve", "worker", "submit", "jobs", "cancel", "download", "methods", "doctor"}
     assert alone | {"upgrade", "list", "show"} <= shown
     assert {"add", "list", "remove", "ping", "deliveries", "redeliver"} <= shown
 

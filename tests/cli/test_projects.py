@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastapi.testclient import TestClient
@@ -53,6 +54,16 @@ def test_projects_and_keys(tmp_path: Path) -> None:
         assert statuses(reader["key"]) == [200, 403]
     unknown = run("key", "revoke", "key_x", "--json")
     assert (unknown.code, unknown.json["error"]["code"]) == (Exit.REFUSED, "key_not_found")
+    listed = run("key", "list", "--project", "search", "--json").json["keys"]
+    assert [key["id"] for key in listed] == [reader["id"], made.json["key"]["id"]]
+    assert [key["revoked_at"] is None for key in listed] == [True, False]
+    assert "key" not in listed[0]
+    assert len(run("key", "list", "--project", "search", "--limit", "1", "--json").json["keys"]) == 1
+    table = run("key", "list", "--project", "search").out
+    assert re.search(rf"{reader['id']} +read, submit +good +\d", table)
+    assert re.search(rf"{made.json['key']['id']} +admin +revoked +\d", table)
+    stranger = run("key", "list", "--project", "ads", "--json")
+    assert (stranger.code, stranger.json["error"]["code"]) == (Exit.REFUSED, "project_not_found")
     nobody = run("key", "create", "--project", "ads", "--scope", "read", "--json")
     assert (nobody.code, nobody.json["error"]["code"]) == (Exit.REFUSED, "project_not_found")
 

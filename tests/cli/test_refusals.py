@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
 
 from cli.exits import Exit
+from cli.main import app
 from tests.cli.bitmill import bitmill
 from tests.cli.conftest import Server
 
@@ -65,6 +72,47 @@ def test_a_bad_setting_is_named(tmp_path: Path) -> None:
     result = bitmill(tmp_path, "jobs", "--json", PORT="eighty")
     assert (result.code, result.json["error"]["code"]) == (Exit.USAGE, "bad_setting")
     assert "BITMILL_PORT" in result.json["error"]["message"]
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+@pytest.mark.parametrize("broker", ["memory://", "redis://127.0.0.1:9/0"])
+def test_a_store_that_is_none_is_named(tmp_path: Path, command: str, broker: str) -> None:
+    if (command, broker) == ("worker", "memory://"):
+        pytest.skip("refused for its broker")
+    result = bitmill(tmp_path, command, "--json", STORE_URL="ftp://nowhere", BROKER_URL=broker)
+    assert (result.code, result.json["error"]["code"]) == (Exit.USAGE, "unknown_store")
+    assert result.json["error"]["message"] == "BITMILL_STORE_URL: 'ftp://nowhere' is not a store."
+    assert "s3://bucket/folder" in result.json["error"]["hint"]
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nosuch://somewhere/bitmill"])
+def test_a_database_that_is_none_is_named(tmp_path: Path, url: str) -> None:
+    result = bitmill(tmp_path, "serve", "--json", DATABASE_URL=url, BROKER_URL="redis://127.0.0.1:9/0")
+    assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "database_failed")
+    assert "BITMILL_DATABASE_URL" in result.json["error"]["message"]
+    assert "Traceback" not in result.err
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, with the words that name it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, each in command.commands.items():
+        yield from commands(each, (*path, name))
+
+
+def test_every_command_takes_json() -> None:
+    found = dict(commands(get_command(app)))
+    assert len(found) > 25
+    for path, command in found.items():
+        assert "--json" in {option for parameter in command.params for option in parameter.opts}, path
+
+
+def test_help_says_what_exit_codes_mean() -> None:
+    told = {int(code) for code in re.findall(r"(\d) ", str(get_command(app).epilog))}
+    assert told == {code.value for code in Exit if code != Exit.INTERRUPTED}
 
 
 def test_a_worker_on_the_embedded_broker_is_refused(tmp_path: Path) -> None:

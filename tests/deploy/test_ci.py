@@ -26,6 +26,7 @@ def test_the_makefile_has_its_targets() -> None:
         "check",
         "test-peer",
         "test-vllm",
+        "test-generator",
         "bench",
         "lock",
         "clean",

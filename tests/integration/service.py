@@ -10,16 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
+from api.client import ApiError, Client
+from api.client.types import EventRead, JobDetail, JobSubmit
+
 START_SECONDS = 60
 JOB_SECONDS = 120
-ENDED = ("succeeded", "failed", "cancelled", "expired")
 
 
 class Process:
@@ -78,7 +81,7 @@ class Service:
             **settings,
         }
         self.serve: Process | None = None
-        self._client: httpx.Client | None = None
+        self._client: Client | None = None
 
     def start(self) -> Process:
         """Start `bitmill serve` and wait until it is ready."""
@@ -87,7 +90,7 @@ class Service:
         eventually(lambda: self._answers(url), START_SECONDS, f"no server; see {self.serve.log}", every=0.1)
         key = json.loads((self.data / "credentials.json").read_text())["api_key"]
         self._close_client()
-        self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        self._client = Client(url, key, timeout_seconds=30)
         return self.serve
 
     def worker(self, core: int) -> Process:
@@ -103,31 +106,31 @@ class Service:
         if self._client is not None:
             self._client.close()
 
-    def get(self, path: str) -> Any:
-        answer = self._http.get(path)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def status_of(self, path: str) -> int:
-        return self._http.get(path).status_code
-
-    def post(self, path: str, body: Any = None) -> Any:
-        answer = self._http.post(path, json=body)
-        assert answer.status_code == 202, answer.text
-        return answer.json()
+    @property
+    def client(self) -> Client:
+        """Of the server, with its first key."""
+        assert self._client is not None, "the service was not started"
+        return self._client
 
     def submit(self, **body: Any) -> str:
         """Submit a job that is run, whatever others have made of the same."""
-        return str(self.post("/v1/jobs", {"cache": "bypass", **body})["id"])
+        return self.client.submit(cast("JobSubmit", {"cache": "bypass", **body}))["id"]
 
-    def job(self, job_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.get(f"/v1/jobs/{job_id}")
-        return found
+    def job(self, job_id: str) -> JobDetail:
+        return self.client.job(job_id)
 
-    def wait(self, job_id: str, seconds: float = JOB_SECONDS) -> dict[str, Any]:
+    def wait(self, job_id: str, seconds: float = JOB_SECONDS) -> JobDetail:
         """The job once it has ended."""
-        eventually(lambda: self.job(job_id)["status"] in ENDED, seconds, f"{job_id} did not end", every=0.2)
-        return self.job(job_id)
+        return self.client.wait(job_id, timeout_seconds=seconds)
+
+    def has_artifacts(self, job_id: str) -> bool:
+        """Whether anything of the job is published."""
+        try:
+            return bool(self.client.artifacts(job_id)["files"])
+        except ApiError as error:
+            if error.code != "artifacts_not_available":
+                raise
+            return False
 
     def succeed(self, job_id: str) -> None:
         """Wait for the job, which must succeed."""
@@ -144,9 +147,9 @@ class Service:
 
         eventually(enough, JOB_SECONDS, f"{job_id} finished no {count} layers", every=0.1)
 
-    def events(self, job_id: str) -> list[dict[str, Any]]:
+    def events(self, job_id: str) -> list[EventRead]:
         """All events so far; their seq has no gap."""
-        found: list[dict[str, Any]] = self.get(f"/v1/jobs/{job_id}/events?limit=1000")["items"]
+        found = list(self.client.events(job_id))
         assert [event["seq"] for event in found] == list(range(1, len(found) + 1))
         return found
 
@@ -155,17 +158,21 @@ class Service:
         events = [event for event in self.events(job_id) if event["attempt"] == attempt]
         return [event["data"]["layer"] for event in events if event["type"] == type]
 
-    def outcomes(self, job_id: str) -> list[str]:
+    def outcomes(self, job_id: str) -> list[str | None]:
         return [attempt["outcome"] for attempt in self.job(job_id)["attempts"]]
 
     def download(self, job_id: str) -> dict[str, str]:
         """Download every file of a job. Their sha256 by name, which the manifest has too."""
         digests = {}
-        for file in self.get(f"/v1/jobs/{job_id}/artifacts")["files"]:
-            content = self._http.get(file["url"]).content
-            digests[file["name"]] = hashlib.sha256(content).hexdigest()
-            assert digests[file["name"]] == file["sha256"]
-            assert len(content) == file["size"]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "file"
+            for listed in self.client.artifacts(job_id)["files"]:
+                self.client.download(job_id, listed["name"], file)
+                content = file.read_bytes()
+                digests[listed["name"]] = hashlib.sha256(content).hexdigest()
+                assert digests[listed["name"]] == listed["sha256"]
+                assert len(content) == listed["size"]
+                file.unlink()
         return digests
 
     def weights(self, job_id: str) -> dict[str, str]:
@@ -190,16 +197,11 @@ class Service:
         folder = self.data / "scratch"
         return [path.name for path in folder.glob("*/*") if path.name != ".lock"]
 
-    @property
-    def _http(self) -> httpx.Client:
-        assert self._client is not None, "the service was not started"
-        return self._client
-
     def _answers(self, url: str) -> bool:
         assert self.serve is not None
         assert self.serve.is_running(), self.serve.log.read_text()
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{url}/readyz").status_code == 200
+        with Client(url, patience_seconds=0) as client, contextlib.suppress(ApiError, httpx.TransportError):
+            return client.ready()["status"] == "ready"
         return False
 
 

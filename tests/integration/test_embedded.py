@@ -8,12 +8,13 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from api.client.types import JobSubmit
 from tests.integration.conftest import LAYERS
 from tests.integration.service import Process, Service, eventually, free_port
 
@@ -53,13 +54,13 @@ def assert_resumed(service: Service, job_id: str, uninterrupted: str) -> None:
 def test_what_was_made_or_is_being_made_is_not_made_again(
     service: Service, uninterrupted: str, deep: Body
 ) -> None:
-    job = service.post("/v1/jobs", deep)
+    job = service.client.submit(cast("JobSubmit", deep))
     assert (job["status"], job["deduplicated_from"]) == ("succeeded", uninterrupted)
     assert service.weights(job["id"]) == service.weights(uninterrupted)
 
     other = deep | {"calibration": deep["calibration"] | {"seed": 1}}
-    first = service.post("/v1/jobs", other)["id"]
-    second = service.post("/v1/jobs", other)
+    first = service.client.submit(cast("JobSubmit", other))["id"]
+    second = service.client.submit(cast("JobSubmit", other))
     assert (second["status"], second["deduplicated_from"]) == ("queued", first)
     service.succeed(first)
     service.succeed(second["id"])
@@ -84,7 +85,7 @@ def test_a_job_goes_from_submission_to_verified_files(service: Service, uninterr
     digests = service.download(uninterrupted)
     assert {"config.json", "recipe.yaml", "README.md", "bitmill.json"} <= digests.keys()
     assert sum(name.endswith(".safetensors") for name in digests) > LAYERS
-    report = service.get(f"/v1/jobs/{uninterrupted}/report")
+    report = service.client.report(uninterrupted)
     assert report["evaluation"]["perplexity_compressed"] > 0
     assert len(report["modules"]) == 7 * LAYERS
     assert service.scratch() == []
@@ -98,12 +99,12 @@ def test_a_killed_engine_is_replaced_and_a_cancelled_job_resumes_on_retry(
     os.kill(service.engine(), signal.SIGKILL)
 
     service.wait_for_layers(job_id, 15)
-    service.post(f"/v1/jobs/{job_id}/cancel")
+    service.client.cancel(job_id)
     assert service.wait(job_id, seconds=5)["status"] == "cancelled"
     assert service.engines() == []
-    assert service.status_of(f"/v1/jobs/{job_id}/artifacts") == 404
+    assert not service.has_artifacts(job_id)
 
-    service.post(f"/v1/jobs/{job_id}/retry")
+    service.client.retry(job_id)
     service.succeed(job_id)
     assert service.outcomes(job_id) == ["crashed", "cancelled", "succeeded"]
     assert service.job(job_id)["attempts"][0]["exit_signal"] == signal.SIGKILL
@@ -147,8 +148,8 @@ def test_a_missed_quality_gate_keeps_the_report_and_publishes_nothing(
     job_id = service.submit(**body)
     job = service.wait(job_id)
     assert (job["status"], job["error"]["code"]) == ("failed", "quality_gate_failed")
-    assert service.get(f"/v1/jobs/{job_id}/report")["evaluation"]["perplexity_ratio"] > 0.5
-    assert service.status_of(f"/v1/jobs/{job_id}/artifacts") == 404
+    assert service.client.report(job_id)["evaluation"]["perplexity_ratio"] > 0.5
+    assert not service.has_artifacts(job_id)
 
 
 def test_hopeless_jobs_fail_with_their_codes_and_the_next_job_is_unharmed(
@@ -182,4 +183,4 @@ def test_a_second_server_on_the_same_data_folder_is_refused(service: Service) ->
     second = Process("serve", service.folder, {**service.settings, "PORT": str(free_port())})
     eventually(lambda: not second.is_running(), 30, "the second server runs")
     assert "Another `bitmill serve` uses" in second.log.read_text()
-    assert service.status_of("/readyz") == 200
+    assert service.client.ready() == {"status": "ready"}

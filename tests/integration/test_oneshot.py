@@ -101,4 +101,4 @@ def test_the_guide_s_snippet_and_the_service_give_the_same_bytes(
     assert service.weights(job_id) == digests
     assert len(digests) == 3
     record = json.loads((output / "bitmill.json").read_text())
-    assert record["provenance"]["fingerprint"] == service.get(f"/v1/jobs/{job_id}/report")["fingerprint"]
+    assert record["provenance"]["fingerprint"] == service.client.report(job_id)["fingerprint"]

@@ -102,7 +102,7 @@ def test_a_stopped_worker_gives_its_job_back_at_once(
     assert service.outcomes(job_id) == ["preempted", "succeeded"]
     assert other.stop() == 0
     assert service.engines() == []
-    listed = {worker["id"] for worker in service.get("/v1/workers")["items"]}
+    listed = {worker["id"] for worker in service.client.workers()["items"]}
     stopped = {attempt["worker_id"] for attempt in service.job(job_id)["attempts"]}
     assert len(stopped) == 2
     assert not listed & stopped  # a worker that was killed in another test may be listed until its lease ends

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from api.artifacts.store import Store, artifact_key, open_store
 from api.client import Client
@@ -21,6 +18,7 @@ from api.jobs.leases import WorkerIdentity
 from api.main import create_app
 from tests.api.conftest import Server
 from tests.support.s3 import KEEPER, S3Server
+from tests.support.serving import serving
 
 CONTENT = {
     "model-00001-of-00001.safetensors": bytes(range(256)) * 12_000,  # three chunks
@@ -80,23 +78,14 @@ def publish(server: Server, tmp_path: Path) -> tuple[str, int]:
 @pytest.fixture
 def published(server: Server, tmp_path: Path) -> Iterator[Published]:
     job_id, token = publish(server, tmp_path)
-    uvicorn_server = uvicorn.Server(
-        uvicorn.Config(create_app(server.settings), port=0, log_config=None, ws="none")
-    )
-    thread = threading.Thread(target=uvicorn_server.run)
-    thread.start()
-    while not uvicorn_server.started:
-        time.sleep(0.01)
-    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
     key = server.http.headers["Authorization"].removeprefix("Bearer ")
-    yield Published(f"http://127.0.0.1:{port}", key, job_id, token, open_store(server.settings.store_url))
-    uvicorn_server.should_exit = True
-    thread.join()
+    with serving(create_app(server.settings)) as url:
+        yield Published(url, key, job_id, token, open_store(server.settings.store_url))
 
 
 @pytest.fixture
 def client(published: Published) -> Iterator[Client]:
-    with Client(published.url, published.key) as client:
+    with Client(published.url, published.key, patience_seconds=0) as client:
         yield client
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import socket
-import threading
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -16,7 +12,6 @@ import pytest
 from api.artifacts.store import artifact_key
 from api.client import ApiError, Client, DigestMismatch
 from tests.api.artifacts.conftest import BIG, CONTENT, Published
-from tests.api.conftest import Server
 
 
 class TestDownloads:
@@ -128,89 +123,3 @@ class TestClient:
         assert caught.value.code == "unknown_scheme"
         assert {error["pointer"] for error in caught.value.errors} == {"/scheme", "/model"}
         assert caught.value.request_id
-        with Client(published.url, "wrong") as stranger, pytest.raises(ApiError) as caught:
-            stranger.jobs()
-        assert caught.value.code == "wrong_key"
-
-    def test_jobs(self, client: Client, server: Server) -> None:
-        job = client.submit(server.body(), idempotency_key="k")
-        assert client.submit(server.body(), idempotency_key="k")["id"] == job["id"]
-        assert client.job(job["id"])["status"] == "queued"
-        assert [found["id"] for found in client.jobs(status="queued")["items"]] == [job["id"]]
-        assert client.events(job["id"], since=0)["items"][0]["type"] == "job_queued"
-        with pytest.raises(TimeoutError):
-            client.wait(job["id"], timeout_seconds=0, poll_seconds=0.01)
-        assert client.cancel(job["id"])["status"] == "cancelled"
-        assert client.wait(job["id"])["status"] == "cancelled"
-        assert client.retry(job["id"])["status"] == "queued"
-        assert client.workers() == {"items": []}
-        with pytest.raises(ApiError, match="report_not_available"):
-            client.report(job["id"])
-
-    def test_keys(self, client: Client, published: Published) -> None:
-        assert client.project()["name"] == "default"
-        tomorrow = datetime.now(UTC) + timedelta(days=1)
-        made = client.create_key("reading", ["read"], expires_at=tomorrow)
-        assert datetime.fromisoformat(made["expires_at"]) == tomorrow
-        with Client(published.url, made["key"]) as reader:
-            assert [job["id"] for job in reader.jobs()["items"]] == [published.job_id]
-            page = client.keys(limit=1)
-            assert page["items"][0]["id"] == made["id"]
-            assert client.keys(cursor=page["next_cursor"])["items"][0]["name"] == "first key"
-            client.revoke_key(made["id"])
-            with pytest.raises(ApiError, match="wrong_key"):
-                reader.jobs()
-
-    def test_no_server(self) -> None:
-        with Client("http://127.0.0.1:1", "key") as client, pytest.raises(httpx.TransportError):
-            client.jobs()
-
-
-class BreakingServer(threading.Thread):
-    """Answers like a server of one file whose connections break after 1,000 bytes."""
-
-    content = b"0123456789" * 350
-    sha256 = hashlib.sha256(content).hexdigest()
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.ranges: list[int] = []
-
-    def run(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                return
-            with connection:
-                request = connection.recv(65536).decode()
-                if request.startswith("GET /v1/jobs/job/artifacts "):
-                    listed = {"name": "file", "size": len(self.content), "sha256": self.sha256}
-                    answer(connection, json.dumps({"job": "job", "files": [listed]}).encode())
-                    continue
-                start = int(request.partition("Range: bytes=")[2].partition("-")[0] or 0)
-                self.ranges.append(start)
-                answer(connection, self.content[start:], most=1000, part=start > 0)
-
-
-def answer(connection: socket.socket, body: bytes, *, most: int | None = None, part: bool = False) -> None:
-    """Announce the body and send no more than `most` bytes of it."""
-    head = [
-        "HTTP/1.1 " + ("206 Partial Content" if part else "200 OK"),
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-        "\r\n",
-    ]
-    connection.sendall("\r\n".join(head).encode() + body[:most])
-
-
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path) -> None:
-    breaking = BreakingServer()
-    breaking.start()
-    with Client(f"http://127.0.0.1:{breaking.port}", "key") as client:
-        client.download("job", "file", tmp_path / "file")
-    breaking.listener.close()
-    assert (tmp_path / "file").read_bytes() == breaking.content
-    assert breaking.ranges == [0, 1000, 2000, 3000]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
+from fastapi import FastAPI
 
 from api.jobs import events, leases
 from api.jobs.following import KEEP_ALIVE_SECONDS
@@ -21,6 +19,7 @@ from api.jobs.models import AttemptOutcome
 from api.jobs.watch import JobWatch
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import start
+from tests.support.serving import serving
 
 
 def tell(server: Server, job_id: str, number: int) -> None:
@@ -153,24 +152,6 @@ class TestStream:
             assert ": still here\n\n" in stream.result(10).text
 
 
-@contextmanager
-def served(server: Server) -> Iterator[str]:
-    """The app behind a real socket: a test client does not stream."""
-    config = uvicorn.Config(server.http.app, port=0, log_config=None, lifespan="off")
-    real = uvicorn.Server(config)
-    thread = threading.Thread(target=real.run)
-    thread.start()
-    while not real.started:
-        time.sleep(0.01)
-    host, port = real.servers[0].sockets[0].getsockname()[:2]
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        real.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
-
-
 def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
     """If each took one, only as many as the pool has would begin, 40, and nothing would end them."""
     job_id = server.submit()["id"]
@@ -196,7 +177,9 @@ def test_a_hundred_streams_take_no_thread_each(server: Server) -> None:
                 await asyncio.wrap_future(pool.submit(server.http.post, f"/v1/jobs/{job_id}/cancel"))
             return await asyncio.gather(*tasks)
 
-    with served(server) as url:
+    app = server.http.app
+    assert isinstance(app, FastAPI)
+    with serving(app, lifespan="off") as url:
         told = asyncio.run(watch_all(url))
     assert len(set(told)) == 1
     assert "event: job_cancelled" in told[0]

@@ -83,6 +83,20 @@ class TestList:
         assert ids("team:") == ids("x':1") == []
         assert server.http.get("/v1/jobs", params={"label": "team"}).status_code == 422
 
+    def test_a_label_that_could_not_be_found_is_refused(self, server: Server) -> None:
+        for body in (server.body(labels={"a:b": "c"}), server.body(labels={"good": "x", "tab\t": "c"})):
+            answer = server.http.post("/v1/jobs", json=body)
+            said = answer.json()
+            assert (answer.status_code, said["code"]) == (422, "label_key_invalid")
+            assert "no colon" in said["errors"][0]["message"]
+            assert said["errors"][0]["pointer"].startswith("/labels/")
+        batch = server.http.post("/v1/batches", json={"labels": {"a:b": "c"}, "jobs": [server.body()]})
+        assert (batch.status_code, batch.json()["code"]) == (422, "label_key_invalid")
+        items = {"jobs": [server.body(labels={"a:b": "c"}), server.body()]}
+        refused, accepted = server.http.post("/v1/batches", json=items).json()["items"]
+        assert refused["error"]["code"] == "label_key_invalid"
+        assert "job_id" in accepted
+
     def test_oldest_first_and_between_two_times(self, server: Server) -> None:
         made = [server.submit() for _ in range(5)]
         ids = [job["id"] for job in made]
