@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc
+from sqlalchemy import BigInteger, Enum, ForeignKey, Index, Row, String, Text, desc, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.batches.models import Batch
@@ -54,6 +54,11 @@ def _values(members: type[StrEnum]) -> list[str]:
 def _enum(kind: type[StrEnum]) -> Enum:
     """A string column on every database: adding a member needs no migration."""
     return Enum(kind, native_enum=False, length=16, values_callable=_values)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """An index on rows of which this is true alone."""
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class Job(Base):
@@ -130,16 +135,42 @@ class Job(Base):
     manifest_key: Mapped[str | None] = mapped_column(Text)
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
-    deleted_at: Mapped[datetime | None] = mapped_column(index=True)
+    deleted_at: Mapped[datetime | None]
 
+    # No column that changes while a job runs is in an index (event_seq, layers_done, lease_until), so that
+    # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
-        Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),
-        Index("ix_jobs_lease", "status", "lease_until"),
+        # The last three are all that the sweep's count asks for beside: a row is long, and they lie behind
+        # the plan.
+        Index(
+            "ix_jobs_claim",
+            "status",
+            desc("priority"),
+            "created_at",
+            "id",
+            "device_class",
+            "available_at",
+            "project_id",
+        ),
+        Index("ix_jobs_deadline", "status", "queue_deadline", **_where("queue_deadline IS NOT NULL")),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
-        # All that counts and pages of a batch ask for: a row is long, and its status lies behind the plan.
+        Index("ix_jobs_list_model", "project_id", "model", "created_at", "id"),
+        # Of PostgreSQL alone: SQLite looks through a project's jobs in the order of the list.
+        Index(
+            "ix_jobs_labels",
+            "labels",
+            postgresql_using="gin",
+            postgresql_ops={"labels": "jsonb_path_ops"},
+        ),
+        # All that counts and pages of a batch ask for, as above.
         Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
+        Index("ix_jobs_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
     )
+
+
+JobRow = Row[*tuple[Any, ...]]
+"""Columns of a job by their names, without the job."""
 
 
 class Attempt(Base):
@@ -193,7 +224,7 @@ class JobLayer(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     size: Mapped[int] = mapped_column(BigInteger)
     entry: Mapped[dict[str, Any]]
-    at: Mapped[datetime]
+    at: Mapped[datetime] = mapped_column(index=True)
 
 
 class IdempotencyKey(Base):
@@ -205,5 +236,5 @@ class IdempotencyKey(Base):
     route: Mapped[str] = mapped_column(String(80), primary_key=True)
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
-    resource_id: Mapped[str] = mapped_column(String(40))
+    resource_id: Mapped[str] = mapped_column(String(40), index=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
