@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 
-from api.jobs.models import AttemptOutcome, Job, JobStatus
+from api.jobs.models import AttemptOutcome, Job, JobRow, JobStatus
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.steps import GroupSize, Observer
@@ -141,6 +149,11 @@ class JobBatch(BaseModel):
     index: int
 
 
+Stored = TypeVar("Stored", Recipe, Calibration, Evaluation)
+AsStored = Annotated[Stored, WrapValidator(lambda stored, _: stored), SerializeAsAny()]
+"""The database has the JSON of such a model: it is not read into one to be written as JSON again."""
+
+
 class JobRead(BaseModel):
     """A job as it stands."""
 
@@ -156,9 +169,9 @@ class JobRead(BaseModel):
     dataset: str | None = Field(description="Where the dataset is, or how many inline texts it has.")
     scheme: str
     method: str
-    recipe: Recipe
-    calibration: Calibration
-    evaluation: Evaluation
+    recipe: AsStored[Recipe]
+    calibration: AsStored[Calibration]
+    evaluation: AsStored[Evaluation]
     quality_gate: QualityGate | None
     device_class: DeviceClass
     max_runtime_seconds: int | None
@@ -173,16 +186,19 @@ class JobRead(BaseModel):
     batch: JobBatch | None
 
     @classmethod
-    def of(cls, job: Job, **more: Any) -> Self:
+    def of(cls, job: Job | JobRow) -> Self:
         """From the row."""
-        columns = set(inspect(Job).columns.keys()) - {"dataset"}
-        same = {name: getattr(job, name) for name in cls.model_fields if name in columns}
+        same = {name: getattr(job, name) for name in _SAME}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         batch = None
         if job.batch_id is not None and job.batch_index is not None:
             batch = JobBatch(id=job.batch_id, index=job.batch_index)
         made = {"dataset": job.dataset_label, "error": error, "batch": batch}
-        return cls.model_validate({**same, **made, **more})
+        return cls.model_validate({**same, **made})
+
+
+_SAME = JobRead.model_fields.keys() & set(inspect(Job).columns.keys()) - {"dataset"}
+"""Fields that are columns."""
 
 
 class JobOutline(BaseModel):

@@ -17,16 +17,29 @@ from api.security import Scope
 
 
 class FoundKey(NamedTuple):
-    """A key that is good now, and its project."""
+    """What a request needs of a key that is good now, and of its project. now: the time."""
 
-    key: ApiKey
-    project: Project
+    id: str
+    scopes: list[str]
+    last_used_at: datetime | None
+    project_id: str
+    max_queued: int | None
+    max_running: int | None
+    max_body_bytes: int | None
+    requests_per_minute: int | None
     now: datetime
+
+
+_FOUND = (
+    *(ApiKey.id, ApiKey.scopes, ApiKey.last_used_at, ApiKey.project_id),
+    *(Project.max_queued, Project.max_running, Project.max_body_bytes, Project.requests_per_minute),
+    database.Now(),
+)
 
 
 def find_key(session: Session, digest: str) -> FoundKey | None:
     """The key of that digest, unless it was revoked or has expired."""
-    query = select(ApiKey, Project, database.Now()).join(Project, Project.id == ApiKey.project_id)
+    query = select(*_FOUND).join(Project, Project.id == ApiKey.project_id)
     row = session.execute(query.where(ApiKey.digest == digest, *_is_good())).one_or_none()
     return None if row is None else FoundKey(*row)
 
