@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, Enum, ForeignKey, Index, Row, String, Text, desc, text
+from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.batches.models import Batch
@@ -156,21 +156,19 @@ class Job(Base):
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
         Index("ix_jobs_list_model", "project_id", "model", "created_at", "id"),
-        # Of PostgreSQL alone: SQLite looks through a project's jobs in the order of the list.
+        # Of PostgreSQL alone: SQLite looks through a project's jobs in the order of the list. Without
+        # fastupdate, which lets every query read through what was added lately.
         Index(
             "ix_jobs_labels",
             "labels",
             postgresql_using="gin",
             postgresql_ops={"labels": "jsonb_path_ops"},
+            postgresql_with={"fastupdate": "off"},
         ),
         # All that counts and pages of a batch ask for, as above.
         Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
         Index("ix_jobs_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
     )
-
-
-JobRow = Row[*tuple[Any, ...]]
-"""Columns of a job by their names, without the job."""
 
 
 class Attempt(Base):

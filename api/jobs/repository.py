@@ -9,8 +9,10 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Text,
+    bindparam,
     cast,
     delete,
     exists,
@@ -25,7 +27,8 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
 from api import database
 from api.cursors import Position
-from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobRow, JobStatus
+from api.database import Columns
+from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
 
 IDEMPOTENCY_HOURS = 24
 
@@ -88,10 +91,9 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
     return session.scalars(select(Job).where(*_is(project_id, job_id)).with_for_update()).one_or_none()
 
 
-def get_with_plan(session: Session, project_id: str, job_id: str) -> JobRow | None:
+def get_with_plan(session: Session, project_id: str, job_id: str) -> Columns | None:
     """A project's job to be shown: its short columns, and its plan as text, under `plan_json`."""
-    plan = cast(Job.plan, Text).label("plan_json")
-    return session.execute(select(*_SHORT, plan).where(*_is(project_id, job_id))).one_or_none()
+    return session.execute(_WITH_PLAN, {"project": project_id, "job": job_id}).one_or_none()
 
 
 def version(session: Session, project_id: str, job_id: str) -> Version | None:
@@ -130,7 +132,7 @@ def list_page(
     order: JobOrder,
     after: Position | None,
     limit: int,
-) -> Sequence[JobRow]:
+) -> Sequence[Columns]:
     """The short columns of at most `limit` jobs after a position."""
     query = select(*_SHORT).where(Job.project_id == project_id, Job.deleted_at.is_(None))
     for column, value in (
@@ -160,9 +162,22 @@ def list_page(
     return session.execute(query.limit(limit)).all()
 
 
-def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
+def _is(
+    project_id: str | BindParameter[str], job_id: str | BindParameter[str]
+) -> tuple[ColumnElement[bool], ...]:
     """What the project's job of that id is found by."""
     return Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
+
+
+# Queries of the call that clients make most. To put a query together takes longer than to answer it.
+_WITH_PLAN = select(*_SHORT, cast(Job.plan, Text).label("plan_json")).where(
+    *_is(bindparam("project"), bindparam("job"))
+)
+_ATTEMPTS = (
+    select(*(each.class_attribute for each in inspect(Attempt).column_attrs))
+    .where(Attempt.job_id == bindparam("job"))
+    .order_by(Attempt.number)
+)
 
 
 def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
@@ -172,9 +187,9 @@ def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
     return exists(select(label.c.key).where(label.c.key == key, label.c.value == value))
 
 
-def attempts(session: Session, job_id: str) -> Sequence[Attempt]:
+def attempts(session: Session, job_id: str) -> Sequence[Columns]:
     """A job's attempts, in order."""
-    return session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)).all()
+    return session.execute(_ATTEMPTS, {"job": job_id}).all()
 
 
 def find_idempotency_key(

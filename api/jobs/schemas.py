@@ -17,7 +17,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 
-from api.jobs.models import AttemptOutcome, Job, JobRow, JobStatus
+from api.database import Columns
+from api.jobs.models import AttemptOutcome, Job, JobStatus
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.steps import GroupSize, Observer
@@ -186,7 +187,7 @@ class JobRead(BaseModel):
     batch: JobBatch | None
 
     @classmethod
-    def of(cls, job: Job | JobRow) -> Self:
+    def of(cls, job: Job | Columns) -> Self:
         """From the row."""
         same = {name: getattr(job, name) for name in _SAME}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None

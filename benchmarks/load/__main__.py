@@ -52,8 +52,8 @@ async def _measure(api: Api, folder: Path, large: str, only: list[str]) -> None:
         lists.walk(api)
     if "batches" in only:
         say("")
-        batches.measure(api, "two layers", api.root / "small")
-        batches.measure(api, "32 layers", api.root / "large")
+        batches.measure(api, "two layers", TINY)
+        batches.measure(api, "32 layers", LLAMA_3_8B)
     if "watchers" in only:
         await watchers.measure(api, RUNNING, EVENTS_EACH)
     if "housekeeping" in only:

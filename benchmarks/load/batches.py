@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
 from benchmarks.console import say
 from benchmarks.load.machine import Api
+from tests.compression.fake_checkpoints import fake_llama
 
 _MODELS = 10
 _SCHEMES = (
@@ -23,9 +23,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Equal work is planned once. By the number of plans of 1,000 jobs: what a model's 100 jobs differ in."""
 
 
-def measure(api: Api, what: str, model: Path) -> None:
-    """what, model: of which there are ten."""
-    models = [model, *(Path(shutil.copytree(model, f"{model}-{n}")) for n in range(1, _MODELS))]
+def measure(api: Api, what: str, config: Mapping[str, Any]) -> None:
+    """On Llamas of that configuration, which have headers and no weights."""
+    models = [fake_llama(api.root / f"{what} {n}", config) for n in range(_MODELS)]
     for plans, variants in VARIANTS.items():
         jobs = [{"model": str(each), **variant} for each in models for variant in variants]
         began = time.perf_counter()

@@ -28,9 +28,13 @@ def upgrade() -> None:
     )
     op.create_index("ix_jobs_list_model", "jobs", ["project_id", "model", "created_at", "id"])
     if op.get_bind().dialect.name == "postgresql":
-        operators = {"labels": "jsonb_path_ops"}
         op.create_index(
-            "ix_jobs_labels", "jobs", ["labels"], postgresql_using="gin", postgresql_ops=operators
+            "ix_jobs_labels",
+            "jobs",
+            ["labels"],
+            postgresql_using="gin",
+            postgresql_ops={"labels": "jsonb_path_ops"},
+            postgresql_with={"fastupdate": "off"},
         )
     op.drop_index("ix_jobs_deleted_at", "jobs")
     op.create_index(
