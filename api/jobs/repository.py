@@ -9,7 +9,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Text,
     bindparam,
@@ -17,7 +16,6 @@ from sqlalchemy import (
     delete,
     exists,
     func,
-    inspect,
     select,
     tuple_,
     type_coerce,
@@ -29,6 +27,7 @@ from api import database
 from api.cursors import Position
 from api.database import Columns
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
+from api.jobs.schemas import SHOWN
 
 IDEMPOTENCY_HOURS = 24
 
@@ -74,10 +73,6 @@ class JobOrder(StrEnum):
     OLDEST = "created_at"
 
 
-_SHORT = [each.class_attribute for each in inspect(Job).column_attrs if not each.deferred]
-"""All columns but those that are long. Their rows are read in half the time that entities take."""
-
-
 def get(
     session: Session, project_id: str, job_id: str, *, deferred: Sequence[InstrumentedAttribute[Any]] = ()
 ) -> Job | None:
@@ -92,7 +87,7 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
 
 
 def get_with_plan(session: Session, project_id: str, job_id: str) -> Columns | None:
-    """A project's job to be shown: its short columns, and its plan as text, under `plan_json`."""
+    """A project's job to be shown: what is shown of it, and its plan as text, under `plan_json`."""
     return session.execute(_WITH_PLAN, {"project": project_id, "job": job_id}).one_or_none()
 
 
@@ -133,24 +128,24 @@ def list_page(
     after: Position | None,
     limit: int,
 ) -> Sequence[Columns]:
-    """The short columns of at most `limit` jobs after a position."""
-    query = select(*_SHORT).where(Job.project_id == project_id, Job.deleted_at.is_(None))
+    """What is shown of at most `limit` jobs after a position."""
+    query = select(*_SHOWN).where(_JOBS.project_id == project_id, _JOBS.deleted_at.is_(None))
     for column, value in (
-        (Job.status, wanted.status),
-        (Job.model, wanted.model),
-        (Job.scheme, wanted.scheme),
-        (Job.method, wanted.method),
-        (Job.batch_id, wanted.batch),
+        (_JOBS.status, wanted.status),
+        (_JOBS.model, wanted.model),
+        (_JOBS.scheme, wanted.scheme),
+        (_JOBS.method, wanted.method),
+        (_JOBS.batch_id, wanted.batch),
     ):
         if value is not None:
             query = query.where(column == value)
     for key, value in wanted.labels:
         query = query.where(_has_label(session, key, value))
     if wanted.created_after is not None:
-        query = query.where(Job.created_at > wanted.created_after)
+        query = query.where(_JOBS.created_at > wanted.created_after)
     if wanted.created_before is not None:
-        query = query.where(Job.created_at < wanted.created_before)
-    place, keys = tuple_(Job.created_at, Job.id), (Job.created_at, Job.id)
+        query = query.where(_JOBS.created_at < wanted.created_before)
+    place, keys = tuple_(_JOBS.created_at, _JOBS.id), (_JOBS.created_at, _JOBS.id)
     if order == JobOrder.NEWEST:
         query = query.order_by(*(key.desc() for key in keys))
         if after is not None:
@@ -162,28 +157,25 @@ def list_page(
     return session.execute(query.limit(limit)).all()
 
 
-def _is(
-    project_id: str | BindParameter[str], job_id: str | BindParameter[str]
-) -> tuple[ColumnElement[bool], ...]:
+def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
     """What the project's job of that id is found by."""
     return Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
 
 
-# Queries of the call that clients make most. To put a query together takes longer than to answer it.
-_WITH_PLAN = select(*_SHORT, cast(Job.plan, Text).label("plan_json")).where(
-    *_is(bindparam("project"), bindparam("job"))
+# What is read to be shown is read as columns of tables: objects take several times as long. The queries of
+# the call that clients make most are put together once, since that takes longer than to answer them.
+_JOBS, _OF_ATTEMPTS = Job.__table__.c, Attempt.__table__.c
+_SHOWN = [column for column in _JOBS if column.name in SHOWN | {*Version._fields}]
+_WITH_PLAN = select(*_SHOWN, cast(_JOBS.plan, Text).label("plan_json")).where(
+    _JOBS.id == bindparam("job"), _JOBS.project_id == bindparam("project"), _JOBS.deleted_at.is_(None)
 )
-_ATTEMPTS = (
-    select(*(each.class_attribute for each in inspect(Attempt).column_attrs))
-    .where(Attempt.job_id == bindparam("job"))
-    .order_by(Attempt.number)
-)
+_ATTEMPTS = select(*_OF_ATTEMPTS).where(_OF_ATTEMPTS.job_id == bindparam("job")).order_by(_OF_ATTEMPTS.number)
 
 
 def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
     if session.get_bind().dialect.name == "postgresql":
-        return type_coerce(Job.labels, JSONB).contains({key: value})
-    label = func.json_each(Job.labels).table_valued("key", "value")
+        return type_coerce(_JOBS.labels, JSONB).contains({key: value})
+    label = func.json_each(_JOBS.labels).table_valued("key", "value")
     return exists(select(label.c.key).where(label.c.key == key, label.c.value == value))
 
 

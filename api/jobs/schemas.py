@@ -200,6 +200,8 @@ class JobRead(BaseModel):
 
 _SAME = JobRead.model_fields.keys() & set(inspect(Job).columns.keys()) - {"dataset"}
 """Fields that are columns."""
+SHOWN = _SAME | {"dataset_label", "error_code", "error_message", "batch_id", "batch_index"}
+"""The columns that it is made of."""
 
 
 class JobOutline(BaseModel):
