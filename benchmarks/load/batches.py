@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 def measure(api: Api, what: str, config: Mapping[str, Any]) -> None:
     """On Llamas of that configuration, which have headers and no weights."""
-    models = [fake_llama(api.root / f"{what} {n}", config) for n in range(_MODELS)]
+    models = [fake_llama(api.root / f"{config['num_hidden_layers']}-{n}", config) for n in range(_MODELS)]
     for plans, variants in VARIANTS.items():
         jobs = [{"model": str(each), **variant} for each in models for variant in variants]
         began = time.perf_counter()
