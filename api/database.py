@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, MetaData, create_engine, event, func, make_url, select
+from sqlalchemy import JSON, DateTime, MetaData, Row, create_engine, event, func, make_url, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.ext.compiler import compiles
@@ -29,8 +29,8 @@ _ONE_SNAPSHOT: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
-_POOL_SIZE = 10
-_POOL_OVERFLOW = 40  # the server's thread pool has 40 threads, and workers may share the process
+_POOL_SIZE = 40  # as many as the server's thread pool has threads: what is above is opened for each use
+_POOL_OVERFLOW = 10  # for workers that share the process
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -52,6 +52,10 @@ class UTCDateTime(TypeDecorator[datetime]):
 
 
 JSONColumn = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+Columns = Row[*tuple[Any, ...]]
+"""Columns by their names, of a row that was not made an object."""
 
 
 class Base(DeclarativeBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
@@ -36,17 +36,18 @@ class AppContext:
     rates: Rates
 
 
-def _context(request: Request) -> AppContext:
+# What does not wait is async: FastAPI would send it through a thread otherwise.
+async def _context(request: Request) -> AppContext:
     context = request.app.state.context
     assert isinstance(context, AppContext)
     return context
 
 
-def _settings(context: Annotated[AppContext, Depends(_context)]) -> Settings:
+async def _settings(context: Annotated[AppContext, Depends(_context)]) -> Settings:
     return context.settings
 
 
-def _store(context: Annotated[AppContext, Depends(_context)]) -> Store:
+async def _store(context: Annotated[AppContext, Depends(_context)]) -> Store:
     return context.store
 
 
@@ -70,22 +71,58 @@ WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
 _bearer = HTTPBearer(auto_error=False, description="An API key; the first is in <data>/credentials.json.")
 
 
-def _caller(
+class Access:
+    """A request before it is known who makes it. A route that is asked often looks that up in the session
+    that it answers from, which saves it a thread and a connection; others ask for a `Reader` or the like."""
+
+    def __init__(
+        self,
+        request: Request,
+        context: AppContext,
+        background: BackgroundTasks,
+        credentials: HTTPAuthorizationCredentials | None,
+    ) -> None:
+        self._limits: RequestLimits = request.state.limits
+        self._context = context
+        self._background = background
+        self._key = credentials.credentials if credentials else None
+        self._caller: Principal | None = None
+
+    def caller(self, session: Session, scope: Scope) -> Principal:
+        """Who calls, within the limits of its project; looked up and counted once.
+
+        Raises:
+            Unauthorized: `missing_key`, `wrong_key`.
+            Forbidden: `scope_missing`.
+            TooManyRequests: `rate_limited`.
+        """
+        if self._caller is None:
+            self._caller = self._identify(session)
+        if not self._caller.may(scope):
+            raise Forbidden("scope_missing", f"This API key lacks the scope {scope.value!r}.")
+        return self._caller
+
+    def _identify(self, session: Session) -> Principal:
+        context = self._context
+        caller = identify(session, context.hasher, context.settings, self._key)
+        self._limits.lower_body(caller.limits.max_body_bytes)
+        if caller.limits.requests_per_minute is not None:
+            self._limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
+        if not caller.use_is_noted:
+            self._background.add_task(_note_use, context.database, caller.key_id)
+        return caller
+
+
+async def _access(
     request: Request,
     context: Context,
     background: BackgroundTasks,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Principal:
-    key = credentials.credentials if credentials else None
-    with context.database.read() as session:
-        caller = identify(session, context.hasher, context.settings, key)
-    limits: RequestLimits = request.state.limits
-    limits.lower_body(caller.limits.max_body_bytes)
-    if caller.limits.requests_per_minute is not None:
-        limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
-    if not caller.use_is_noted:
-        background.add_task(_note_use, context.database, caller.key_id)
-    return caller
+) -> Access:
+    return Access(request, context, background, credentials)
+
+
+Accessing = Annotated[Access, Depends(_access)]
 
 
 def _note_use(database: Database, key_id: str) -> None:
@@ -93,11 +130,10 @@ def _note_use(database: Database, key_id: str) -> None:
         projects.note_use(session, key_id)
 
 
-def _requires(scope: Scope) -> Callable[..., Awaitable[Principal]]:
-    async def principal(caller: Annotated[Principal, Depends(_caller)]) -> Principal:
-        if not caller.may(scope):
-            raise Forbidden("scope_missing", f"This API key lacks the scope {scope.value!r}.")
-        return caller
+def _requires(scope: Scope) -> Callable[..., Principal]:
+    def principal(access: Accessing, context: Context) -> Principal:
+        with context.database.read() as session:
+            return access.caller(session, scope)
 
     return principal
 

@@ -66,6 +66,9 @@ class Sender:
             if self._closed or self._busy.total() == _THREADS:
                 return None
             busy = [webhook for webhook, count in self._busy.items() if count == _THREADS_EACH]
+            with self._database.read() as session:
+                if not outbox.is_due(session, busy=busy):
+                    return None  # most of the time: a look takes no lock of SQLite
             with self._database.write() as session:
                 message = outbox.claim(session, busy=busy)
             if message is not None:

@@ -7,14 +7,16 @@ Several workers doing the same at once is harmless.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import structlog
+from sqlalchemy.orm import Session
 
 from api.artifacts.store import Store
 from api.database import Database
 from api.jobs import digests, leases, retention
+from api.jobs import repository as jobs
 from api.wake import wake
 from api.webhooks import outbox
 from api.workers import repository as workers
@@ -23,8 +25,10 @@ from worker.deliveries import POLL_SECONDS, Sender
 from worker.heartbeat import Periodic, Presence
 
 RETENTION_SECONDS = 3600.0
-_DELETED_AT_ONCE = 100
+_AT_ONCE = 100
 """Deleted jobs that are removed in one round, so that others get their turn."""
+_ROWS_AT_ONCE = 500
+"""Rows that one transaction removes, so that on SQLite others get to write."""
 
 log = structlog.get_logger(__name__)
 
@@ -55,20 +59,29 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
 
 
 def reap(worker: WorkerContext) -> None:
-    """End leases and waits that ran out, and forget workers that fell silent."""
-    with worker.database.write() as session:
-        changed = leases.reap(session)
-        workers.remove_silent(session, worker.settings.lease_seconds)
-    if changed:
+    """End leases and waits that ran out, and forget workers that fell silent. Looks first, since a look takes
+    no lock of SQLite."""
+    with worker.database.read() as session:
+        is_over = leases.is_over(session)
+        has_silent = workers.has_silent(session, worker.settings.lease_seconds)
+    if has_silent:
+        with worker.database.write() as session:
+            workers.remove_silent(session, worker.settings.lease_seconds)
+    while is_over:
+        with worker.database.write() as session:
+            changed = leases.reap(session)
         log.warning("jobs_reaped", count=changed)
+        is_over = changed == leases.REAPED_AT_ONCE
 
 
 def sweep(worker: WorkerContext) -> None:
     """Repeat wake-ups that may have been lost: no more than there are jobs and idle workers for them."""
     with worker.database.read() as session:
-        queued = leases.queued_by_device(session, max_running=worker.settings.max_running)
         alive = workers.list_alive(session, worker.settings.lease_seconds)
-    idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
+        idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
+        if not idle:
+            return
+        queued = leases.queued_by_device(session, max_running=worker.settings.max_running)
     for device_class, count in wake_ups(queued, idle).items():
         for _ in range(count):
             wake(device_class, broker_url=worker.settings.broker_url)
@@ -86,10 +99,19 @@ def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:
 
 def forget_old(worker: WorkerContext) -> None:
     """Remove what is kept for some days only, once they are over."""
-    with worker.database.write() as session:
-        outbox.forget(session, worker.settings.webhook_delivery_days)
-        digests.forget_old(session)
+    days = worker.settings.webhook_delivery_days
+    _in_parts(worker.database, lambda session: outbox.forget(session, days, _ROWS_AT_ONCE))
+    _in_parts(worker.database, lambda session: jobs.forget_old_idempotency_keys(session, _ROWS_AT_ONCE))
+    _in_parts(worker.database, lambda session: digests.forget_old(session, _ROWS_AT_ONCE))
     forget_work(worker.database, worker.store, worker.settings.resume_days)
+
+
+def _in_parts(database: Database, remove: Callable[[Session], int]) -> None:
+    """Remove rows, _ROWS_AT_ONCE in a transaction, until there are fewer."""
+    removed = _ROWS_AT_ONCE
+    while removed == _ROWS_AT_ONCE:
+        with database.write() as session:
+            removed = remove(session)
 
 
 def forget_work(database: Database, store: Store, resume_days: float) -> None:
@@ -98,20 +120,23 @@ def forget_work(database: Database, store: Store, resume_days: float) -> None:
     Objects go before the rows that name them, so a crash in between leaves nothing unnamed; a job that is
     retried meanwhile solves again what it misses.
     """
-    with database.read() as session:
-        over = retention.past_resume(session, resume_days)
-    for job in over:
-        store.delete(f"work/{job.id}")
-        if job.manifest_key is None:
-            store.delete(f"artifacts/{job.id}")
-        with database.write() as session:
-            retention.forget_layers(session, job.id)
+    while True:
+        with database.read() as session:
+            over = retention.past_resume(session, resume_days, _AT_ONCE)
+        for job in over:
+            store.delete(f"work/{job.id}")
+            if job.manifest_key is None:
+                store.delete(f"artifacts/{job.id}")
+            with database.write() as session:
+                retention.forget_layers(session, job.id)
+        if len(over) < _AT_ONCE:
+            return
 
 
 def remove_deleted(database: Database, store: Store) -> None:
     """Remove the files of deleted jobs, then their rows: after a crash in between the rest is found again."""
     with database.read() as session:
-        job_ids = retention.deleted(session, _DELETED_AT_ONCE)
+        job_ids = retention.deleted(session, _AT_ONCE)
     for job_id in job_ids:
         for folder in ("work", "artifacts"):
             store.delete(f"{folder}/{job_id}")

@@ -39,7 +39,12 @@ def remember(session: Session, digests: Mapping[str, str]) -> None:
     session.flush()
 
 
-def forget_old(session: Session) -> None:
-    """Forget what was remembered long ago: most of those files have another stamp by now."""
+def forget_old(session: Session, limit: int) -> int:
+    """Forget what was remembered long ago: most of those files have another stamp by now. Returns how many
+    digests these were, at most `limit`."""
     cutoff = database.now(session) - timedelta(days=REMEMBERED_DAYS)
-    session.execute(delete(FileDigest).where(FileDigest.at < cutoff))
+    old = select(FileDigest.stamp).where(FileDigest.at < cutoff).limit(limit)
+    forgotten = session.execute(
+        delete(FileDigest).where(FileDigest.stamp.in_(old)).returning(FileDigest.stamp)
+    )
+    return len(forgotten.all())

@@ -9,11 +9,12 @@ from fastapi import Depends, Query
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import AppContext, Context, Reader
+from api.dependencies import Accessing, AppContext, Context
 from api.errors import NotFound
 from api.jobs import repository, service
 from api.jobs.models import TERMINAL
 from api.jobs.schemas import EventPage
+from api.security import Scope
 
 KEEP_ALIVE_SECONDS = 15.0
 """A comment is sent this often, so that nothing between closes the connection."""
@@ -27,12 +28,13 @@ Since = Annotated[int, Query(ge=0, le=2**31 - 1, description="The seq of the las
 
 
 async def wait_for_change(
-    job_id: str, caller: Reader, context: Context, wait: Wait = 0, since: Since = 0
+    job_id: str, access: Accessing, context: Context, wait: Wait = 0, since: Since = 0
 ) -> None:
     """Let the request go on when the job has an event after `since`, has ended, or time is over."""
 
     def goes_on() -> bool:
         with context.database.read() as session:
+            caller = access.caller(session, Scope.READ)
             version = repository.version(session, caller.project_id, job_id)
         return version is not None and version.status not in TERMINAL
 

@@ -19,12 +19,13 @@ from api import database
 from api.jobs import events, quotas, twins
 from api.jobs.attempts import NOTHING_SEEN, AttemptFacts, count_failure, end_attempt, give_back
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
-from api.jobs.reaper import reap, release_all
+from api.jobs.reaper import REAPED_AT_ONCE, is_over, reap, release_all
 from api.workers.models import WorkerIdentity
 from api.workers.repository import heartbeat
 from compression.events import Phase
 
 __all__ = [
+    "REAPED_AT_ONCE",
     "AttemptFacts",
     "CancelWon",
     "Lease",
@@ -36,6 +37,7 @@ __all__ = [
     "finished_layers",
     "heartbeat",
     "held",
+    "is_over",
     "mark_cancelled",
     "queued_by_device",
     "reap",

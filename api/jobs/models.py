@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc
+from sqlalchemy import BigInteger, Enum, ForeignKey, Index, String, Text, desc, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.batches.models import Batch
@@ -56,6 +56,11 @@ def _values(members: type[StrEnum]) -> list[str]:
 def _enum(kind: type[StrEnum]) -> Enum:
     """A string column on every database: adding a member needs no migration."""
     return Enum(kind, native_enum=False, length=16, values_callable=_values)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """An index on rows of which this is true alone."""
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class Job(Base):
@@ -133,22 +138,49 @@ class Job(Base):
     resolved_plan: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_group="work")
 
     report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
-    manifest_key: Mapped[str | None] = mapped_column(Text, index=True)
+    manifest_key: Mapped[str | None] = mapped_column(Text)
     error_code: Mapped[str | None] = mapped_column(String(80))
     error_message: Mapped[str | None] = mapped_column(Text)
     cache: Mapped[str] = mapped_column(String(8), default="use", server_default="use")
     cache_key: Mapped[str | None] = mapped_column(String(64))
-    deduplicated_from: Mapped[str | None] = mapped_column(String(40), index=True)
-    deleted_at: Mapped[datetime | None] = mapped_column(index=True)
+    deduplicated_from: Mapped[str | None] = mapped_column(String(40))
+    deleted_at: Mapped[datetime | None]
 
+    # No column that changes while a job runs is in an index (event_seq, layers_done, lease_until), so that
+    # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
-        Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),
-        Index("ix_jobs_lease", "status", "lease_until"),
-        Index("ix_jobs_cache", "project_id", "cache_key"),
+        Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
+        Index("ix_jobs_twin", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
+        Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
+        # The last four are all that the sweep's count asks for beside: a row is long, and they lie behind
+        # the plan.
+        Index(
+            "ix_jobs_claim",
+            "status",
+            desc("priority"),
+            "created_at",
+            "id",
+            "device_class",
+            "available_at",
+            "project_id",
+            "deduplicated_from",
+        ),
+        Index("ix_jobs_deadline", "status", "queue_deadline", **_where("queue_deadline IS NOT NULL")),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
-        # All that counts and pages of a batch ask for: a row is long, and its status lies behind the plan.
+        Index("ix_jobs_list_model", "project_id", "model", "created_at", "id"),
+        # Of PostgreSQL alone: SQLite looks through a project's jobs in the order of the list. Without
+        # fastupdate, which lets every query read through what was added lately.
+        Index(
+            "ix_jobs_labels",
+            "labels",
+            postgresql_using="gin",
+            postgresql_ops={"labels": "jsonb_path_ops"},
+            postgresql_with={"fastupdate": "off"},
+        ),
+        # All that counts and pages of a batch ask for, as above.
         Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
+        Index("ix_jobs_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
     )
 
 
@@ -203,7 +235,7 @@ class JobLayer(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     size: Mapped[int] = mapped_column(BigInteger)
     entry: Mapped[dict[str, Any]]
-    at: Mapped[datetime]
+    at: Mapped[datetime] = mapped_column(index=True)
 
 
 class IdempotencyKey(Base):
@@ -215,7 +247,7 @@ class IdempotencyKey(Base):
     route: Mapped[str] = mapped_column(String(80), primary_key=True)
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
-    resource_id: Mapped[str] = mapped_column(String(40))
+    resource_id: Mapped[str] = mapped_column(String(40), index=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session
 
 from api import database
@@ -12,15 +13,26 @@ from api.jobs import events, twins
 from api.jobs.attempts import count_failure, give_back
 from api.jobs.models import ACTIVE, AttemptOutcome, Job, JobStatus
 
+REAPED_AT_ONCE = 50
+"""Jobs that one transaction ends, so that on SQLite others get to write."""
+
+
+def is_over(session: Session) -> bool:
+    """Whether anything ran out. Only reads, so it holds up nobody on SQLite."""
+    now = database.now(session)
+    conditions = (_lost(now), _overdue(now), twins.left_alone())
+    found = (exists(select(Job.id).where(*which)) for which in conditions)
+    return bool(session.scalar(select(or_(*found))))
+
 
 def reap(session: Session) -> int:
     """End what ran out: a lost lease (queued again, failed past max_attempts, or cancelled if that was asked
     for), a wait longer than max_queue_seconds (expired), and a wait for a twin that is no longer in flight.
-    Returns how many jobs changed.
+    Returns how many jobs changed, at most REAPED_AT_ONCE.
 
     Harmless when several workers do it at once: each job is locked, and skipped where another holds it.
     """
-    lost = _lock(session, Job.status.in_(ACTIVE), Job.lease_until < database.now(session))
+    lost = _lock(session, *_lost(database.now(session)), limit=REAPED_AT_ONCE)
     message = "The worker stopped renewing its lease: it crashed, or lost the database."
     for job in lost:
         count_failure(
@@ -32,7 +44,8 @@ def reap(session: Session) -> int:
             message,
             retryable=True,
         )
-    return len(lost) + _expire(session) + twins.settle_rest(session)
+    expired = _expire(session, REAPED_AT_ONCE - len(lost))
+    return len(lost) + expired + twins.settle_rest(session, REAPED_AT_ONCE - len(lost) - expired)
 
 
 def release_all(session: Session) -> int:
@@ -43,10 +56,9 @@ def release_all(session: Session) -> int:
     return len(held)
 
 
-def _expire(session: Session) -> int:
+def _expire(session: Session, limit: int) -> int:
     now = database.now(session)
-    waits = (Job.status == JobStatus.QUEUED, ~twins.waits_for_running())
-    overdue = _lock(session, *waits, Job.queue_deadline <= now)
+    overdue = _lock(session, *_overdue(now), limit=limit)
     for job in overdue:
         job.status = JobStatus.EXPIRED
         job.deduplicated_from = None
@@ -58,11 +70,20 @@ def _expire(session: Session) -> int:
     return len(overdue)
 
 
-def _lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[Job]:
+def _lost(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    """No index has lease_until: there are no more jobs with a lease than workers."""
+    return Job.status.in_(ACTIVE), Job.lease_until < now
+
+
+def _overdue(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, ~twins.waits_for_running()
+
+
+def _lock(session: Session, *conditions: ColumnElement[bool], limit: int | None = None) -> Sequence[Job]:
     return session.scalars(
         select(Job)
         .where(*conditions)
-        .order_by(Job.id)
+        .limit(limit)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     ).all()

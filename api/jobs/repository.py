@@ -8,12 +8,26 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, exists, func, select, tuple_, type_coerce
+from sqlalchemy import (
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    delete,
+    exists,
+    func,
+    select,
+    tuple_,
+    type_coerce,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
+from api import database
 from api.cursors import Position
+from api.database import Columns
 from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
+from api.jobs.schemas import SHOWN
 
 IDEMPOTENCY_HOURS = 24
 
@@ -73,6 +87,11 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
     return session.scalars(select(Job).where(*_is(project_id, job_id)).with_for_update()).one_or_none()
 
 
+def get_with_plan(session: Session, project_id: str, job_id: str) -> Columns | None:
+    """A project's job to be shown: what is shown of it, and its plan as text, under `plan_json`."""
+    return session.execute(_WITH_PLAN, {"project": project_id, "job": job_id}).one_or_none()
+
+
 def version(session: Session, project_id: str, job_id: str) -> Version | None:
     """The version of a project's job."""
     query = select(*(getattr(Job, name) for name in Version._fields))
@@ -109,25 +128,25 @@ def list_page(
     order: JobOrder,
     after: Position | None,
     limit: int,
-) -> Sequence[Job]:
-    """At most `limit` jobs after a position."""
-    query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
+) -> Sequence[Columns]:
+    """What is shown of at most `limit` jobs after a position."""
+    query = select(*_SHOWN).where(_JOBS.project_id == project_id, _JOBS.deleted_at.is_(None))
     for column, value in (
-        (Job.status, wanted.status),
-        (Job.model, wanted.model),
-        (Job.scheme, wanted.scheme),
-        (Job.method, wanted.method),
-        (Job.batch_id, wanted.batch),
+        (_JOBS.status, wanted.status),
+        (_JOBS.model, wanted.model),
+        (_JOBS.scheme, wanted.scheme),
+        (_JOBS.method, wanted.method),
+        (_JOBS.batch_id, wanted.batch),
     ):
         if value is not None:
             query = query.where(column == value)
     for key, value in wanted.labels:
         query = query.where(_has_label(session, key, value))
     if wanted.created_after is not None:
-        query = query.where(Job.created_at > wanted.created_after)
+        query = query.where(_JOBS.created_at > wanted.created_after)
     if wanted.created_before is not None:
-        query = query.where(Job.created_at < wanted.created_before)
-    place, keys = tuple_(Job.created_at, Job.id), (Job.created_at, Job.id)
+        query = query.where(_JOBS.created_at < wanted.created_before)
+    place, keys = tuple_(_JOBS.created_at, _JOBS.id), (_JOBS.created_at, _JOBS.id)
     if order == JobOrder.NEWEST:
         query = query.order_by(*(key.desc() for key in keys))
         if after is not None:
@@ -136,7 +155,7 @@ def list_page(
         query = query.order_by(*keys)
         if after is not None:
             query = query.where(place > (after.created_at, after.id))
-    return session.scalars(query.limit(limit)).all()
+    return session.execute(query.limit(limit)).all()
 
 
 def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
@@ -144,16 +163,26 @@ def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
     return Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
 
 
+# What is read to be shown is read as columns of tables: objects take several times as long. The queries of
+# the call that clients make most are put together once, since that takes longer than to answer them.
+_JOBS, _OF_ATTEMPTS = Job.__table__.c, Attempt.__table__.c
+_SHOWN = [column for column in _JOBS if column.name in SHOWN | {*Version._fields}]
+_WITH_PLAN = select(*_SHOWN, cast(_JOBS.plan, Text).label("plan_json")).where(
+    _JOBS.id == bindparam("job"), _JOBS.project_id == bindparam("project"), _JOBS.deleted_at.is_(None)
+)
+_ATTEMPTS = select(*_OF_ATTEMPTS).where(_OF_ATTEMPTS.job_id == bindparam("job")).order_by(_OF_ATTEMPTS.number)
+
+
 def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
     if session.get_bind().dialect.name == "postgresql":
-        return type_coerce(Job.labels, JSONB).contains({key: value})
-    label = func.json_each(Job.labels).table_valued("key", "value")
+        return type_coerce(_JOBS.labels, JSONB).contains({key: value})
+    label = func.json_each(_JOBS.labels).table_valued("key", "value")
     return exists(select(label.c.key).where(label.c.key == key, label.c.value == value))
 
 
-def attempts(session: Session, job_id: str) -> Sequence[Attempt]:
+def attempts(session: Session, job_id: str) -> Sequence[Columns]:
     """A job's attempts, in order."""
-    return session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)).all()
+    return session.execute(_ATTEMPTS, {"job": job_id}).all()
 
 
 def find_idempotency_key(
@@ -173,6 +202,15 @@ def find_idempotency_key(
 def forget_idempotency_keys(session: Session, resource_id: str) -> None:
     """Let the keys that made a job make another."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.resource_id == resource_id))
+
+
+def forget_old_idempotency_keys(session: Session, limit: int) -> int:
+    """Remove at most so many keys that have run out. Returns how many."""
+    cutoff = database.now(session) - timedelta(hours=IDEMPOTENCY_HOURS)
+    name = IdempotencyKey.project_id, IdempotencyKey.route, IdempotencyKey.key
+    old = select(*name).where(IdempotencyKey.created_at < cutoff).limit(limit)
+    removed = delete(IdempotencyKey).where(tuple_(*name).in_(old)).returning(IdempotencyKey.key)
+    return len(session.execute(removed).all())
 
 
 def add_idempotency_key(session: Session, row: IdempotencyKey) -> None:

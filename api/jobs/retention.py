@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
@@ -13,15 +14,23 @@ from api.jobs import twins
 from api.jobs.models import RETRYABLE, TERMINAL, Job, JobLayer
 
 
-def past_resume(session: Session, days: float) -> Sequence[Job]:
-    """Jobs that still have finished layers although they ended more than `days` ago."""
+class Ended(NamedTuple):
+    """A job that ended. manifest_key: of what it published, if anything."""
+
+    id: str
+    manifest_key: str | None
+
+
+def past_resume(session: Session, days: float, limit: int) -> Sequence[Ended]:
+    """At most `limit` jobs that still have finished layers although they ended more than `days` ago."""
     cutoff = database.now(session) - timedelta(days=days)
-    return session.scalars(
-        select(Job)
-        .where(Job.status.in_(TERMINAL), Job.finished_at < cutoff)
-        .where(Job.id.in_(select(JobLayer.job_id)))
-        .order_by(Job.id)
-    ).all()
+    old = select(JobLayer.job_id).where(JobLayer.at < cutoff)  # has an index; layers come before the end
+    query = (
+        select(Job.id, Job.manifest_key)
+        .where(Job.id.in_(old), Job.status.in_(TERMINAL), Job.finished_at < cutoff)
+        .limit(limit)
+    )
+    return [Ended(*row) for row in session.execute(query)]
 
 
 def forget_layers(session: Session, job_id: str) -> None:

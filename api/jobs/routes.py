@@ -14,7 +14,15 @@ from pydantic import AwareDatetime, Field
 from sqlalchemy.orm import Session
 
 from api.codes import EVERYWHERE, SUBMISSION, documented
-from api.dependencies import Context, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import (
+    Accessing,
+    Context,
+    CurrentSettings,
+    Reader,
+    ReadSession,
+    Submitter,
+    WriteSession,
+)
 from api.jobs import service
 from api.jobs.following import Waited, event_stream
 from api.jobs.models import TERMINAL, JobStatus
@@ -32,7 +40,7 @@ from api.jobs.schemas import (
     JobSubmit,
 )
 from api.jobs.submission import PlannedJob, plan_job
-from api.security import Principal
+from api.security import Principal, Scope
 from api.settings import Settings
 from api.wake import wake
 from api.webhooks.service import check_callback
@@ -180,25 +188,25 @@ def list_jobs(
 )
 def get_job(
     job_id: str,
-    caller: Reader,
-    session: ReadSession,
-    settings: CurrentSettings,
-    response: Response,
+    access: Accessing,
+    context: Context,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
-) -> JobDetail | Response:
+) -> Response:
     """A job as it stands, with its plan and its attempts."""
-    seen = service.glance(
-        session,
-        caller.project_id,
-        job_id,
-        lease_seconds=settings.lease_seconds,
-        max_running=caller.limits.max_running,
-    )
-    etag = seen.etag
-    if etag in [each.strip() for each in (if_none_match or "").split(",")]:
-        return Response(status_code=304, headers={"ETag": etag})
-    response.headers["ETag"] = etag
-    return service.describe(session, caller.project_id, job_id, seen.obstacle)
+    with context.database.read() as session:
+        caller = access.caller(session, Scope.READ)
+        shown = service.show(
+            session,
+            caller.project_id,
+            job_id,
+            known_etags=[each.strip() for each in if_none_match.split(",")] if if_none_match else (),
+            lease_seconds=context.settings.lease_seconds,
+            max_running=caller.limits.max_running,
+        )
+    headers = {"ETag": shown.etag}
+    if shown.body is None:
+        return Response(status_code=304, headers=headers)
+    return Response(shown.body, media_type="application/json", headers=headers)
 
 
 @router.get(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 
+from api.database import Columns
 from api.jobs.models import AttemptOutcome, Job, JobStatus
 from api.schemas import all_required
 from compression.errors import PlanError
@@ -176,6 +179,11 @@ class JobBatch(BaseModel):
     index: int
 
 
+Stored = TypeVar("Stored", Recipe, Calibration, Evaluation)
+AsStored = Annotated[Stored, WrapValidator(lambda stored, _: stored), SerializeAsAny()]
+"""The database has the JSON of such a model: it is not read into one to be written as JSON again."""
+
+
 class JobRead(BaseModel):
     """A job as it stands."""
 
@@ -191,9 +199,9 @@ class JobRead(BaseModel):
     dataset: str | None = Field(description="Where the dataset is, or how many inline texts it has.")
     scheme: str
     method: str
-    recipe: Recipe
-    calibration: Calibration
-    evaluation: Evaluation
+    recipe: AsStored[Recipe]
+    calibration: AsStored[Calibration]
+    evaluation: AsStored[Evaluation]
     quality_gate: QualityGate | None
     device_class: DeviceClass
     max_runtime_seconds: int | None
@@ -211,16 +219,21 @@ class JobRead(BaseModel):
     )
 
     @classmethod
-    def of(cls, job: Job, **more: Any) -> Self:
+    def of(cls, job: Job | Columns) -> Self:
         """From the row."""
-        columns = set(inspect(Job).columns.keys()) - {"dataset"}
-        same = {name: getattr(job, name) for name in cls.model_fields if name in columns}
+        same = {name: getattr(job, name) for name in _SAME}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         batch = None
         if job.batch_id is not None and job.batch_index is not None:
             batch = JobBatch(id=job.batch_id, index=job.batch_index)
         made = {"dataset": job.dataset_label, "error": error, "batch": batch}
-        return cls.model_validate({**same, **made, **more})
+        return cls.model_validate({**same, **made})
+
+
+_SAME = JobRead.model_fields.keys() & set(inspect(Job).columns.keys()) - {"dataset"}
+"""Fields that are columns."""
+SHOWN = _SAME | {"dataset_label", "error_code", "error_message", "batch_id", "batch_index"}
+"""The columns that it is made of."""
 
 
 class JobOutline(BaseModel):

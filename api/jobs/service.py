@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic_core import to_json
 from sqlalchemy.orm import Session
 
 from api import database
@@ -24,7 +25,6 @@ from api.jobs.schemas import (
     AttemptRead,
     EventPage,
     EventRead,
-    JobDetail,
     JobOutline,
     JobOverrides,
     JobPage,
@@ -42,17 +42,12 @@ SUBMIT_ROUTE = "POST /v1/jobs"
 
 
 @dataclass(frozen=True)
-class Glance:
-    """A job's version, and what keeps it waiting."""
+class Shown:
+    """What a job shows. etag: another one after every change. body: the JSON of a JobDetail, None for a
+    caller who has it."""
 
-    version: Version
-    obstacle: Obstacle | None
-
-    @property
-    def etag(self) -> str:
-        """Another one after every change of what the job shows."""
-        reason = "" if self.obstacle is None else f"-{zlib.crc32(self.obstacle.message.encode()):08x}"
-        return f'W/"{self.version.event_seq}-{self.version.layers_done}{reason}"'
+    etag: str
+    body: bytes | None
 
 
 def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
@@ -149,32 +144,60 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     return _found(repository.get(session, project_id, job_id), job_id)
 
 
-def glance(
-    session: Session, project_id: str, job_id: str, *, lease_seconds: float, max_running: int | None
-) -> Glance:
-    """What tells whether a job shows something new, found without reading all of it.
+def show(
+    session: Session,
+    project_id: str,
+    job_id: str,
+    *,
+    known_etags: Collection[str],
+    lease_seconds: float,
+    max_running: int | None,
+) -> Shown:
+    """A job with its plan and attempts. What a caller knows is found out without reading all of it.
 
     Raises:
         NotFound: `job_not_found`.
     """
-    version = repository.version(session, project_id, job_id)
-    if version is None:
+
+    def obstacle(version: Version) -> Obstacle | None:
+        return _obstacle(session, project_id, version, lease_seconds, max_running)
+
+    if known_etags:
+        version = repository.version(session, project_id, job_id)
+        if version is not None and (etag := _etag(version, obstacle(version))) in known_etags:
+            return Shown(etag, None)
+    job = repository.get_with_plan(session, project_id, job_id)
+    if job is None:
         raise _not_found(job_id)
-    obstacle = None
-    if version.status == JobStatus.QUEUED:
-        alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
-        obstacle = scheduling.obstacle(version, alive)
-        if obstacle is None and max_running is not None:
-            running = repository.count(session, project_id, ACTIVE)
-            obstacle = scheduling.quota_obstacle(running, max_running)
-    return Glance(version, obstacle)
+    version = Version(*(getattr(job, name) for name in Version._fields))
+    seen = obstacle(version)
+    attempts = repository.attempts(session, job_id) if job.attempts_made else ()
+    details = {
+        b"obstacle": to_json(seen),
+        b"plan": job.plan_json.encode(),  # it may be large: not read to be written again
+        b"attempts": to_json([AttemptRead.model_validate(attempt) for attempt in attempts]),
+    }
+    fields = b"".join(b',"%s":%s' % detail for detail in details.items())
+    return Shown(_etag(version, seen), to_json(JobRead.of(job)).removesuffix(b"}") + fields + b"}")
 
 
-def describe(session: Session, project_id: str, job_id: str, obstacle: Obstacle | None) -> JobDetail:
-    """A job with its plan and attempts."""
-    job = _found(repository.get(session, project_id, job_id, deferred=[Job.plan]), job_id)
-    attempts = [AttemptRead.model_validate(attempt) for attempt in repository.attempts(session, job_id)]
-    return JobDetail.of(job, attempts=attempts, obstacle=obstacle)
+def _obstacle(
+    session: Session, project_id: str, version: Version, lease_seconds: float, max_running: int | None
+) -> Obstacle | None:
+    """What keeps a job waiting."""
+    if version.status != JobStatus.QUEUED:
+        return None
+    alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
+    found = scheduling.obstacle(version, alive)
+    if found is None and max_running is not None:
+        running = repository.count(session, project_id, ACTIVE)
+        found = scheduling.quota_obstacle(running, max_running)
+    return found
+
+
+def _etag(version: Version, obstacle: Obstacle | None) -> str:
+    reason = "" if obstacle is None else f"-{zlib.crc32(obstacle.message.encode()):08x}"
+    return f'W/"{version.event_seq}-{version.layers_done}{reason}"'
 
 
 def list_jobs(
@@ -197,9 +220,11 @@ def list_jobs(
 
 def list_events(session: Session, project_id: str, job_id: str, since: int, limit: int) -> EventPage:
     """A page of a job's events."""
-    job = get_job(session, project_id, job_id)
+    version = repository.version(session, project_id, job_id)
+    if version is None:
+        raise _not_found(job_id)
     items = [EventRead.model_validate(event) for event in events.page(session, job_id, since, limit)]
-    return EventPage(items=items, next_since=items[-1].seq if items else since, status=job.status)
+    return EventPage(items=items, next_since=items[-1].seq if items else since, status=version.status)
 
 
 def get_report(session: Session, project_id: str, job_id: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from compression.s3 import S3Ref
 _NAME = re.compile(r"\w[\w.-]*")
 _HUB_RETRY_SECONDS = 30
 _MAX_ENTRIES = 10_000
+_MAX_MODEL_BYTES = 2000  # more does not go into an index of PostgreSQL
 _KINDS = f"a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file"
 
 
@@ -40,12 +41,16 @@ def resolve_model(model: str, roots: Sequence[Path], hub: HubEnvironment) -> Mod
     """Where a model is.
 
     Raises:
-        PlanError: `path_not_allowed` for what is not below a root, whether or not it exists, or has a link
-            inside that leaves the roots; `model_not_found` for what is not there; `hub_...` for what the Hub
-            does not give.
+        PlanError: `model_name_too_long`; `path_not_allowed` for what is not below a root, whether or not it
+            exists, or has a link inside that leaves the roots; `model_not_found` for what is not there;
+            `hub_...` for what the Hub does not give.
         Unavailable: `hub_unreachable`.
     """
     pointer = "/model"
+    if len(model.encode()) > _MAX_MODEL_BYTES:
+        hint = "Move the folder, or link to it from a shorter path."
+        message = f"The model's name is longer than {_MAX_MODEL_BYTES} bytes."
+        raise PlanError(Problem("model_name_too_long", message, hint, pointer))
     if ref := HubRef.parse(model):
         return _model_on_hub(ref, hub)
     if not model.startswith("/"):

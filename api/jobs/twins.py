@@ -98,18 +98,23 @@ def reuse(session: Session, job: Job, twin: Job) -> None:
 
 def settle(session: Session, job_id: str) -> None:
     """Give the result of a job that has succeeded to those that wait for it. Holds its row."""
-    waiting = _lock(session, Job.deduplicated_from == job_id)
+    waiting = _lock(session, *_attached(job_id))
     if waiting:
         twin = session.get_one(Job, job_id, options=[undefer(Job.report)], populate_existing=True)
         for job in waiting:
             reuse(session, job, twin)
 
 
-def settle_rest(session: Session) -> int:
-    """See to jobs that wait for one that is no longer in flight. Returns how many there were."""
+def left_alone() -> tuple[ColumnElement[bool], ...]:
+    """Which jobs wait for one that is no longer in flight."""
     twin = aliased(Job)
     in_flight = exists(select(twin.id).where(twin.id == Job.deduplicated_from, twin.status.in_(_IN_FLIGHT)))
-    waiting = _lock(session, Job.deduplicated_from.is_not(None), ~in_flight)
+    return Job.status == JobStatus.QUEUED, Job.deduplicated_from.is_not(None), ~in_flight
+
+
+def settle_rest(session: Session, limit: int) -> int:
+    """See to jobs that were left alone, at most `limit`. Returns how many there were."""
+    waiting = _lock(session, *left_alone(), limit=limit)
     for job in waiting:
         query = select(Job).where(Job.id == job.deduplicated_from, *_is_shareable())
         done = session.scalars(query.with_for_update(read=True).options(undefer(Job.report))).one_or_none()
@@ -122,7 +127,7 @@ def settle_rest(session: Session) -> int:
 
 def detach(session: Session, job_id: str) -> None:
     """Let those that wait for a job go their own way, since it is about something else. Holds its row."""
-    for job in _lock(session, Job.deduplicated_from == job_id):
+    for job in _lock(session, *_attached(job_id)):
         _detach(session, job)
 
 
@@ -183,9 +188,11 @@ def _held(session: Session, project_id: str, keys: Iterable[str | None]) -> Sequ
     return session.scalars(query.order_by(Job.id).with_for_update(read=True)).all()
 
 
-def _lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[Job]:
-    """Queued jobs, held; those that another transaction holds are left to `settle_rest`."""
-    query = select(Job).where(Job.status == JobStatus.QUEUED, *conditions).order_by(Job.id)
-    return session.scalars(
-        query.with_for_update(skip_locked=True, of=Job).execution_options(populate_existing=True)
-    ).all()
+def _attached(job_id: str) -> tuple[ColumnElement[bool], ...]:
+    return Job.status == JobStatus.QUEUED, Job.deduplicated_from == job_id
+
+
+def _lock(session: Session, *conditions: ColumnElement[bool], limit: int | None = None) -> Sequence[Job]:
+    """Jobs, held; those that another transaction holds are left to `settle_rest`."""
+    query = select(Job).where(*conditions).limit(limit).with_for_update(skip_locked=True, of=Job)
+    return session.scalars(query.execution_options(populate_existing=True)).all()

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
-from api.projects.models import Project
 from api.settings import Settings
+
+
+class OwnLimits(Protocol):
+    """Those that a project has of its own; None where the settings' holds."""
+
+    @property
+    def max_queued(self) -> int | None: ...
+
+    @property
+    def max_running(self) -> int | None: ...
+
+    @property
+    def max_body_bytes(self) -> int | None: ...
+
+    @property
+    def requests_per_minute(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +34,7 @@ class Limits:
     requests_per_minute: int | None
 
     @classmethod
-    def of(cls, project: Project, settings: Settings) -> Self:
+    def of(cls, project: OwnLimits, settings: Settings) -> Self:
         """No project may send a larger body than the server takes from anybody."""
         return cls(
             max_queued=_own_or(project.max_queued, settings.max_queued),

@@ -54,12 +54,12 @@ def identify(session: Session, hasher: KeyHasher, settings: Settings, key: str |
     if found is None:
         hint = "Check that the whole key was copied; the server's first one is in its credentials.json."
         raise Unauthorized("wrong_key", "This API key is not known.", hint, headers=challenge)
-    noted = found.key.last_used_at
+    noted = found.last_used_at
     return Principal(
-        project_id=found.project.id,
-        key_id=found.key.id,
-        scopes=frozenset(Scope(scope) for scope in found.key.scopes),
-        limits=Limits.of(found.project, settings),
+        project_id=found.project_id,
+        key_id=found.id,
+        scopes=frozenset(Scope(scope) for scope in found.scopes),
+        limits=Limits.of(found, settings),
         use_is_noted=noted is not None and found.now - noted < NOTED_FOR,
     )
 

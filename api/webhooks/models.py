@@ -83,7 +83,7 @@ class Delivery(Base):
     next_attempt_at: Mapped[datetime | None]
     last_status_code: Mapped[int | None]
     last_error: Mapped[str | None] = mapped_column(Text)
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(index=True)
     delivered_at: Mapped[datetime | None]
 
     __table_args__ = (

@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from api import database
@@ -99,16 +99,18 @@ def _message(webhook: Webhook, event: str, body: str, at: datetime, job_id: str 
     )
 
 
+def is_due(session: Session, *, busy: Collection[str] = ()) -> bool:
+    """Whether there is a message to `claim`. Only reads, so it holds up nobody on SQLite."""
+    due = select(Delivery.id).where(*_due(database.now(session), busy))
+    return bool(session.scalar(select(exists(due))))
+
+
 def claim(session: Session, *, busy: Collection[str] = ()) -> Message | None:
     """Take the message that is due longest, but for those to `busy` webhooks; None without one."""
     now = database.now(session)
     due = (
         select(Delivery.id)
-        .where(
-            Delivery.status == DeliveryStatus.PENDING,
-            Delivery.next_attempt_at <= now,
-            Delivery.webhook_id.not_in(busy),
-        )
+        .where(*_due(now, busy))
         .order_by(Delivery.next_attempt_at, Delivery.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -148,11 +150,20 @@ def settle(session: Session, message: Message, answer: Answer) -> None:
         _update_pending(session, Delivery.webhook_id == message.webhook_id, **failed)
 
 
-def forget(session: Session, days: float) -> None:
-    """Remove messages older than that, but for those that are still to be sent."""
+def forget(session: Session, days: float, limit: int) -> int:
+    """Remove at most `limit` messages older than that, but for those that are still to be sent. Returns how
+    many."""
     cutoff = database.now(session) - timedelta(days=days)
-    session.execute(
-        delete(Delivery).where(Delivery.status != DeliveryStatus.PENDING, Delivery.created_at < cutoff)
+    old = select(Delivery.id).where(Delivery.created_at < cutoff, Delivery.status != DeliveryStatus.PENDING)
+    removed = delete(Delivery).where(Delivery.id.in_(old.limit(limit))).returning(Delivery.id)
+    return len(session.execute(removed).all())
+
+
+def _due(now: datetime, busy: Collection[str]) -> tuple[ColumnElement[bool], ...]:
+    return (
+        Delivery.status == DeliveryStatus.PENDING,
+        Delivery.next_attempt_at <= now,
+        Delivery.webhook_id.not_in(busy),
     )
 
 

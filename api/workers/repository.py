@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
 from api import database
@@ -31,6 +31,12 @@ def heartbeat(session: Session, worker: WorkerIdentity, job_id: str | None = Non
 def remove(session: Session, worker_id: str) -> None:
     """Forget a worker that stopped in good order."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def has_silent(session: Session, seconds: float) -> bool:
+    """Whether there are workers whose last heartbeat is older than that."""
+    silent = select(Worker.id).where(Worker.heartbeat_at < _cutoff(session, seconds))
+    return bool(session.scalar(select(exists(silent))))
 
 
 def remove_silent(session: Session, seconds: float) -> None:

@@ -12,8 +12,8 @@ depends_on = None
 
 _INDEXES = {
     "ix_jobs_cache": ["project_id", "cache_key"],
-    "ix_jobs_deduplicated_from": ["deduplicated_from"],
-    "ix_jobs_manifest_key": ["manifest_key"],
+    "ix_jobs_twin": ["deduplicated_from"],
+    "ix_jobs_manifest": ["manifest_key"],
 }
 
 
@@ -22,7 +22,8 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("cache_key", sa.String(64)))
     op.add_column("jobs", sa.Column("deduplicated_from", sa.String(40)))
     for name, columns in _INDEXES.items():
-        op.create_index(name, "jobs", columns)
+        there = sa.text(f"{columns[-1]} IS NOT NULL")
+        op.create_index(name, "jobs", columns, postgresql_where=there, sqlite_where=there)
     op.create_table(
         "file_digests",
         sa.Column("stamp", sa.String(64), primary_key=True),

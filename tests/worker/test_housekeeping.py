@@ -13,12 +13,14 @@ from sqlalchemy import select, update
 
 from api import database
 from api.jobs import leases
-from api.jobs.models import Job, JobLayer, JobStatus
+from api.jobs.models import IdempotencyKey, Job, JobLayer, JobStatus
 from tests.worker.conftest import Submit
+from worker import reaper
 from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
+from worker.deliveries import Sender
 from worker.heartbeat import Presence
-from worker.reaper import forget_work, reap, remove_deleted, wake_ups
+from worker.reaper import forget_old, forget_work, reap, remove_deleted, sweep, wake_ups
 from worker.tasks import look
 
 
@@ -47,6 +49,33 @@ def test_an_expired_lease_is_reaped(worker: WorkerContext, submit: Submit) -> No
         assert session.get_one(Job, job_id).status == JobStatus.QUEUED
 
 
+def test_who_has_nothing_to_do_waits_for_no_writer(worker: WorkerContext, submit: Submit) -> None:
+    """SQLite has one at a time."""
+    submit()
+    sender = Sender(worker.database, worker.settings)
+    with worker.database.write() as session:
+        session.execute(update(Job).values(name="held"))
+        reap(worker)
+        sweep(worker)
+        sender.send_due()
+        remove_deleted(worker.database, worker.store)
+    sender.close()
+
+
+def test_all_that_ran_out_is_reaped(
+    worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("api.jobs.reaper.REAPED_AT_ONCE", "api.jobs.leases.REAPED_AT_ONCE"):
+        monkeypatch.setattr(name, 2)
+    for _ in range(3):
+        submit(max_queue_seconds=1)
+    with worker.database.write() as session:
+        session.execute(update(Job).values(queue_deadline=database.now(session)))
+    reap(worker)
+    with worker.database.read() as session:
+        assert session.scalars(select(Job.status)).all() == [JobStatus.EXPIRED] * 3
+
+
 def test_a_project_runs_no_more_than_the_setting_says(worker: WorkerContext, submit: Submit) -> None:
     job_id = submit()
     full = replace(worker, settings=worker.settings.model_copy(update={"max_running": 0}))
@@ -70,6 +99,8 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     worker: WorkerContext, submit: Submit, tmp_path: Path
 ) -> None:
     job_id, other_id = two_jobs_with_files(worker, submit, tmp_path)
+    with worker.database.read() as session:
+        at = database.now(session) - timedelta(days=3)
     for each in (job_id, other_id):
         with worker.database.write() as session:
             session.add(
@@ -83,15 +114,11 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
                     entry={},
                     store_key=f"work/{each}/aa.safetensors",
                     sha256="aa",
-                    at=database.now(session),
+                    at=at,
                 )
             )
     with worker.database.write() as session:
-        ended = {
-            "status": JobStatus.FAILED,
-            "layers_done": 1,
-            "finished_at": database.now(session) - timedelta(days=3),
-        }
+        ended = {"status": JobStatus.FAILED, "layers_done": 1, "finished_at": at}
         session.execute(update(Job).where(Job.id == job_id).values(**ended))
 
     forget_work(worker.database, worker.store, resume_days=4)
@@ -102,6 +129,22 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     with worker.database.read() as session:
         assert session.scalars(select(JobLayer.job_id)).all() == [other_id]
         assert session.get_one(Job, job_id).layers_done == 0
+
+
+def test_keys_of_requests_are_forgotten_after_a_day_a_part_at_a_time(
+    worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "_ROWS_AT_ONCE", 2)
+    submit()
+    with worker.database.write() as session:
+        (project_id,) = session.scalars(select(Job.project_id))
+        for hours in range(22, 27):
+            at = database.now(session) - timedelta(hours=hours, seconds=1)
+            row = {"key": str(hours), "body_sha256": "", "resource_id": "job", "created_at": at}
+            session.add(IdempotencyKey(project_id=project_id, route="r", **row))
+    forget_old(worker)
+    with worker.database.read() as session:
+        assert session.scalars(select(IdempotencyKey.key)).all() == ["22", "23"]
 
 
 def test_files_of_deleted_jobs_go_before_their_rows(

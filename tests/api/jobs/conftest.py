@@ -9,8 +9,8 @@ import pytest
 
 from api import database as clock
 from api.database import Database
-from api.jobs.models import Job, JobStatus
 from api.projects.models import Project
+from tests.support.jobs import new_job
 
 
 @pytest.fixture
@@ -21,29 +21,7 @@ def add_job(database: Database) -> Callable[..., str]:
 
     def add(id: str = "job", **columns: Any) -> str:
         with database.write() as session:
-            now = clock.now(session)
-            defaults: dict[str, Any] = {
-                "project_id": "p",
-                "labels": {},
-                "priority": 0,
-                "model": "m",
-                "source": "/m",
-                "scheme": "W4A16",
-                "method": "rtn",
-                "recipe": {},
-                "calibration": {},
-                "evaluation": {},
-                "plan": {},
-                "max_attempts": 3,
-                "device_class": "any",
-                "required_host_bytes": 100,
-                "required_gpu_bytes": 100,
-                "status": JobStatus.QUEUED,
-                "layers_total": 2,
-                "created_at": now,
-                "available_at": now,
-            }
-            session.add(Job(id=id, **{**defaults, **columns}))
+            session.add(new_job(id, clock.now(session), **columns))
         return id
 
     return add

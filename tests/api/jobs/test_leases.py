@@ -313,6 +313,26 @@ class TestReaper:
             leases.renew(session, lease, LEASE)
 
 
+def test_a_transaction_reaps_no_more_than_others_can_wait_for(
+    database: Database, add_job: Callable[..., str]
+) -> None:
+    with database.read() as session:
+        past = clock.now(session) - timedelta(hours=1)
+        assert not leases.is_over(session)
+    add_job("lost", status=JobStatus.CANCELLING, lease_until=past, attempts_made=1)
+    with database.write() as session:
+        session.add(
+            Attempt(job_id="lost", number=1, token=0, worker_id="gone", device_class="cpu", started_at=past)
+        )
+    for number in range(leases.REAPED_AT_ONCE):
+        add_job(f"job{number}", queue_deadline=past)
+    with database.read() as session:
+        assert leases.is_over(session)
+    assert [reap(database) for _ in range(3)] == [leases.REAPED_AT_ONCE, 1, 0]
+    with database.read() as session:
+        assert not leases.is_over(session)
+
+
 def test_queued_by_device_counts_what_could_be_claimed(
     database: Database, add_job: Callable[..., str]
 ) -> None:

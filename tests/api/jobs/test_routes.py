@@ -10,12 +10,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from api.database import now
 from api.jobs import leases
-from api.jobs.models import AttemptOutcome
+from api.jobs.models import AttemptOutcome, Job
+from api.jobs.schemas import JobDetail
 from api.workers.models import Worker
+from compression.recipe import Calibration, Evaluation, Recipe
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import start
 
@@ -202,6 +204,18 @@ class TestProgress:
         assert (page["next_since"], page["status"]) == (5, "running")
         last = get(server, path, since=total)
         assert (last["items"], last["next_since"]) == ([], total)
+
+    def test_a_job_is_shown_as_documented(self, server: Server) -> None:
+        job_id = server.submit(labels={"a": "ä"})["id"]
+        start(server)
+        shown = get(server, f"/v1/jobs/{job_id}")
+        assert shown == JobDetail.model_validate(shown).model_dump(mode="json")
+        listed = get(server, "/v1/jobs")["items"][0]
+        assert listed == {name: shown[name] for name in listed}
+        for name, kind in (("recipe", Recipe), ("calibration", Calibration), ("evaluation", Evaluation)):
+            assert shown[name] == kind.model_validate(shown[name]).model_dump(mode="json")
+        with server.database.read() as session:
+            assert shown["plan"] == session.scalar(select(Job.plan))
 
     def test_a_failure_says_why(self, server: Server) -> None:
         job_id = server.submit()["id"]

@@ -169,6 +169,11 @@ class TestRefused:
         assert pointers(problem) == {"/model": "model_not_found"}
         assert "Hub" in problem["hint"]
 
+    def test_a_name_that_no_index_takes(self, server: Server) -> None:
+        problem = refused(server, model="/é" * 700)
+        assert pointers(problem) == {"/model": "model_name_too_long"}
+        assert "2000" in problem["detail"]
+
     def test_nothing_there(self, server: Server) -> None:
         assert pointers(refused(server, model=f"{server.model}2")) == {"/model": "model_not_found"}
         assert pointers(refused(server, dataset=f"{server.dataset}2")) == {"/dataset": "dataset_not_found"}

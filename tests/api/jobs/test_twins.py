@@ -329,5 +329,5 @@ def test_old_digests_are_forgotten(known: Server) -> None:
     with known.database.write() as session:
         old = clock.now(session) - timedelta(days=digests.REMEMBERED_DAYS + 1)
         session.execute(update(FileDigest).values(at=old))
-        digests.forget_old(session)
+        digests.forget_old(session, 100)
     assert known.submit()["deduplicated_from"] is None

@@ -69,6 +69,12 @@ class TestRate:
         assert refused.headers["Retry-After"] == refused.headers["RateLimit-Reset"]
         assert 1 <= int(refused.headers["Retry-After"]) <= 60
 
+    def test_a_request_that_waits_is_one(self, server: Server) -> None:
+        job = f"/v1/jobs/{server.submit()['id']}"
+        limit(server.database, requests_per_minute=3)
+        answer = server.http.get(job, params={"wait": 5, "since": 0})
+        assert answer.headers["RateLimit-Remaining"] == "2"
+
     def test_each_project_has_its_own_and_none_without_a_limit(self, server: Server) -> None:
         other = new_server_key(server, "other", Scope.READ)
         limit(server.database, "other", requests_per_minute=1)

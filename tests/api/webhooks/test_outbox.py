@@ -302,11 +302,13 @@ class TestClaimAndSettle:
     def test_only_old_messages_that_were_settled_are_forgotten(self, database: Database) -> None:
         def forget(days: float) -> int:
             with database.write() as session:
-                outbox.forget(session, days)
+                outbox.forget(session, days, 10)
             return len(deliveries(database))
 
         change(database, created_at=now(database) - timedelta(days=31))
         assert forget(30) == 1  # still to be sent
         settle(database, must_take(database), Answer(200))
         assert forget(32) == 1
+        with database.write() as session:
+            assert outbox.forget(session, 30, 0) == 0
         assert forget(30) == 0

@@ -1,0 +1,1 @@
+"""How fast the API answers. Workload, machine and results: benchmarks/README.md."""
