@@ -31,7 +31,8 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         *("quality_gate_without_evaluation", "callback_not_found", "webhook_disabled"),
         "label_key_invalid",
         # where model and text are
-        *("path_not_allowed", "model_not_found", "dataset_not_found", "too_many_files"),
+        *("path_not_allowed", "model_not_found", "model_name_too_long", "dataset_not_found"),
+        "too_many_files",
         *("dataset_format_unsupported", "dataset_required"),
         *("hub_access_denied", "hub_answer_invalid", "hub_offline", "hub_repository_not_found"),
         "hub_revision_not_found",

@@ -58,6 +58,7 @@ _JOB: dict[str, Any] = {
     "finished_at": None,
     "error": None,
     "batch": None,
+    "deduplicated_from": None,
 }
 
 _ATTEMPT = {

@@ -76,7 +76,7 @@ def _lost(now: datetime) -> tuple[ColumnElement[bool], ...]:
 
 
 def _overdue(now: datetime) -> tuple[ColumnElement[bool], ...]:
-    return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, ~twins.waits_for_running()
+    return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, twins.waits_for_worker()
 
 
 def _lock(session: Session, *conditions: ColumnElement[bool], limit: int | None = None) -> Sequence[Job]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, exists, func, select
+from sqlalchemy import ColumnElement, ScalarSelect, func, select
 from sqlalchemy.orm import Session, aliased, undefer
 
 from api import database
@@ -107,9 +107,8 @@ def settle(session: Session, job_id: str) -> None:
 
 def left_alone() -> tuple[ColumnElement[bool], ...]:
     """Which jobs wait for one that is no longer in flight."""
-    twin = aliased(Job)
-    in_flight = exists(select(twin.id).where(twin.id == Job.deduplicated_from, twin.status.in_(_IN_FLIGHT)))
-    return Job.status == JobStatus.QUEUED, Job.deduplicated_from.is_not(None), ~in_flight
+    gone = func.coalesce(_twins_status(), JobStatus.FAILED).not_in(_IN_FLIGHT)
+    return Job.status == JobStatus.QUEUED, Job.deduplicated_from.is_not(None), gone
 
 
 def settle_rest(session: Session, limit: int) -> int:
@@ -131,20 +130,25 @@ def detach(session: Session, job_id: str) -> None:
         _detach(session, job)
 
 
-def waits_for_running() -> ColumnElement[bool]:
-    """Whether a job waits for one that a worker has: then it does not wait for a worker."""
-    twin = aliased(Job)
-    return exists(select(twin.id).where(twin.id == Job.deduplicated_from, twin.status == JobStatus.RUNNING))
+def waits_for_worker() -> ColumnElement[bool]:
+    """Whether a queued job waits for a worker, or for a job that does: not for one that a worker has."""
+    return _twins_status().is_distinct_from(JobStatus.RUNNING)
 
 
 def shares_files() -> ColumnElement[bool]:
     """Whether another job that is not deleted has the files that a job has."""
     other = aliased(Job)
-    return exists(
-        select(other.id).where(
-            other.manifest_key == Job.manifest_key, other.id != Job.id, other.deleted_at.is_(None)
-        )
+    shared = select(other.id).where(
+        other.manifest_key == Job.manifest_key, other.id != Job.id, other.deleted_at.is_(None)
     )
+    return shared.limit(1).scalar_subquery().is_not(None)
+
+
+def _twins_status() -> ScalarSelect[JobStatus]:
+    """Of the job that a job names. A value is looked up in an index for each of few jobs; for EXISTS,
+    PostgreSQL may read all jobs once."""
+    twin = aliased(Job)
+    return select(twin.status).where(twin.id == Job.deduplicated_from).scalar_subquery()
 
 
 def _is_ahead(twin: Job, job: Job) -> bool:
