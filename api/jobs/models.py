@@ -150,7 +150,7 @@ class Job(Base):
     # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
         Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
-        Index("ix_jobs_twin", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
+        Index("ix_jobs_twin", "status", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
         Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
         # The last four are all that the sweep's count asks for beside: a row is long, and they lie behind
         # the plan.

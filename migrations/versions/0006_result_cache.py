@@ -12,7 +12,7 @@ depends_on = None
 
 _INDEXES = {
     "ix_jobs_cache": ["project_id", "cache_key"],
-    "ix_jobs_twin": ["deduplicated_from"],
+    "ix_jobs_twin": ["status", "deduplicated_from"],
     "ix_jobs_manifest": ["manifest_key"],
 }
 

@@ -18,9 +18,9 @@ from api import database as clock
 from api.batches import repository as batches
 from api.cursors import Position
 from api.database import Database
-from api.jobs import events, leases, quotas, repository, retention
+from api.jobs import digests, events, leases, quotas, repository, retention, twins
 from api.jobs.leases import Lease
-from api.jobs.models import ACTIVE, JobStatus
+from api.jobs.models import ACTIVE, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder
 from api.projects import repository as projects
 from api.projects.models import Project
@@ -122,6 +122,13 @@ QUERIES: dict[str, tuple[Query, str]] = {
         lambda s: retention.past_resume(s, days_since(LONG_AGO, s), 100),
         "ix_job_layers_at",
     ),
+    "what was made of some work": (
+        lambda s: twins.attach_new(s, [Job(id="new", project_id="p", cache="use", cache_key="k")]),
+        "ix_jobs_cache",
+    ),
+    "those that wait for a job": (lambda s: twins.settle(s, job_id(5)), "ix_jobs_twin"),
+    "digests of files": (lambda s: digests.known(s, ["a", "b"]), "pk_file_digests"),
+    "digests of long ago": (lambda s: digests.forget_old(s, 10), "ix_file_digests_at"),
     "layers to be forgotten": (lambda s: retention.forget_layers(s, job_id(97)), "pk_job_layers"),
     "deleted jobs": (lambda s: retention.deleted(s, 100), "ix_jobs_deleted_at"),
     "a deleted job's row": (lambda s: retention.remove(s, job_id(5)), "pk_jobs"),
@@ -181,6 +188,8 @@ OF_JOBS = (
     " SELECT substr(id, 1, 13), 'p', '{}', 100, 0, '[]', min(created_at)"
     " FROM jobs WHERE id <> 'original' GROUP BY substr(id, 1, 13)",
     "UPDATE jobs SET batch_id = substr(id, 1, 13), batch_index = CAST(substr(id, 14) AS integer),"
+    " cache_key = id, manifest_key = CASE WHEN status = 'succeeded' THEN id END,"
+    " deduplicated_from = CASE WHEN status = 'succeeded' AND id LIKE '%5' THEN 'job_1' END,"
     " deleted_at = CASE WHEN id LIKE '%94' THEN created_at END,"
     " queue_deadline = CASE WHEN status = 'failed' THEN created_at"
     " WHEN status = 'queued' THEN '2099-01-01 00:00:00.000000' END WHERE id <> 'original'",
@@ -196,6 +205,8 @@ OF_JOBS = (
     "INSERT INTO idempotency_keys (project_id, route, key, body_sha256, resource_id, created_at)"
     " SELECT 'p', 'POST /v1/jobs', id, 's', id,"
     " CASE WHEN id LIKE '%00' THEN created_at ELSE CURRENT_TIMESTAMP END FROM jobs",
+    "INSERT INTO file_digests (stamp, sha256, at)"
+    " SELECT id, 's', CASE WHEN id LIKE '%00' THEN created_at ELSE CURRENT_TIMESTAMP END FROM jobs",
     "INSERT INTO webhooks (id, project_id, url, events, all_jobs, secret, created_at)"
     " SELECT 'wh' || substr(id, 13), 'p', 'https://example.com/', '[]', true, 's', created_at"
     f" FROM jobs WHERE id BETWEEN '{job_id(100)}' AND '{job_id(199)}'",
