@@ -7,8 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +40,7 @@ def serve(
     roots = os.pathsep.join(str(root.absolute()) for root in local_root) if local_root else None
     _override(HOST=host, PORT=_free_port(host) if port == 0 else port, DATA_DIR=data_dir, LOCAL_ROOTS=roots)
     settings = load_settings(as_json=as_json)
+    _check_urls(settings, as_json=as_json)
     url = _url(settings.host, settings.port)
     first_start = not settings.credentials_file.exists()
 
@@ -50,14 +50,12 @@ def serve(
 
     threading.Thread(target=_when_ready, args=(url, announce), daemon=True).start()
     if not settings.embedded:
-        with _bad_settings(as_json=as_json):
-            _serve_api(settings)
+        _serve_api(settings)
         return
     from worker.embedded import ServeRefused, run_embedded
 
     try:
-        with _bad_settings(as_json=as_json):
-            run_embedded(settings)
+        run_embedded(settings)
     except ServeRefused as error:
         fail(Exit.FAILED, error.code, str(error), as_json=as_json)
     except RuntimeError as error:
@@ -70,11 +68,11 @@ def worker(as_json: JsonOption = False) -> None:
     Ends at Ctrl-C or SIGTERM; a running job is given back, and another worker goes on with it.
     """
     settings = load_settings(as_json=as_json)
+    _check_urls(settings, as_json=as_json)
     from worker.celery_app import WorkerRefused, run_worker
 
     try:
-        with _bad_settings(as_json=as_json):
-            run_worker(settings)
+        run_worker(settings)
     except WorkerRefused as error:
         fail(Exit.USAGE, "broker_is_embedded", str(error), as_json=as_json)
 
@@ -98,20 +96,22 @@ def _serve_api(settings: Settings) -> None:
     )
 
 
-@contextmanager
-def _bad_settings(*, as_json: bool) -> Iterator[None]:
-    """End the command with its exit code where the URL of store or database is none, or nothing is there."""
-    from sqlalchemy.exc import SQLAlchemyError
+def _check_urls(settings: Settings, *, as_json: bool) -> None:
+    """End the command with its exit code where the URL of store or database is none."""
+    from sqlalchemy.exc import ArgumentError
 
-    from api.artifacts.store import StoreError
+    from api.artifacts.store import StoreError, open_store
+    from api.database import make_engine
 
     try:
-        yield
+        open_store(settings.store_url)
     except StoreError as error:
         fail(Exit.USAGE, error.code, f"BITMILL_STORE_URL: {error.message}", as_json=as_json, hint=error.hint)
-    except SQLAlchemyError as error:
-        message = f"BITMILL_DATABASE_URL: {str(error).splitlines()[0]}"
-        fail(Exit.FAILED, "database_failed", message, as_json=as_json, hint="`bitmill doctor` looks at it.")
+    try:
+        make_engine(settings.database_url).dispose()
+    except (ArgumentError, ValueError) as error:
+        hint = "Give sqlite:/// and a path, or postgresql://user:password@host/name."
+        fail(Exit.USAGE, "unknown_database", f"BITMILL_DATABASE_URL: {error}", as_json=as_json, hint=hint)
 
 
 def _free_port(host: str | None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from api.jobs.schemas import JobRead
 from tests.api.conftest import Server
 from tests.support.serving import serving
 
@@ -53,6 +54,7 @@ def test_a_generated_client_works(generated: Path, server: Server) -> None:
     answer = json.loads(done.stdout)
     listed = server.http.get("/v1/schemes").json()["items"]
     assert answer["schemes"] == [scheme["name"] for scheme in listed]
-    assert answer["job"] == server.http.get("/v1/jobs").json()["items"][1]
+    kept = server.http.get("/v1/jobs").json()["items"][1]
+    assert JobRead.model_validate(answer["job"]) == JobRead.model_validate(kept)
     assert (answer["clone"]["scheme"], answer["clone"]["priority"]) == ("W8A16", 7)
     assert answer["clone"]["calibration"] == answer["job"]["calibration"]
