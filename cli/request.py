@@ -51,6 +51,7 @@ class JobOptions:
     max_runtime_seconds: int | None = None
     max_queue_seconds: int | None = None
     callback: str | None = None
+    output: str | None = None
 
 
 def body(options: JobOptions) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def body(options: JobOptions) -> dict[str, Any]:
         max_runtime_seconds=options.max_runtime_seconds,
         max_queue_seconds=options.max_queue_seconds,
         callback=options.callback,
+        output=options.output,
     )
 
 

@@ -88,6 +88,9 @@ def submit(
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
     callback: Annotated[str | None, typer.Option(help="A webhook that is told how it ends.", **_Run)] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Copy the files there too.", metavar="s3://BUCKET/FOLDER", **_Run)
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key with the same options gives the same job.", **_Run)
     ] = None,
@@ -127,6 +130,7 @@ def submit(
         max_runtime_seconds=max_runtime_seconds,
         max_queue_seconds=max_queue_seconds,
         callback=callback,
+        output=output,
     )
     try:
         request = body(options)

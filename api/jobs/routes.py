@@ -13,7 +13,15 @@ from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime, Field
 from sqlalchemy.orm import Session
 
-from api.dependencies import Context, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import (
+    Context,
+    CurrentS3Access,
+    CurrentSettings,
+    Reader,
+    ReadSession,
+    Submitter,
+    WriteSession,
+)
 from api.errors import documented
 from api.jobs import service
 from api.jobs.following import Waited, event_stream
@@ -32,6 +40,7 @@ from api.jobs.schemas import (
     JobSubmit,
 )
 from api.jobs.submission import PlannedJob, plan_job
+from api.projects.prefixes import S3Access
 from api.security import Principal
 from api.settings import Settings
 from api.wake import wake
@@ -67,6 +76,7 @@ class Acceptance:
 
     caller: Principal
     settings: Settings
+    access: S3Access
     reading: Session
     writing: Session
     background: BackgroundTasks
@@ -76,7 +86,7 @@ class Acceptance:
     def plan(self, body: JobSubmit) -> PlannedJob:
         """What a job would be. Comes before the write session's first statement: no lock yet."""
         check_callback(self.reading, self.caller.project_id, body.callback)
-        return plan_job(body, self.settings)
+        return plan_job(body, self.settings, self.access)
 
     def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
         """Plan and store a job, or find the one that an earlier request with the same key made."""
@@ -99,13 +109,14 @@ class Acceptance:
 def _acceptance(
     caller: Submitter,
     settings: CurrentSettings,
+    access: CurrentS3Access,
     reading: ReadSession,
     writing: WriteSession,
     background: BackgroundTasks,
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> Acceptance:
-    return Acceptance(caller, settings, reading, writing, background, response, idempotency_key)
+    return Acceptance(caller, settings, access, reading, writing, background, response, idempotency_key)
 
 
 Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
@@ -126,11 +137,11 @@ def submit_job(
 @router.post("/estimate", response_model=Estimate, responses=documented(400, 413))
 def estimate_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
-    _: Submitter,
+    access: CurrentS3Access,
     settings: CurrentSettings,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return Estimate.model_validate(plan_job(body, settings).document)
+    return Estimate.model_validate(plan_job(body, settings, access).document)
 
 
 @router.get("", response_model=JobPage)

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 
 from api.jobs.models import AttemptOutcome, Job, JobStatus
+from api.projects.schemas import S3Prefix
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.steps import GroupSize, Observer
@@ -90,6 +91,12 @@ class JobSubmit(BaseModel):
         description="A webhook that is told of this job, also if it is not told of all.",
         examples=["wh_0f3c9a1be27d45608c1f"],
     )
+    output: S3Prefix | None = Field(
+        default=None,
+        description="Where the files are copied to: a bucket, or a folder of one, that the project may "
+        "write to. They lie in a folder of the job's there, which its artifacts name.",
+        examples=["s3://models/search"],
+    )
 
     @field_validator("recipe", mode="wrap")
     @classmethod
@@ -164,6 +171,7 @@ class JobRead(BaseModel):
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
     callback: str | None = Field(description="The webhook that is told of this job.")
+    output: str | None = Field(description="Below which prefix in S3 its files are copied to.")
     attempts_made: int
     event_seq: int = Field(description="The seq of its last event; it grows with every change.")
     created_at: datetime
@@ -287,9 +295,9 @@ class Estimate(BaseModel):
 
 class Obstacle(BaseModel):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
-    until another job of the project has ended."""
+    until another job of the project has ended, store_denied or store_unreachable until it is tried again."""
 
-    code: Literal["no_worker", "unschedulable", "quota_running"]
+    code: Literal["no_worker", "unschedulable", "quota_running", "store_denied", "store_unreachable"]
     message: str
 
 

@@ -144,8 +144,9 @@ def glance(
         raise _not_found(job_id)
     obstacle = None
     if version.status == JobStatus.QUEUED:
+        lost = repository.lost_store(session, job_id) if version.attempts_made else None
         alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
-        obstacle = scheduling.obstacle(version, alive)
+        obstacle = scheduling.store_obstacle(lost) if lost else scheduling.obstacle(version, alive)
         if obstacle is None and max_running is not None:
             running = repository.count(session, project_id, ACTIVE)
             obstacle = scheduling.quota_obstacle(running, max_running)
@@ -308,6 +309,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         max_runtime_seconds=body.max_runtime_seconds,
         max_queue_seconds=body.max_queue_seconds,
         callback=body.callback,
+        output=body.output,
         max_attempts=settings.max_attempts,
         plan=planned.document,
         device_class=body.resources.device_class,

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -25,12 +26,20 @@ ENDED = ("succeeded", "failed", "cancelled", "expired")
 class Process:
     """A command of `bitmill` on one core, with nothing of this process's environment but PATH."""
 
-    def __init__(self, command: str, folder: Path, settings: Mapping[str, str], core: int = 0) -> None:
+    def __init__(
+        self,
+        command: str,
+        folder: Path,
+        settings: Mapping[str, str],
+        core: int = 0,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
             **{f"BITMILL_{name}": value for name, value in settings.items()},
+            **variables,
         }
         self.log = folder / f"{command}.log"
         with self.log.open("ab") as log:
@@ -52,9 +61,16 @@ class Process:
         self._process.kill()
         self._process.wait()
 
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code of a process that is about to end."""
         return self._process.wait(timeout=30)
 
     def end(self) -> None:
@@ -64,9 +80,18 @@ class Process:
 
 
 class Service:
-    """An API on a free port, its data folder, and a client with its first key."""
+    """An API on a free port, its data folder, and a client with its first key.
 
-    def __init__(self, folder: Path, roots: Path, **settings: str) -> None:
+    variables: of its processes, besides the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        roots: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **settings: str,
+    ) -> None:
         self.data = folder / "data"
         self.folder = folder
         self.port = free_port()
@@ -77,12 +102,13 @@ class Service:
             "DEVICE": "cpu",
             **settings,
         }
+        self.variables = variables
         self.serve: Process | None = None
         self._client: httpx.Client | None = None
 
     def start(self) -> Process:
         """Start `bitmill serve` and wait until it is ready."""
-        self.serve = Process("serve", self.folder, self.settings)
+        self.serve = Process("serve", self.folder, self.settings, variables=self.variables)
         url = f"http://127.0.0.1:{self.port}"
         eventually(lambda: self._answers(url), START_SECONDS, f"no server; see {self.serve.log}", every=0.1)
         key = json.loads((self.data / "credentials.json").read_text())["api_key"]
@@ -90,9 +116,13 @@ class Service:
         self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
         return self.serve
 
-    def worker(self, core: int) -> Process:
-        """Start `bitmill worker` on the same settings."""
-        return Process("worker", self.folder, self.settings, core)
+    def worker(
+        self, core: int, variables: Mapping[str, str] = MappingProxyType({}), **settings: str
+    ) -> Process:
+        """Start `bitmill worker` on the same settings, but for these."""
+        return Process(
+            "worker", self.folder, {**self.settings, **settings}, core, {**self.variables, **variables}
+        )
 
     def close(self) -> None:
         self._close_client()
@@ -113,7 +143,7 @@ class Service:
 
     def post(self, path: str, body: Any = None) -> Any:
         answer = self._http.post(path, json=body)
-        assert answer.status_code == 202, answer.text
+        assert answer.status_code in (201, 202), answer.text
         return answer.json()
 
     def submit(self, **body: Any) -> str:
@@ -161,7 +191,7 @@ class Service:
         """Download every file of a job. Their sha256 by name, which the manifest has too."""
         digests = {}
         for file in self.get(f"/v1/jobs/{job_id}/artifacts")["files"]:
-            content = self._http.get(file["url"]).content
+            content = self._http.get(file["url"], follow_redirects=True).content
             digests[file["name"]] = hashlib.sha256(content).hexdigest()
             assert digests[file["name"]] == file["sha256"]
             assert len(content) == file["size"]
