@@ -26,7 +26,7 @@ from tests.support.postgres import PostgresServer, new_database
 from tests.support.receiver import Receiver, running_receiver
 from tests.support.s3 import KEEPER, S3Server
 
-LAYERS = 16
+LAYERS = 12
 MODEL = "someone/deep"
 TIMING = {"LEASE_SECONDS": "6", "HEARTBEAT_SECONDS": "1", "SWEEP_SECONDS": "1"}
 CLOCK = """

@@ -75,9 +75,13 @@ class Gate:
         while True:
             try:
                 client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:  # the server is gone, which a client sees as a connection that breaks
+                _end(client)
+                continue
             self._connections |= {client, server}
             for args in ((client, server, True), (server, client, False)):
                 threading.Thread(target=self._forward, args=args, daemon=True).start()
