@@ -18,8 +18,9 @@ from api.errors import Forbidden
 from api.jobs.watch import JobWatch
 from api.limits import RequestLimits
 from api.projects import repository as projects
+from api.projects.prefixes import S3Access
 from api.projects.rates import Rates, admit
-from api.projects.service import identify
+from api.projects.service import identify, s3_access
 from api.security import KeyHasher, Principal, Scope
 from api.settings import Settings
 
@@ -141,3 +142,11 @@ def _requires(scope: Scope) -> Callable[..., Principal]:
 Reader = Annotated[Principal, Depends(_requires(Scope.READ))]
 Submitter = Annotated[Principal, Depends(_requires(Scope.SUBMIT))]
 Admin = Annotated[Principal, Depends(_requires(Scope.ADMIN))]
+
+
+def _s3_access(caller: Submitter, context: Context) -> S3Access:
+    with context.database.read() as session:  # not the request's: planning may wait for the Hub
+        return s3_access(session, caller.project_id, context.settings)
+
+
+CurrentS3Access = Annotated[S3Access, Depends(_s3_access)]

@@ -18,6 +18,14 @@ from compression.s3 import S3Ref
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
+def check_s3_prefix(prefix: str) -> str:
+    """The prefix without a slash at its end; ValueError if it is neither a bucket nor a folder of one."""
+    short = prefix.rstrip("/")
+    if S3Ref.parse(f"{short}/key") is None:
+        raise ValueError(f"{prefix!r} is not s3://bucket or s3://bucket/folder")
+    return short
+
+
 class Settings(BaseSettings):
     """Settings of the service; each is the environment variable of its name with the prefix `BITMILL_`.
 
@@ -26,7 +34,8 @@ class Settings(BaseSettings):
     local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
     store_url: `file://` and a folder, or `s3://bucket/folder`, where finished files are kept.
     download_url_seconds: how long an address in S3 is good that a download is sent to.
-    s3_prefixes: `s3://bucket` or `s3://bucket/folder` that datasets may lie in, separated by commas.
+    s3_prefixes: `s3://bucket` or `s3://bucket/folder` that datasets may lie in, separated by commas; for
+        projects without their own.
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
     max_attempts: counted attempts (crashes, lost leases) after which a job fails.
@@ -91,10 +100,7 @@ class Settings(BaseSettings):
     @field_validator("s3_prefixes")
     @classmethod
     def _good_prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
-        for prefix in prefixes:
-            if S3Ref.parse(f"{prefix.rstrip('/')}/key") is None:
-                raise ValueError(f"{prefix!r} is not s3://bucket or s3://bucket/folder")
-        return prefixes
+        return tuple(check_s3_prefix(prefix) for prefix in prefixes)
 
     @field_validator("webhook_allowed_hosts")
     @classmethod

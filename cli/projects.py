@@ -62,27 +62,41 @@ def list_projects(as_json: JsonOption = False) -> None:
 
 
 @projects.command("set")
-def set_limits(
+def update(
     name: NameArgument,
     max_queued: LimitOption = None,
     max_running: LimitOption = None,
     max_body_bytes: LimitOption = None,
     requests_per_minute: LimitOption = None,
+    s3_prefix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX|none", help="Where jobs may name text: s3://bucket/folder. Repeatable."),
+    ] = None,
+    output_prefix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PREFIX|none", help="Where jobs may have files copied to. Repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Set limits of a project; those that are not given stay. They hold at once."""
+    """Set limits and prefixes of a project; those that are not given stay. They hold at once."""
     given = {
         "max_queued": max_queued,
         "max_running": max_running,
         "max_body_bytes": max_body_bytes,
         "requests_per_minute": requests_per_minute,
+        "s3_prefixes": s3_prefix,
+        "output_prefixes": output_prefix,
     }
     with _database(as_json=as_json) as (session, settings):
         from api.projects import service
-        from api.projects.schemas import LimitsUpdate
+        from api.projects.schemas import ProjectUpdate
 
-        asked = {limit: None if text == NONE else text for limit, text in given.items() if text is not None}
-        row = service.set_limits(session, name, LimitsUpdate.model_validate(asked))
+        asked = {
+            field: None if value in (NONE, [NONE]) else value
+            for field, value in given.items()
+            if value is not None
+        }
+        row = service.update(session, name, ProjectUpdate.model_validate(asked))
         project = service.describe(session, row, settings)
     if as_json:
         print_json(project.model_dump(mode="json"))
@@ -190,6 +204,8 @@ def _print_table(found: Sequence[ProjectRead]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("project", "queued", "running", "largest body", "requests a minute"):
         table.add_column(heading, no_wrap=True)
+    for heading in ("reads", "writes"):
+        table.add_column(heading, overflow="fold")
     for project in found:
         use, limits = project.use, project.limits
         table.add_row(
@@ -198,6 +214,8 @@ def _print_table(found: Sequence[ProjectRead]) -> None:
             f"{use.running} of {_shown(limits.max_running)}",
             str(limits.max_body_bytes),
             _shown(limits.requests_per_minute),
+            "\n".join(project.s3_prefixes),
+            "\n".join(project.output_prefixes),
         )
     out().print(table)
 

@@ -55,6 +55,7 @@ class JobOptions:
     max_queue_seconds: int | None = None
     callback: str | None = None
     cache: bool = True
+    output: str | None = None
 
 
 def body(options: JobOptions) -> JobSubmit:
@@ -92,6 +93,7 @@ def body(options: JobOptions) -> JobSubmit:
         max_queue_seconds=options.max_queue_seconds,
         callback=options.callback,
         cache=None if options.cache else "bypass",
+        output=options.output,
     )
     return cast("JobSubmit", given)
 

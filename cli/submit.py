@@ -92,6 +92,9 @@ def submit(
     cache: Annotated[
         bool, typer.Option(help="Take what another job of the project has made of the same.", **_Run)
     ] = True,
+    output: Annotated[
+        str | None, typer.Option(help="Copy the files there too.", metavar="s3://BUCKET/FOLDER", **_Run)
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key with the same options gives the same job.", **_Run)
     ] = None,
@@ -132,6 +135,7 @@ def submit(
         max_queue_seconds=max_queue_seconds,
         callback=callback,
         cache=cache,
+        output=output,
     )
     try:
         request = body(options)

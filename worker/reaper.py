@@ -13,13 +13,14 @@ from contextlib import contextmanager
 import structlog
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Store
+from api.artifacts.store import Store, artifact_folder, artifact_key
 from api.database import Database
 from api.jobs import digests, leases, retention
 from api.jobs import repository as jobs
 from api.wake import wake
 from api.webhooks import outbox
 from api.workers import repository as workers
+from worker import upload
 from worker.context import WorkerContext
 from worker.deliveries import POLL_SECONDS, Sender
 from worker.heartbeat import Periodic, Presence
@@ -115,7 +116,8 @@ def _in_parts(database: Database, remove: Callable[[Session], int]) -> None:
 
 
 def forget_work(database: Database, store: Store, resume_days: float) -> None:
-    """Remove what jobs keep for a resume, and what a killed upload left, once they can no longer be resumed.
+    """Remove what jobs keep for a resume, and what attempts left that were killed in their upload or fenced
+    out, once they can no longer be resumed.
 
     Objects go before the rows that name them, so a crash in between leaves nothing unnamed; a job that is
     retried meanwhile solves again what it misses.
@@ -125,8 +127,10 @@ def forget_work(database: Database, store: Store, resume_days: float) -> None:
             over = retention.past_resume(session, resume_days, _AT_ONCE)
         for job in over:
             store.delete(f"work/{job.id}")
-            if job.manifest_key is None:
-                store.delete(f"artifacts/{job.id}")
+            folder = artifact_folder(job.id)
+            for token in upload.tokens(store, folder):
+                if artifact_key(job.id, token, upload.MANIFEST) != job.manifest_key:
+                    upload.remove(store, folder, token)
             with database.write() as session:
                 retention.forget_layers(session, job.id)
         if len(over) < _AT_ONCE:

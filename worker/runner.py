@@ -99,10 +99,10 @@ def explain(error: Exception) -> dict[str, str]:
     """{"code", "message", "hint"} of whatever the engine raised."""
     if isinstance(error, CompressionError):
         return {"code": error.code, "message": error.message, "hint": error.hint}
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if is_disk_full(error):
         return {
             "code": "disk_full",
-            "message": f"The engine could not write its output: {error.strerror}.",
+            "message": f"There was no room to write: {error}.",
             "hint": "Free disk space where the worker keeps its scratch folder, then retry the job.",
         }
     if isinstance(error, MemoryError) or _is_gpu_out_of_memory(error):
@@ -112,6 +112,11 @@ def explain(error: Exception) -> dict[str, str]:
             "hint": "Use a machine with more memory, or fewer or shorter calibration samples.",
         }
     return {"code": "engine_error", "message": f"{type(error).__name__}: {error}", "hint": ""}
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether there was no room to write."""
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def _is_gpu_out_of_memory(error: Exception) -> bool:

@@ -3,7 +3,7 @@
     fetch      what earlier attempts finished, from the store; what is elsewhere, by a process of its own;
                which work it is: where another job has done it or does it now, nothing is left to do here
     plan, compress, verify      the engine, in its own process; every finished layer goes to the store
-    upload     the output, then the row that publishes it
+    upload     the output, to where else the job wants it too, then the row that publishes it
 
 An attempt ends in one of six ways: published, deduplicated, failed, cancelled, given back, or fenced out. It
 is given back where this worker ends, and where its store is away.
@@ -20,18 +20,17 @@ from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreError, StoreUnavailable
+from api.artifacts.store import Check, StoreError, artifact_folder, open_store
 from api.jobs import leases, twins
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
-from compression.errors import CompressionError
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
 from compression.sources import local
-from worker import upload
+from worker import endings, upload
 from worker.context import WorkerContext
+from worker.endings import AttemptFailed, ShuttingDown
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
 from worker.identity import Identity, identify
@@ -41,39 +40,14 @@ from worker.runner import EngineSpec
 
 _TICK_SECONDS = 0.2
 _KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
-_STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
 
 log = structlog.get_logger(__name__)
 
 
-class ShuttingDown(Exception):
-    """This worker process is asked to end."""
-
-
 class _TimeIsUp(Exception):
     """What is not kept by now is not worth the wait."""
-
-
-class AttemptFailed(Exception):
-    """Why an attempt failed. report: what a job keeps that was compressed and then refused."""
-
-    def __init__(
-        self,
-        outcome: AttemptOutcome,
-        code: str,
-        message: str,
-        *,
-        retryable: bool = False,
-        report: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.outcome = outcome
-        self.code = code
-        self.message = message
-        self.retryable = retryable
-        self.report = report
 
 
 def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
@@ -107,44 +81,7 @@ def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseK
         raise
     except Exception as reason:
         with worker.database.write() as session:
-            _end(session, lease, reason, facts)
-
-
-def _end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> None:
-    """Write why the attempt did not succeed."""
-    if isinstance(reason, CancelRequested):
-        leases.mark_cancelled(session, lease, facts)
-        return
-    if isinstance(reason, ShuttingDown):
-        leases.release(session, lease, facts=facts)
-        return
-    if isinstance(reason, StoreUnavailable):
-        lost, why = AttemptOutcome.STORE_LOST, (reason.code, str(reason))
-        leases.release(session, lease, lost, facts, why=why, delay_seconds=_STORE_PAUSE_SECONDS)
-        return
-    failure = _failure(reason)
-    leases.fail(
-        session,
-        lease,
-        failure.outcome,
-        failure.code,
-        failure.message,
-        retryable=failure.retryable,
-        report=failure.report,
-        facts=facts,
-    )
-
-
-def _failure(error: Exception) -> AttemptFailed:
-    """What a job is told. An error that nobody foresaw is the worker's, so another attempt is worth it."""
-    if isinstance(error, AttemptFailed):
-        return error
-    if isinstance(error, CompressionError):
-        return AttemptFailed(AttemptOutcome.FAILED, error.code, f"{error.message} {error.hint}".strip())
-    log.exception("worker_error")
-    return AttemptFailed(
-        AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
-    )
+            endings.end(session, lease, reason, facts)
 
 
 def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
@@ -171,6 +108,8 @@ class _Attempt:
         self._worker = worker
         self._database = worker.database
         self._store = worker.store
+        self._copies = [(open_store(job.output), job.id)] if job.output else []
+        self._places = [(worker.store, artifact_folder(job.id)), *self._copies]
         self._lease = lease
         self._job = job
         self._keeper = keeper
@@ -197,7 +136,8 @@ class _Attempt:
         with self._database.write() as session:
             leases.set_phase(session, self._lease, "fetch")
             layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
-        self._store.probe()  # before hours of work whose result has nowhere to go
+        for store, _ in self._places:
+            store.probe()  # before hours of work whose result has nowhere to go
         if self._job.resolved_plan is not None:
             self._restore(self._job.resolved_plan, layers)
         dataset = self._spec.dataset
@@ -215,7 +155,7 @@ class _Attempt:
         with self._database.write() as session:
             twins.hold(session, self._job.project_id)
             leases.save_cache_key(session, self._lease, self._identity.key)
-            if self._identity.key is None or self._job.cache == "bypass":
+            if self._identity.key is None or not twins.looks(self._job):
                 return False
             return twins.take(session, self._job.id, self._lease.attempt)
 
@@ -386,11 +326,15 @@ class _Attempt:
         """Upload, then the fenced row that makes it the job's result; anything else removes the upload."""
         with self._database.write() as session:
             leases.set_phase(session, self._lease, "upload")
-        patiently(self._check, upload.remove_older, self._store, self._job.id, self._lease.token)
+        token = self._lease.token
+        for store, folder in self._places:
+            patiently(self._check, upload.remove_older, store, folder, token)
         try:
             manifest_key = upload.publish(
-                self._store, self._output, self._job.id, self._lease.token, self._digests, self._check
+                self._store, self._output, self._job.id, token, self._digests, self._check
             )
+            for store, folder in self._copies:
+                upload.copy(store, self._output, f"{folder}/{token}", self._check)
             with self._database.write() as session:
                 leases.succeed(session, self._lease, report, manifest_key, self.facts)
         except SQLAlchemyError:
@@ -403,8 +347,9 @@ class _Attempt:
 
     def _remove_upload(self) -> None:
         try:
-            self._store.probe()  # one that hangs would keep a cancel waiting
-            upload.remove(self._store, self._job.id, self._lease.token)
+            for store, folder in self._places:
+                store.probe()  # one that hangs would keep a cancel waiting
+                upload.remove(store, folder, self._lease.token)
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
             log.warning("upload_not_removed", job=self._job.id, reason=error.message)
 

@@ -25,11 +25,7 @@ def keep_shard(store: Store, path: Path, job_id: str, sha256: str, check: Check)
     """
     key = work_key(job_id, sha256)
     if patiently(check, store.put, key, path, check) != sha256:
-        raise UploadError(
-            "upload_corrupt",
-            f"{path.name} differs from what the engine wrote.",
-            "Check the worker's disk and memory, then retry the job.",
-        )
+        raise _corrupt(path.name)
     return key
 
 
@@ -62,13 +58,37 @@ def publish(
     return key
 
 
-def remove(store: Store, job_id: str, token: int) -> None:
-    """Remove what the attempt with that fencing token has uploaded."""
-    store.delete(f"artifacts/{job_id}/{token}")
+def copy(store: Store, folder: Path, target: str, check: Check) -> None:
+    """Put what was published from `folder` below `target` in another store too, the manifest last.
+
+    Raises:
+        UploadError: `upload_corrupt`, a file is not what was published.
+    """
+    manifest = folder / MANIFEST
+    for file in json.loads(manifest.read_text())["files"]:
+        name = file["name"]
+        if patiently(check, store.put, f"{target}/{name}", folder / name, check) != file["sha256"]:
+            raise _corrupt(name)
+    patiently(check, store.put, f"{target}/{MANIFEST}", manifest, check)
 
 
-def remove_older(store: Store, job_id: str, token: int) -> None:
+def remove(store: Store, folder: str, token: int) -> None:
+    """Remove what the attempt with that fencing token has uploaded to a job's folder."""
+    store.delete(f"{folder}/{token}")
+
+
+def remove_older(store: Store, folder: str, token: int) -> None:
     """Remove what earlier attempts, killed in their upload, have left: never the work of a later one."""
-    found = {int(key.split("/")[2]) for key in store.list(f"artifacts/{job_id}")}
-    for older in (other for other in found if other < token):
-        remove(store, job_id, older)
+    for older in (other for other in tokens(store, folder) if other < token):
+        remove(store, folder, older)
+
+
+def tokens(store: Store, folder: str) -> set[int]:
+    """The fencing tokens of the attempts that have files in a job's folder."""
+    names = {key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)}
+    return {int(name) for name in names if name.isdecimal()}  # a copy lies among other people's files
+
+
+def _corrupt(name: str) -> UploadError:
+    hint = "Check the worker's disk and memory, then retry the job."
+    return UploadError("upload_corrupt", f"{name} differs from what the engine wrote.", hint)

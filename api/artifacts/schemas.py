@@ -30,4 +30,8 @@ class ArtifactList(BaseModel):
     """All files of a job."""
 
     job: str
+    output: str | None = Field(
+        description="The folder in S3 that they were copied to.",
+        examples=["s3://models/search/job_06dk2m8x0c4q7tz9h3v5n1w8er/1"],
+    )
     files: list[ArtifactRead]

@@ -23,12 +23,14 @@ class StoredArtifact:
 
 def list_artifacts(session: Session, store: Store, project_id: str, job_id: str) -> ArtifactList:
     """A job's files, with their URLs."""
-    manifest, _folder = _manifest(session, store, project_id, job_id)
+    manifest, folder = _manifest(session, store, project_id, job_id)
+    output = get_job(session, project_id, job_id).output
     files = [
         ArtifactRead(**file.model_dump(), url=f"/v1/jobs/{job_id}/artifacts/{quote(file.name)}")
         for file in manifest.files
     ]
-    return ArtifactList(job=job_id, files=files)
+    copied = output and f"{output}/{folder.removeprefix('artifacts/')}"
+    return ArtifactList(job=job_id, output=copied, files=files)
 
 
 def find_artifact(session: Session, store: Store, project_id: str, job_id: str, name: str) -> StoredArtifact:

@@ -128,11 +128,11 @@ def open_store(url: str) -> Store:
         StoreError: `unknown_store`.
         StoreUnreachable: the address of the S3 server is none.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+    folder = local_folder(url)
+    if folder is not None:
         from api.artifacts.local import LocalStore
 
-        return LocalStore(Path(unquote(parts.path)))
+        return LocalStore(folder)
     inside = S3Ref.parse(f"{url.rstrip('/')}/key")
     if inside is not None:
         from api.artifacts.s3 import S3Store
@@ -140,6 +140,14 @@ def open_store(url: str) -> Store:
         return S3Store(inside.bucket, inside.key.removesuffix("key"))
     hint = "Give file:// and an absolute path, or s3://bucket/folder."
     raise StoreError("unknown_store", f"{url!r} is not a store.", hint)
+
+
+def local_folder(url: str) -> Path | None:
+    """The folder of the store of that URL, None where it is in S3 or no store."""
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        return Path(unquote(parts.path))
+    return None
 
 
 def disposition(name: str) -> str:
@@ -174,6 +182,11 @@ def work_key(job_id: str, sha256: str) -> str:
     return f"work/{job_id}/{sha256}.safetensors"
 
 
+def artifact_folder(job_id: str) -> str:
+    """Where a job's files are, those of each attempt below its fencing token."""
+    return f"artifacts/{job_id}"
+
+
 def artifact_key(job_id: str, token: int, name: str) -> str:
     """Key of a published file; the fencing token keeps attempts apart."""
-    return f"artifacts/{job_id}/{token}/{name}"
+    return f"{artifact_folder(job_id)}/{token}/{name}"

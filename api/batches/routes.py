@@ -20,7 +20,7 @@ from api.batches.schemas import (
     check_count,
 )
 from api.codes import EVERYWHERE, SUBMISSION, WITH_BODY, documented
-from api.dependencies import CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import CurrentS3Access, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
 from api.errors import WrongMediaType
 from api.jobs.routes import IdempotencyKeyHeader
 from api.jobs.schemas import Name
@@ -67,6 +67,7 @@ def submit_batch(
     caller: Submitter,
     _: Annotated[None, Depends(_check_body)],
     settings: CurrentSettings,
+    access: CurrentS3Access,
     reading: ReadSession,
     writing: WriteSession,
     background: BackgroundTasks,
@@ -81,13 +82,13 @@ def submit_batch(
         body.name = name
     items = body.items()
     if dry_run:
-        planned = service.preview(service.plan_items(reading, caller.project_id, items, settings))
+        planned = service.preview(service.plan_items(reading, caller.project_id, items, settings, access))
         return JSONResponse(planned.model_dump(mode="json"))
     request = service.repeatable(caller.project_id, idempotency_key, body, items)
     batch = service.find_repeated(reading, request)
     if batch is None:
         # before the write session's first statement: no lock yet
-        outcomes = service.plan_items(reading, caller.project_id, items, settings)
+        outcomes = service.plan_items(reading, caller.project_id, items, settings, access)
         batch = service.create(
             writing, request, body, outcomes, settings, max_queued=caller.limits.max_queued
         )

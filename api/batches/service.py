@@ -32,6 +32,7 @@ from api.jobs import idempotency, quotas
 from api.jobs import service as jobs
 from api.jobs.idempotency import Repeatable
 from api.jobs.submission import PlannedJob, Planner
+from api.projects.prefixes import S3Access
 from api.settings import Settings
 from api.webhooks.service import check_callback
 from api.workers import repository as workers
@@ -42,13 +43,15 @@ Outcome = PlannedJob | Refusal
 """What becomes of an item."""
 
 
-def plan_items(session: Session, project_id: str, items: Sequence[Item], settings: Settings) -> list[Outcome]:
+def plan_items(
+    session: Session, project_id: str, items: Sequence[Item], settings: Settings, access: S3Access
+) -> list[Outcome]:
     """Plan every item on its own.
 
     Raises:
         Unavailable: `hub_unreachable`; whether the item that names the Hub can succeed is then not known.
     """
-    planner = Planner(settings)
+    planner = Planner(settings, access)
 
     @cache
     def check(callback: str | None) -> None:

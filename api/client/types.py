@@ -32,6 +32,7 @@ class ArtifactList(TypedDict):
     """All files of a job."""
 
     job: str
+    output: str | None
     files: list[ArtifactRead]
 
 
@@ -369,6 +370,7 @@ class JobDetail(TypedDict):
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
     callback: str | None
+    output: str | None
     attempts_made: int
     event_seq: int
     created_at: str
@@ -421,6 +423,7 @@ class JobOverrides(TypedDict):
     max_queue_seconds: NotRequired[int | None]
     cache: NotRequired[Literal["use", "bypass"]]
     callback: NotRequired[str | None]
+    output: NotRequired[str | None]
 
 
 class JobPage(TypedDict):
@@ -464,6 +467,7 @@ class JobRead(TypedDict):
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
     callback: str | None
+    output: str | None
     attempts_made: int
     event_seq: int
     created_at: str
@@ -514,6 +518,7 @@ class JobSubmit(TypedDict):
     max_queue_seconds: NotRequired[int | None]
     cache: NotRequired[Literal["use", "bypass"]]
     callback: NotRequired[str | None]
+    output: NotRequired[str | None]
 
 
 class KVCacheScheme(TypedDict):
@@ -646,10 +651,11 @@ class NamedDatasetRead(TypedDict):
 
 class Obstacle(TypedDict):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
-    until another job of the project has ended, attached until the one in `deduplicated_from` has.
+    until another job of the project has ended, attached until the one in `deduplicated_from` has,
+    store_denied or store_unreachable until it is tried again.
     """
 
-    code: Literal["no_worker", "unschedulable", "quota_running", "attached"]
+    code: Literal["no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"]
     message: str
 
 
@@ -684,6 +690,8 @@ class ProjectRead(TypedDict):
     name: str
     created_at: str
     limits: LimitsRead
+    s3_prefixes: list[str]
+    output_prefixes: list[str]
     use: ProjectUse
 
 

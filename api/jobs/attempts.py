@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from api import database
@@ -14,6 +15,8 @@ from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
 
 _RETRY_DELAY_SECONDS = 2.0
 _RETRY_DELAY_MAX_SECONDS = 60.0
+_STORE_PAUSE_SECONDS = 60.0
+_STORE_PAUSE_MAX_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,24 @@ def _end(session: Session, job: Job, status: JobStatus, data: dict[str, Any] | N
 def deadline(start: datetime, max_queue_seconds: int | None) -> datetime | None:
     """When a job that waits since `start` expires; None: never."""
     return None if max_queue_seconds is None else start + timedelta(seconds=max_queue_seconds)
+
+
+def stores_lost(session: Session, job_id: str) -> int:
+    """How many attempts in a row ended for want of their store, up to the last one that ended."""
+    of_job = Attempt.job_id == job_id
+    otherwise = select(func.max(Attempt.number)).where(of_job, Attempt.outcome != AttemptOutcome.STORE_LOST)
+    lost = select(func.count()).where(
+        of_job,
+        Attempt.outcome == AttemptOutcome.STORE_LOST,
+        Attempt.number > func.coalesce(otherwise.scalar_subquery(), 0),
+    )
+    return session.execute(lost).scalar_one()
+
+
+def store_pause(lost: int) -> float:
+    """Seconds before a job is taken again whose store was away or refused, doubling while that lasts. lost:
+    how many attempts in a row ended so before."""
+    return min(_STORE_PAUSE_MAX_SECONDS, _STORE_PAUSE_SECONDS * 2.0**lost)
 
 
 def retry_delay(counted: int) -> float:

@@ -17,7 +17,15 @@ from sqlalchemy.orm import Session, undefer_group
 
 from api import database
 from api.jobs import events, quotas, twins
-from api.jobs.attempts import NOTHING_SEEN, AttemptFacts, count_failure, end_attempt, give_back
+from api.jobs.attempts import (
+    NOTHING_SEEN,
+    AttemptFacts,
+    count_failure,
+    end_attempt,
+    give_back,
+    store_pause,
+    stores_lost,
+)
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.jobs.reaper import REAPED_AT_ONCE, is_over, reap, release_all
 from api.workers.models import WorkerIdentity
@@ -38,6 +46,7 @@ __all__ = [
     "heartbeat",
     "held",
     "is_over",
+    "lose_store",
     "mark_cancelled",
     "queued_by_device",
     "reap",
@@ -308,23 +317,28 @@ def mark_cancelled(session: Session, lease: Lease, facts: AttemptFacts = NOTHING
     _finish(session, lease, JobStatus.CANCELLED, {})
 
 
-def release(
-    session: Session,
-    lease: Lease,
-    outcome: AttemptOutcome = AttemptOutcome.PREEMPTED,
-    facts: AttemptFacts = NOTHING_SEEN,
-    *,
-    why: tuple[str, str] | None = None,
-    delay_seconds: float = 0,
-) -> JobStatus:
-    """Give the job back, not counted: this worker shuts down, or lost its store. Returns queued or cancelled.
+def release(session: Session, lease: Lease, facts: AttemptFacts = NOTHING_SEEN) -> JobStatus:
+    """Give the job back, not counted: this worker shuts down. Returns queued or cancelled."""
+    _fenced_update(session, lease)
+    return give_back(session, lease.job_id, lease.attempt, AttemptOutcome.PREEMPTED, facts)
 
-    why: code and message for the attempt, where there is something to tell.
-    delay_seconds: how long no worker takes it, where all would meet the same trouble.
+
+def lose_store(
+    session: Session, lease: Lease, code: str, message: str, facts: AttemptFacts = NOTHING_SEEN
+) -> JobStatus:
+    """Give the job back, not counted: the store is away or refuses. Returns queued or cancelled.
+
+    Every worker would meet the same, so none takes it for a while, and longer each time in a row.
     """
     _fenced_update(session, lease)
     return give_back(
-        session, lease.job_id, lease.attempt, outcome, facts, why=why, delay_seconds=delay_seconds
+        session,
+        lease.job_id,
+        lease.attempt,
+        AttemptOutcome.STORE_LOST,
+        facts,
+        why=(code, message),
+        delay_seconds=store_pause(stores_lost(session, lease.job_id)),
     )
 
 

@@ -74,6 +74,7 @@ class Job(Base):
     device_class: cpu, cuda or any; fixed by the first attempt.
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
     queue_deadline: when a job that still waits expires.
+    output: where its files are copied to, below <job>/<token>/; `s3://bucket` or a folder there.
     callback: the webhook that is told of this job whichever it is told of otherwise; it may be gone by now.
     manifest_key: where the published manifest is; readers trust this row, not the store's listing. Jobs that
     share a result share it.
@@ -108,6 +109,7 @@ class Job(Base):
     max_runtime_seconds: Mapped[int | None]
     max_queue_seconds: Mapped[int | None]
     callback: Mapped[str | None] = mapped_column(String(40))
+    output: Mapped[str | None] = mapped_column(Text)
     max_attempts: Mapped[int]
     plan: Mapped[dict[str, Any]] = mapped_column(deferred=True)
 

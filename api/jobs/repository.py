@@ -26,7 +26,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 from api import database
 from api.cursors import Position
 from api.database import Columns
-from api.jobs.models import ACTIVE, Attempt, IdempotencyKey, Job, JobStatus
+from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, IdempotencyKey, Job, JobStatus
 from api.jobs.schemas import SHOWN
 
 IDEMPOTENCY_HOURS = 24
@@ -56,6 +56,15 @@ class Version(NamedTuple):
     required_host_bytes: int
     required_gpu_bytes: int
     deduplicated_from: str | None
+    attempts_made: int
+
+
+class LostStore(NamedTuple):
+    """Why the last attempt did without its store, and when the next one may begin."""
+
+    error_code: str | None
+    error_message: str | None
+    available_at: datetime
 
 
 class QueueDepth(NamedTuple):
@@ -97,6 +106,21 @@ def version(session: Session, project_id: str, job_id: str) -> Version | None:
     query = select(*(getattr(Job, name) for name in Version._fields))
     row = session.execute(query.where(*_is(project_id, job_id))).one_or_none()
     return None if row is None else Version(*row)
+
+
+def lost_store(session: Session, job_id: str) -> LostStore | None:
+    """What a job waits for whose last attempt ended for want of its store; None once it may be taken."""
+    query = (
+        select(Attempt.error_code, Attempt.error_message, Job.available_at)
+        .join(Job, (Job.id == Attempt.job_id) & (Job.attempts_made == Attempt.number))
+        .where(
+            Job.id == job_id,
+            Job.available_at > database.Now(),
+            Attempt.outcome == AttemptOutcome.STORE_LOST,
+        )
+    )
+    row = session.execute(query).one_or_none()
+    return None if row is None else LostStore(*row)
 
 
 def queue_depths(session: Session) -> Sequence[QueueDepth]:

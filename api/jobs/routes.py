@@ -17,6 +17,7 @@ from api.codes import EVERYWHERE, SUBMISSION, documented
 from api.dependencies import (
     Accessing,
     Context,
+    CurrentS3Access,
     CurrentSettings,
     Reader,
     ReadSession,
@@ -40,6 +41,7 @@ from api.jobs.schemas import (
     JobSubmit,
 )
 from api.jobs.submission import PlannedJob, plan_job
+from api.projects.prefixes import S3Access
 from api.security import Principal, Scope
 from api.settings import Settings
 from api.wake import wake
@@ -92,6 +94,7 @@ class Acceptance:
 
     caller: Principal
     settings: Settings
+    access: S3Access
     reading: Session
     writing: Session
     background: BackgroundTasks
@@ -101,7 +104,7 @@ class Acceptance:
     def plan(self, body: JobSubmit) -> PlannedJob:
         """What a job would be. Comes before the write session's first statement: no lock yet."""
         check_callback(self.reading, self.caller.project_id, body.callback)
-        return plan_job(body, self.settings)
+        return plan_job(body, self.settings, self.access)
 
     def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
         """Plan and store a job, or find the one that an earlier request with the same key made."""
@@ -124,13 +127,14 @@ class Acceptance:
 def _acceptance(
     caller: Submitter,
     settings: CurrentSettings,
+    access: CurrentS3Access,
     reading: ReadSession,
     writing: WriteSession,
     background: BackgroundTasks,
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> Acceptance:
-    return Acceptance(caller, settings, reading, writing, background, response, idempotency_key)
+    return Acceptance(caller, settings, access, reading, writing, background, response, idempotency_key)
 
 
 Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
@@ -151,11 +155,11 @@ def submit_job(
 @router.post("/estimate", response_model=Estimate, responses=documented(SUBMISSION))
 def estimate_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
-    _: Submitter,
+    access: CurrentS3Access,
     settings: CurrentSettings,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return Estimate.model_validate(plan_job(body, settings).document)
+    return Estimate.model_validate(plan_job(body, settings, access).document)
 
 
 @router.get("", response_model=JobPage, responses=documented({422: ["bad_cursor"]}))

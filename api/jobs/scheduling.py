@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from api.jobs.repository import Version
+from api.jobs.repository import LostStore, Version
 from api.jobs.schemas import Obstacle
 from api.workers.models import Worker
 
@@ -36,6 +36,12 @@ def quota_obstacle(running: int, max_running: int) -> Obstacle | None:
         return None
     message = f"{running} jobs of the project run, and {max_running} may at once."
     return Obstacle(code="quota_running", message=message)
+
+
+def store_obstacle(lost: LostStore) -> Obstacle:
+    """What keeps a job waiting whose store was away or refused."""
+    message = f"{lost.error_message} It is tried again at {lost.available_at:%H:%M:%S} UTC."
+    return Obstacle.model_validate({"code": lost.error_code, "message": message})
 
 
 def _too_small(what: str, needed: int, largest: int) -> Obstacle:

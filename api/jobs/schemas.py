@@ -21,6 +21,7 @@ from sqlalchemy import inspect
 
 from api.database import Columns
 from api.jobs.models import AttemptOutcome, Job, JobStatus
+from api.projects.schemas import S3Prefix
 from api.schemas import all_required
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
@@ -119,6 +120,12 @@ class JobSubmit(BaseModel):
         description="A webhook that is told of this job, also if it is not told of all.",
         examples=["wh_0f3c9a1be27d45608c1f"],
     )
+    output: S3Prefix | None = Field(
+        default=None,
+        description="Where the files are copied to: a bucket, or a folder of one, that the project may "
+        "write to. They lie in a folder of the job's there, which its artifacts name.",
+        examples=["s3://models/search"],
+    )
 
     @field_validator("recipe", mode="wrap")
     @classmethod
@@ -207,6 +214,7 @@ class JobRead(BaseModel):
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
     callback: str | None = Field(description="The webhook that is told of this job.")
+    output: str | None = Field(description="Below which prefix in S3 its files are copied to.")
     attempts_made: int
     event_seq: int = Field(description="The seq of its last event; it grows with every change.")
     created_at: datetime
@@ -340,9 +348,12 @@ class Estimate(BaseModel):
 
 class Obstacle(BaseModel):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
-    until another job of the project has ended, attached until the one in `deduplicated_from` has."""
+    until another job of the project has ended, attached until the one in `deduplicated_from` has,
+    store_denied or store_unreachable until it is tried again."""
 
-    code: Literal["no_worker", "unschedulable", "quota_running", "attached"]
+    code: Literal[
+        "no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"
+    ]
     message: str
 
 

@@ -160,7 +160,7 @@ def show(
     """
 
     def obstacle(version: Version) -> Obstacle | None:
-        return _obstacle(session, project_id, version, lease_seconds, max_running)
+        return _obstacle(session, project_id, job_id, version, lease_seconds, max_running)
 
     if known_etags:
         version = repository.version(session, project_id, job_id)
@@ -182,11 +182,19 @@ def show(
 
 
 def _obstacle(
-    session: Session, project_id: str, version: Version, lease_seconds: float, max_running: int | None
+    session: Session,
+    project_id: str,
+    job_id: str,
+    version: Version,
+    lease_seconds: float,
+    max_running: int | None,
 ) -> Obstacle | None:
     """What keeps a job waiting."""
     if version.status != JobStatus.QUEUED:
         return None
+    lost = repository.lost_store(session, job_id) if version.attempts_made else None
+    if lost is not None:
+        return scheduling.store_obstacle(lost)
     alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
     found = scheduling.obstacle(version, alive)
     if found is None and max_running is not None:
@@ -353,6 +361,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         max_queue_seconds=body.max_queue_seconds,
         cache=body.cache,
         callback=body.callback,
+        output=body.output,
         max_attempts=settings.max_attempts,
         plan=planned.document,
         device_class=body.resources.device_class,

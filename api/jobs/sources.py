@@ -1,15 +1,15 @@
-"""Models and datasets: on the Hub, in S3 below the configured prefixes, or on this machine below the
-configured roots, after resolving links."""
+"""Models and datasets: on the Hub, in S3 below the project's prefixes, or on this machine below the
+configured roots, after resolving links. And where in S3 a job's files may go."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from api.errors import Unavailable
+from api.projects.prefixes import S3Access
 from compression.errors import PlanError, Problem, SourceError
 from compression.hub.client import HubClient
 from compression.hub.environment import HubEnvironment
@@ -37,7 +37,23 @@ class ModelSource:
     name: str
 
 
-def resolve_model(model: str, roots: Sequence[Path], hub: HubEnvironment) -> ModelSource:
+@dataclass(frozen=True)
+class LocalFolders:
+    """roots: models and text may lie below them. own: where the service keeps its files, if it is here; what
+    is there is nobody's to name."""
+
+    roots: tuple[Path, ...]
+    own: Path | None
+
+    def have(self, real: str) -> bool:
+        """Whether a resolved path may be read."""
+        path = Path(real)
+        if self.own is not None and path.is_relative_to(os.path.realpath(self.own)):
+            return False
+        return any(path.is_relative_to(root) for root in self.roots)
+
+
+def resolve_model(model: str, folders: LocalFolders, hub: HubEnvironment) -> ModelSource:
     """Where a model is.
 
     Raises:
@@ -55,11 +71,11 @@ def resolve_model(model: str, roots: Sequence[Path], hub: HubEnvironment) -> Mod
         return _model_on_hub(ref, hub)
     if not model.startswith("/"):
         raise PlanError(_not_a_path(model, pointer))
-    folder = _resolve(model, roots, pointer)
+    folder = _resolve(model, folders, pointer)
     if not folder.is_dir():
         hint = "Give the folder that holds config.json and the safetensors files."
         raise PlanError(Problem("model_not_found", f"There is no model folder {model!r}.", hint, pointer))
-    check_links(folder, roots)
+    check_links(folder, folders)
     return ModelSource(str(folder), folder, folder.name)
 
 
@@ -77,9 +93,8 @@ def _model_on_hub(ref: HubRef, hub: HubEnvironment) -> ModelSource:
 
 def resolve_dataset(
     dataset: DatasetSpec,
-    roots: Sequence[Path],
-    s3_prefixes: Sequence[str],
-    store_url: str,
+    folders: LocalFolders,
+    access: S3Access,
     hub: HubEnvironment,
 ) -> DatasetSpec:
     """The same dataset with its path resolved, or its revision on the Hub. What is in S3 is pinned by the
@@ -93,14 +108,14 @@ def resolve_dataset(
     if dataset.hub is not None:
         return _dataset_on_hub(dataset, hub)
     if dataset.s3 is not None:
-        _check_prefix(dataset.s3, s3_prefixes, store_url)
+        _check_prefix(dataset.s3, access)
         return dataset
     if dataset.path is None:
         return dataset
     pointer = "/dataset"
     if not dataset.path.startswith("/"):
         raise PlanError(_not_allowed(dataset.path, "Give an absolute path.", pointer))
-    file = _resolve(dataset.path, roots, pointer)
+    file = _resolve(dataset.path, folders, pointer)
     if not file.is_file():
         hint = f"Give {_KINDS}, or the texts themselves under `texts`."
         message = f"There is no dataset file {dataset.path!r}."
@@ -108,14 +123,23 @@ def resolve_dataset(
     return dataset.model_copy(update={"path": str(file)})
 
 
-def _check_prefix(s3: str, prefixes: Sequence[str], store_url: str) -> None:
+def _check_prefix(s3: str, access: S3Access) -> None:
     ref = S3Ref.parse(s3)
-    if ref is not None and ref.is_below(store_url):
+    if ref is not None and ref.is_below(access.store_url):
         hint = "The server keeps its own files there. Copy the text elsewhere."
         raise PlanError(_not_allowed(s3, hint, "/dataset"))
-    if ref is None or not any(ref.is_below(prefix) for prefix in prefixes):
-        hint = "The server reads only below the prefixes of its setting BITMILL_S3_PREFIXES."
+    if ref is None or not access.may_read(ref):
+        hint = "Text may lie below the project's own prefixes, or without such below BITMILL_S3_PREFIXES."
         raise PlanError(_not_allowed(s3, hint, "/dataset"))
+
+
+def output_problems(output: str | None, access: S3Access) -> list[Problem]:
+    """Why a job's files may not be copied there. S3 itself is not asked: the worker finds out before it
+    compresses."""
+    if output is None or access.may_write(output):
+        return []
+    hint = "The operator names the places: bitmill project set NAME --output-prefix s3://bucket/folder."
+    return [Problem("output_not_allowed", f"The project may not write to {output!r}.", hint, "/output")]
 
 
 def _dataset_on_hub(dataset: DatasetSpec, hub: HubEnvironment) -> DatasetSpec:
@@ -140,8 +164,8 @@ def _refusal(error: SourceError, pointer: str) -> PlanError | Unavailable:
     return PlanError(Problem(error.code, error.message, error.hint, pointer))
 
 
-def check_links(folder: Path, roots: Sequence[Path]) -> None:
-    """Refuse a folder in which a link leads out of the roots.
+def check_links(folder: Path, allowed: LocalFolders) -> None:
+    """Refuse a folder in which a link leads to what may not be read.
 
     Raises:
         PlanError: `path_not_allowed`, or `too_many_files`.
@@ -154,23 +178,21 @@ def check_links(folder: Path, roots: Sequence[Path]) -> None:
             raise PlanError(Problem("too_many_files", message, "Give the model's own folder.", "/model"))
         for name in (*folders, *files):
             path = Path(where, name)
-            if path.is_symlink() and not _is_below(os.path.realpath(path), roots):
+            if path.is_symlink() and not allowed.have(os.path.realpath(path)):
                 hint = "Copy the file into the folder, or link to one below a root."
                 raise PlanError(_not_allowed(str(path), hint, "/model"))
 
 
-def _resolve(path: str, roots: Sequence[Path], pointer: str) -> Path:
-    hint = "The server reads only below the folders of its setting BITMILL_LOCAL_ROOTS."
+def _resolve(path: str, folders: LocalFolders, pointer: str) -> Path:
+    hint = (
+        "The server reads only below the folders of its setting BITMILL_LOCAL_ROOTS, and not its own files."
+    )
     if "\0" in path:
         raise PlanError(_not_allowed(path, hint, pointer))
     real = os.path.realpath(path)
-    if not _is_below(real, roots):
+    if not folders.have(real):
         raise PlanError(_not_allowed(path, hint, pointer))
     return Path(real)
-
-
-def _is_below(real: str, roots: Sequence[Path]) -> bool:
-    return any(Path(real).is_relative_to(root) for root in roots)
 
 
 def _not_allowed(path: str, hint: str, pointer: str) -> Problem:

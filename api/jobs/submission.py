@@ -10,10 +10,18 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from api.artifacts.store import local_folder
 from api.errors import Unprocessable, pointer_to
 from api.jobs import identity
 from api.jobs.schemas import JobSubmit, ShortForm
-from api.jobs.sources import ModelSource, resolve_dataset, resolve_model
+from api.jobs.sources import (
+    LocalFolders,
+    ModelSource,
+    output_problems,
+    resolve_dataset,
+    resolve_model,
+)
+from api.projects.prefixes import S3Access
 from api.settings import Settings
 from compression.checkpoint.headers import read_checkpoint
 from compression.errors import CompressionError, PlanError, Problem
@@ -58,16 +66,17 @@ class Planner:
     """Plans submissions that come in one request: sources are looked up once, a model's headers are read
     once, and the same work is planned once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, access: S3Access) -> None:
         hub = HubEnvironment.read()
-        roots, prefixes = settings.local_roots, settings.s3_prefixes
+        folders = LocalFolders(settings.local_roots, local_folder(settings.store_url))
+        self._access = access
         self._activation_budget_bytes = settings.activation_budget_bytes
 
         def model(name: str) -> ModelSource:
-            return resolve_model(name, roots, hub)
+            return resolve_model(name, folders, hub)
 
         def dataset(asked: DatasetSpec) -> DatasetSpec:
-            return resolve_dataset(asked, roots, prefixes, settings.store_url, hub)
+            return resolve_dataset(asked, folders, access, hub)
 
         self._model = _once(model)
         self._dataset = _once(dataset)
@@ -95,7 +104,7 @@ class Planner:
             dataset = body.dataset and self._dataset(body.dataset)
         except PlanError as error:
             problems += error.problems
-        problems += _gate_problems(body)
+        problems += _gate_problems(body) + output_problems(body.output, self._access)
         if recipe is None or source is None or problems:
             raise Unprocessable(*problems)
         work = _Work(source, recipe, dataset, body.calibration, body.evaluation, body.require)
@@ -125,9 +134,9 @@ class Planner:
         return planned, planned.to_dict(), stamps
 
 
-def plan_job(body: JobSubmit, settings: Settings) -> PlannedJob:
+def plan_job(body: JobSubmit, settings: Settings, access: S3Access) -> PlannedJob:
     """Plan one submission; raises what `Planner.plan` raises."""
-    return Planner(settings).plan(body)
+    return Planner(settings, access).plan(body)
 
 
 def _once(find: Callable[[Asked], Found]) -> Callable[[Asked], Found]:

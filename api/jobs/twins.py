@@ -40,14 +40,14 @@ def attach_new(session: Session, jobs: Sequence[Job]) -> list[tuple[Job, Job]]:
         return []
     project_id = keyed[0].project_id
     hold(session, project_id)
-    keys = {job.cache_key for job in keyed if job.cache == "use"}
+    keys = {job.cache_key for job in keyed if looks(job)}
     in_flight = defaultdict(list)
     for twin in _held(session, project_id, keys):
         in_flight[twin.cache_key].append(twin)
     done = {twin.cache_key: twin for twin in _succeeded(session, project_id, keys)}
     reused = []
     for job in keyed:
-        if job.cache == "use":
+        if looks(job):
             if job.cache_key in done:
                 job.deduplicated_from = done[job.cache_key].id
                 reused.append((job, done[job.cache_key]))
@@ -57,6 +57,11 @@ def attach_new(session: Session, jobs: Sequence[Job]) -> list[tuple[Job, Job]]:
         if job.deduplicated_from is None:
             in_flight[job.cache_key].append(job)
     return reused
+
+
+def looks(job: Job) -> bool:
+    """Whether a job takes what others make. One whose files are copied elsewhere makes them itself."""
+    return job.cache == "use" and job.output is None
 
 
 def take(session: Session, job_id: str, attempt: int) -> bool:

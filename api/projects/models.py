@@ -13,7 +13,8 @@ from api.database import Base
 class Project(Base):
     """Owner of jobs; what belongs to one project does not exist for another.
 
-    max_queued, max_running, max_body_bytes, requests_per_minute: where null, the setting of that name holds.
+    max_queued, max_running, max_body_bytes, requests_per_minute, s3_prefixes: where null, the setting of that
+    name holds. output_prefixes: where its jobs may have their files copied to; no other project reads there.
     """
 
     __tablename__ = "projects"
@@ -24,6 +25,8 @@ class Project(Base):
     max_running: Mapped[int | None]
     max_body_bytes: Mapped[int | None]
     requests_per_minute: Mapped[int | None]
+    s3_prefixes: Mapped[list[str] | None]
+    output_prefixes: Mapped[list[str] | None]
     created_at: Mapped[datetime]
 
 

@@ -51,6 +51,12 @@ def find_project(session: Session, name: str) -> Project | None:
     return session.scalars(select(Project).where(Project.name == name)).one_or_none()
 
 
+def others_output_prefixes(session: Session, project_id: str) -> list[str]:
+    """Where all projects but this one write."""
+    found = session.scalars(select(Project.output_prefixes).where(Project.id != project_id))
+    return [prefix for prefixes in found for prefix in prefixes or ()]
+
+
 def list_projects(session: Session) -> Sequence[Project]:
     """All projects, by name."""
     return session.scalars(select(Project).order_by(Project.name)).all()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from api.security import Scope
+from api.settings import check_s3_prefix
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
+S3Prefix = Annotated[str, Field(max_length=800), AfterValidator(check_s3_prefix)]
 _Limit = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _SomeLimit = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -22,13 +24,15 @@ class ProjectCreate(BaseModel):
     name: Name
 
 
-class LimitsUpdate(BaseModel):
-    """Limits to set; what is not given stays, and null is what the server's settings say."""
+class ProjectUpdate(BaseModel):
+    """What to set of a project; what is not given stays, and null is what the server's settings say."""
 
     max_queued: _Limit | None = None
     max_running: _Limit | None = None
     max_body_bytes: _SomeLimit | None = None
     requests_per_minute: _SomeLimit | None = None
+    s3_prefixes: list[S3Prefix] | None = None
+    output_prefixes: list[S3Prefix] | None = None
 
 
 class LimitsRead(BaseModel):
@@ -56,6 +60,8 @@ class ProjectRead(BaseModel):
     name: str
     created_at: datetime
     limits: LimitsRead
+    s3_prefixes: list[str] = Field(description="Where in S3 its jobs may name text.")
+    output_prefixes: list[str] = Field(description="Where in S3 its jobs may have their files copied to.")
     use: ProjectUse
 
 

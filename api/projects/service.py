@@ -17,15 +17,16 @@ from api.jobs.models import ACTIVE, JobStatus
 from api.projects import repository
 from api.projects.limits import Limits
 from api.projects.models import ApiKey, Project
+from api.projects.prefixes import S3Access, overlap
 from api.projects.schemas import (
     KeyCreate,
     KeyCreated,
     KeyPage,
     KeyRead,
     LimitsRead,
-    LimitsUpdate,
     ProjectCreate,
     ProjectRead,
+    ProjectUpdate,
     ProjectUse,
 )
 from api.security import KeyHasher, Principal, Scope, is_well_formed, new_key, write_private
@@ -77,17 +78,40 @@ def create_project(session: Session, hasher: KeyHasher, asked: ProjectCreate) ->
     return project, create_key(session, hasher, project.id, FIRST_KEY)
 
 
-def set_limits(session: Session, name: str, limits: LimitsUpdate) -> Project:
-    """Set limits of the project of that name.
+def update(session: Session, name: str, changes: ProjectUpdate) -> Project:
+    """Set limits and prefixes of the project of that name.
 
     Raises:
         NotFound: `project_not_found`.
+        Conflict: `prefix_taken`: two projects would write to the same place.
     """
+    database.lock(session, "output prefixes")
     project = find_project(session, name)
-    for limit, value in limits.model_dump(exclude_unset=True).items():
-        setattr(project, limit, value)
+    taken = repository.others_output_prefixes(session, project.id)
+    for prefix in changes.output_prefixes or ():
+        if any(overlap(prefix, other) for other in taken):
+            message = f"Another project writes to {prefix!r}, or to a part of it."
+            raise Conflict("prefix_taken", message, "Give each project a folder of its own.")
+    for field, value in changes.model_dump(exclude_unset=True).items():
+        setattr(project, field, value)
     session.flush()
     return project
+
+
+def s3_access(session: Session, project_id: str, settings: Settings) -> S3Access:
+    """Where in S3 the project may read and write."""
+    project = repository.get_project(session, project_id)
+    return S3Access(
+        store_url=settings.store_url,
+        reads=_read_prefixes(project, settings),
+        writes=tuple(project.output_prefixes or ()),
+        others=tuple(repository.others_output_prefixes(session, project_id)),
+    )
+
+
+def _read_prefixes(project: Project, settings: Settings) -> tuple[str, ...]:
+    own = project.s3_prefixes
+    return settings.s3_prefixes if own is None else tuple(own)
 
 
 def find_project(session: Session, name: str) -> Project:
@@ -110,6 +134,8 @@ def describe(session: Session, project: Project, settings: Settings) -> ProjectR
         name=project.name,
         created_at=project.created_at,
         limits=LimitsRead.model_validate(Limits.of(project, settings)),
+        s3_prefixes=list(_read_prefixes(project, settings)),
+        output_prefixes=project.output_prefixes or [],
         use=ProjectUse(
             queued=jobs.count(session, project.id, (JobStatus.QUEUED,)),
             running=jobs.count(session, project.id, ACTIVE),

@@ -34,9 +34,27 @@ def test_projects_and_keys(tmp_path: Path) -> None:
     bad = run("project", "set", "search", "--max-queued", "-1", "--json")
     assert (bad.code, bad.json["error"]["code"]) == (Exit.USAGE, "bad_option")
     assert "max_queued" in bad.json["error"]["message"]
+    prefixes = (
+        "--s3-prefix",
+        "s3://texts",
+        "--output-prefix",
+        "s3://models/a",
+        "--output-prefix",
+        "s3://models/b/",
+    )
+    changed = run("project", "set", "search", *prefixes, "--json").json
+    assert (changed["s3_prefixes"], changed["output_prefixes"]) == (
+        ["s3://texts"],
+        ["s3://models/a", "s3://models/b"],
+    )
+    changed = run("project", "set", "search", "--s3-prefix", "none", "--json").json
+    assert (changed["s3_prefixes"], changed["output_prefixes"]) == ([], ["s3://models/a", "s3://models/b"])
+    bad = run("project", "set", "search", "--output-prefix", "/models", "--json")
+    assert (bad.code, bad.json["error"]["code"]) == (Exit.USAGE, "bad_option")
     table = run("project", "list").out
     assert "0 of any" in table
     assert "2000" in table
+    assert "s3://models/a" in table
 
     reader = run(
         "key", "create", "--project", "search", "--scope", "read", "--scope", "submit", "--json"

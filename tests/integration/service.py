@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import httpx
@@ -28,12 +29,20 @@ JOB_SECONDS = 120
 class Process:
     """A command of `bitmill` on one core, with nothing of this process's environment but PATH."""
 
-    def __init__(self, command: str, folder: Path, settings: Mapping[str, str], core: int = 0) -> None:
+    def __init__(
+        self,
+        command: str,
+        folder: Path,
+        settings: Mapping[str, str],
+        core: int = 0,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
             **{f"BITMILL_{name}": value for name, value in settings.items()},
+            **variables,
         }
         self.log = folder / f"{command}.log"
         with self.log.open("ab") as log:
@@ -55,9 +64,16 @@ class Process:
         self._process.kill()
         self._process.wait()
 
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code of a process that is about to end."""
         return self._process.wait(timeout=30)
 
     def end(self) -> None:
@@ -67,9 +83,18 @@ class Process:
 
 
 class Service:
-    """An API on a free port, its data folder, and a client with its first key."""
+    """An API on a free port, its data folder, and a client with its first key.
 
-    def __init__(self, folder: Path, roots: Path, **settings: str) -> None:
+    variables: of its processes, besides the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        roots: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **settings: str,
+    ) -> None:
         self.data = folder / "data"
         self.folder = folder
         self.port = free_port()
@@ -80,12 +105,13 @@ class Service:
             "DEVICE": "cpu",
             **settings,
         }
+        self.variables = variables
         self.serve: Process | None = None
         self._client: Client | None = None
 
     def start(self) -> Process:
         """Start `bitmill serve` and wait until it is ready."""
-        self.serve = Process("serve", self.folder, self.settings)
+        self.serve = Process("serve", self.folder, self.settings, variables=self.variables)
         url = f"http://127.0.0.1:{self.port}"
         eventually(lambda: self._answers(url), START_SECONDS, f"no server; see {self.serve.log}", every=0.1)
         key = json.loads((self.data / "credentials.json").read_text())["api_key"]
@@ -93,9 +119,13 @@ class Service:
         self._client = Client(url, key, timeout_seconds=30)
         return self.serve
 
-    def worker(self, core: int) -> Process:
-        """Start `bitmill worker` on the same settings."""
-        return Process("worker", self.folder, self.settings, core)
+    def worker(
+        self, core: int, variables: Mapping[str, str] = MappingProxyType({}), **settings: str
+    ) -> Process:
+        """Start `bitmill worker` on the same settings, but for these."""
+        return Process(
+            "worker", self.folder, {**self.settings, **settings}, core, {**self.variables, **variables}
+        )
 
     def close(self) -> None:
         self._close_client()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -12,12 +13,14 @@ class Gate:
     """Forwards connections to a port of this machine, until it is shut.
 
     store_url: of a store on that server, for who connects through here.
+    rate: how many bytes of a client go through in a second, if not as many as there are.
     sent: bytes that came from clients. shut_after, hold_after: it does so by itself when more of them came.
     replace: bytes of a client, and what the server gets for them.
     """
 
     def __init__(self, target: int, store_url: str) -> None:
         self.store_url = store_url
+        self.rate: int | None = None
         self.sent = 0
         self.shut_after: int | None = None
         self.hold_after: int | None = None
@@ -72,9 +75,13 @@ class Gate:
         while True:
             try:
                 client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:  # the server is gone, which a client sees as a connection that breaks
+                _end(client)
+                continue
             self._connections |= {client, server}
             for args in ((client, server, True), (server, client, False)):
                 threading.Thread(target=self._forward, args=args, daemon=True).start()
@@ -90,6 +97,8 @@ class Gate:
                     if self.shut_after is not None and self.sent > self.shut_after:
                         self.shut_after = None
                         self.shut()
+                    if self.rate is not None:
+                        time.sleep(len(chunk) / self.rate)
                 self._flowing.wait()
                 sink.sendall(chunk)
         except OSError:

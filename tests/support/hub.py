@@ -61,6 +61,7 @@ def _digest(name: str, content: bytes) -> str:
 class Hub:
     """The running server. requests counts by method and path; served counts bytes of files by their name.
 
+    hold: by file name, what an answer with the file's bytes waits for before it sends the first of them.
     cut: by file name, after how many bytes the next answers are cut off, one entry for each.
     corrupt: names of files whose last byte is wrong.
     """
@@ -69,6 +70,7 @@ class Hub:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     served: Counter[str] = field(default_factory=Counter)
+    hold: dict[str, threading.Event] = field(default_factory=dict)
     cut: dict[str, list[int]] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
 
@@ -214,6 +216,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if name in self._hub.hold:
+            self._hub.hold[name].wait()
         part = content[begin:end]
         if cuts := self._hub.cut.get(name):
             part = part[: cuts.pop(0)]

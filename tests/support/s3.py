@@ -27,10 +27,14 @@ ADMIN, READER, KEEPER = (("admin", "admin-secret"), ("reader", "reader-secret"),
 
 @dataclass(frozen=True)
 class S3Server:
-    """The running server. Buckets: `texts`, `versioned` (which keeps versions), `private` and `store`."""
+    """The running server. Buckets: `texts`, `versioned` (which keeps versions), `private` and `store`.
+
+    client: may do everything.
+    """
 
     url: str
     client: Any
+    process: Weed
 
     @property
     def port(self) -> int:
@@ -51,39 +55,58 @@ class S3Server:
             monkeypatch.setenv(name, value)
 
 
+class Weed:
+    """The server's process, on free ports; it can be killed and started again on the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
+        keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
+        identities = [
+            _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),
+            _identity(*READER, reads),
+            _identity(*KEEPER, keeps),
+        ]
+        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        self.port = free_port()
+        ports = {"s3.port": self.port, **{name: free_port() for name in _PORTS}}
+        self._command = [
+            _weed(),
+            "server",
+            f"-dir={folder}",
+            f"-s3.config={folder / 'identities.json'}",
+            *_OPTIONS,
+            *(f"-{name}={number}" for name, number in ports.items()),
+        ]
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine that loses its power."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def log_tail(self) -> str:
+        return (self._folder / "weed.log").read_text(errors="replace")[-4000:]
+
+
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
     """SeaweedFS on free ports, its data in a folder."""
-    reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
-    keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
-    identities = [
-        _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),
-        _identity(*READER, reads),
-        _identity(*KEEPER, keeps),
-    ]
-    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-    port = free_port()
-    ports = {"s3.port": port, **{name: free_port() for name in _PORTS}}
-    options = [f"-{name}={number}" for name, number in ports.items()]
-    with (folder / "weed.log").open("wb") as log:
-        server = subprocess.Popen(
-            [
-                _weed(),
-                "server",
-                f"-dir={folder}",
-                f"-s3.config={folder / 'identities.json'}",
-                *_OPTIONS,
-                *options,
-            ],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
+    process = Weed(folder)
+    process.start()
     try:
-        yield S3Server(f"http://127.0.0.1:{port}", _ready(f"http://127.0.0.1:{port}", server, folder))
+        url = f"http://127.0.0.1:{process.port}"
+        yield S3Server(url, _ready(url, process), process)
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
 
 
 _PORTS = (
@@ -105,7 +128,7 @@ def _identity(key: str, secret: str, actions: list[str]) -> dict[str, Any]:
     return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
 
 
-def _ready(url: str, server: subprocess.Popen[bytes], folder: Path) -> Any:
+def _ready(url: str, process: Weed) -> Any:
     """A client that may do everything, once the server has made the buckets."""
     client = boto3.client(
         "s3",
@@ -122,9 +145,8 @@ def _ready(url: str, server: subprocess.Popen[bytes], folder: Path) -> Any:
                 client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
             break
         except (BotoCoreError, ClientError) as error:
-            if server.poll() is not None or time.monotonic() > deadline:
-                log = (folder / "weed.log").read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"no S3 server: {error}\n{log}") from error
+            if not process.is_running() or time.monotonic() > deadline:
+                raise RuntimeError(f"no S3 server: {error}\n{process.log_tail()}") from error
             time.sleep(0.1)
     client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
     return client

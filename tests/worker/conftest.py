@@ -14,6 +14,7 @@ from api.jobs.models import Job
 from api.jobs.schemas import JobSubmit
 from api.jobs.submission import plan_job
 from api.projects.repository import get_or_create_project
+from api.projects.service import s3_access
 from api.settings import Settings
 from worker.context import WorkerContext
 
@@ -32,16 +33,23 @@ def worker(tmp_path: Path, tiny_llama: Path, tiny_texts: Path) -> Iterator[Worke
     context.close()
 
 
+def queue(worker: WorkerContext, **fields: Any) -> str:
+    """Queue a job, as the route does."""
+    body = JobSubmit.model_validate(fields)
+    with worker.database.write() as session:
+        project = get_or_create_project(session, "default")
+        access = s3_access(session, project.id, worker.settings)
+    planned = plan_job(body, worker.settings, access)
+    with worker.database.write() as session:
+        job: Job = service.create(session, project.id, planned, worker.settings, None, max_queued=None)
+    return job.id
+
+
 @pytest.fixture
 def submit(worker: WorkerContext, tiny_llama: Path) -> Submit:
-    """Queue a job, as the route does; by default the cheapest one."""
+    """Queue a job; by default the cheapest one."""
 
-    def queue(**fields: Any) -> str:
-        body = JobSubmit.model_validate({"model": str(tiny_llama), "scheme": "W8A8", **fields})
-        planned = plan_job(body, worker.settings)
-        with worker.database.write() as session:
-            project = get_or_create_project(session, "default")
-            job: Job = service.create(session, project.id, planned, worker.settings, None, max_queued=None)
-        return job.id
+    def submit(**fields: Any) -> str:
+        return queue(worker, **{"model": str(tiny_llama), "scheme": "W8A8", **fields})
 
-    return queue
+    return submit

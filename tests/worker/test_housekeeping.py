@@ -95,6 +95,25 @@ def two_jobs_with_files(worker: WorkerContext, submit: Submit, tmp_path: Path) -
     return job_ids
 
 
+def add_layer(worker: WorkerContext, job_id: str) -> None:
+    """The row of that shard."""
+    with worker.database.write() as session:
+        session.add(
+            JobLayer(
+                job_id=job_id,
+                work_key="k",
+                layer=0,
+                fingerprint="f",
+                attempt=1,
+                size=5,
+                entry={},
+                store_key=f"work/{job_id}/aa.safetensors",
+                sha256="aa",
+                at=database.now(session) - timedelta(days=3),
+            )
+        )
+
+
 def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     worker: WorkerContext, submit: Submit, tmp_path: Path
 ) -> None:
@@ -102,21 +121,7 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
     with worker.database.read() as session:
         at = database.now(session) - timedelta(days=3)
     for each in (job_id, other_id):
-        with worker.database.write() as session:
-            session.add(
-                JobLayer(
-                    job_id=each,
-                    work_key="k",
-                    layer=0,
-                    fingerprint="f",
-                    attempt=1,
-                    size=5,
-                    entry={},
-                    store_key=f"work/{each}/aa.safetensors",
-                    sha256="aa",
-                    at=at,
-                )
-            )
+        add_layer(worker, each)
     with worker.database.write() as session:
         ended = {"status": JobStatus.FAILED, "layers_done": 1, "finished_at": at}
         session.execute(update(Job).where(Job.id == job_id).values(**ended))
@@ -145,6 +150,24 @@ def test_keys_of_requests_are_forgotten_after_a_day_a_part_at_a_time(
     forget_old(worker)
     with worker.database.read() as session:
         assert session.scalars(select(IdempotencyKey.key)).all() == ["22", "23"]
+
+
+def test_what_fenced_out_attempts_left_is_removed_and_what_is_published_stays(
+    worker: WorkerContext, submit: Submit, tmp_path: Path
+) -> None:
+    job_id, _ = two_jobs_with_files(worker, submit, tmp_path)
+    for token in (3, 4):
+        worker.store.put(f"artifacts/{job_id}/{token}/manifest.json", tmp_path / "shard")
+    add_layer(worker, job_id)
+    with worker.database.write() as session:
+        ended = {
+            "status": JobStatus.SUCCEEDED,
+            "manifest_key": f"artifacts/{job_id}/3/manifest.json",
+            "finished_at": database.now(session) - timedelta(days=3),
+        }
+        session.execute(update(Job).where(Job.id == job_id).values(**ended))
+    forget_work(worker.database, worker.store, resume_days=2)
+    assert list(worker.store.list("artifacts/" + job_id)) == [f"artifacts/{job_id}/3/manifest.json"]
 
 
 def test_files_of_deleted_jobs_go_before_their_rows(

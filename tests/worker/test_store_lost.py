@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from api import database
+from api.artifacts import s3 as module
 from api.artifacts.store import open_store
 from api.jobs import events, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
 from tests.support.gate import Gate
+from tests.support.s3 import READER, S3Server
 from tests.worker.conftest import Submit
 from worker import patience
 from worker.context import WorkerContext
@@ -90,3 +95,60 @@ def test_a_cancel_does_not_wait_for_a_store_that_hangs(
     assert time.monotonic() - cancelled[0] < 5
     thread.join()
     assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
+
+
+def test_a_store_that_is_killed_in_the_upload_is_waited_for(
+    remote: WorkerContext, submit: Submit, gate: Gate, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_BYTES", 64 << 10)
+    worker = dataclasses.replace(remote, store=open_store(gate.store_url))
+    job_id = submit()
+    killed_at: list[str | None] = []
+
+    def phase() -> str | None:
+        with worker.database.read() as session:
+            return session.get_one(Job, job_id).phase
+
+    def kill_in_a_large_file() -> None:
+        while phase() != "upload":
+            time.sleep(0.01)
+        gate.rate = 100_000
+        while not s3.client.list_multipart_uploads(Bucket="store").get("Uploads"):
+            time.sleep(0.01)
+        s3.process.kill()
+        killed_at.append(phase())
+        gate.rate = None
+        s3.process.start()
+
+    thread = threading.Thread(target=kill_in_a_large_file)
+    thread.start()
+    job, attempt = run(worker, job_id)
+    thread.join()
+    assert killed_at == ["upload"]
+    assert (job.status, attempt.error_message) == (JobStatus.SUCCEEDED, None)
+    assert (job.attempts_made, job.attempts_counted) == (1, 0)
+    assert job.manifest_key is not None
+    with worker.store.open(job.manifest_key) as file:
+        files = json.load(file)["files"]
+    for entry in files:
+        with worker.store.open(f"{job.manifest_key.rpartition('/')[0]}/{entry['name']}") as file:
+            assert hashlib.sha256(file.read()).hexdigest() == entry["sha256"], entry["name"]
+
+
+def test_a_store_that_refuses_is_asked_less_and_less(
+    remote: WorkerContext, submit: Submit, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit()
+    s3.use(monkeypatch, tmp_path, READER)
+    worker = dataclasses.replace(remote, store=open_store("s3://store/none-of-the-reader-s"))
+    pauses = []
+    for number in range(1, 7):
+        job, _ = run(worker, job_id)
+        with worker.database.write() as session:
+            attempt = session.get_one(Attempt, (job_id, number))
+            session.get_one(Job, job_id).available_at = database.now(session)
+        assert (attempt.outcome, attempt.error_code) == (AttemptOutcome.STORE_LOST, "store_denied")
+        assert attempt.ended_at is not None
+        pauses.append(round((job.available_at - attempt.ended_at).total_seconds()))
+    assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
+    assert pauses == [60, 120, 240, 480, 900, 900]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from structlog.testing import capture_logs
 
 from api.artifacts.store import go_on
 from api.jobs import events, leases
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
+from api.settings import Settings
 from compression.events import JOURNAL_FILE
-from tests.worker.conftest import Submit
+from tests.support.postgres import PostgresServer, new_database
+from tests.worker.conftest import Submit, queue
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.resume import restore
@@ -97,6 +103,33 @@ def test_a_cancel_during_the_upload_wins_and_the_upload_is_removed(
     assert attempt.outcome == AttemptOutcome.CANCELLED
     assert list(worker.store.list("artifacts")) == []
     assert len(list(worker.store.list(f"work/{job_id}"))) == job.layers_total
+
+
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """Real ones to whoever writes: no file of this process and its children grows past some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_scratch_folder_without_room_is_a_full_disk(
+    tmp_path: Path, tiny_llama: Path, postgres: PostgresServer
+) -> None:
+    settings = {"data_dir": tmp_path / "data", "local_roots": (tiny_llama.parent,), "device": "cpu"}
+    with new_database(postgres) as url:
+        worker = WorkerContext.open(Settings(database_url=url, **settings))
+        job_id = queue(worker, model=str(tiny_llama), scheme="W8A8")
+        with capture_logs(), full_disks():
+            run(worker)
+        job, attempt = job_of(worker, job_id)
+        worker.close()
+    assert (job.status, job.error_code) == (JobStatus.FAILED, "disk_full")
+    assert attempt.outcome == AttemptOutcome.FAILED
+    assert "Free disk space" in (job.error_message or "")
 
 
 def test_a_journal_is_restored_without_what_the_store_lost(worker: WorkerContext, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from api.artifacts.local import LocalStore
-from api.artifacts.store import Store, StoreUnreachable, go_on, open_store
+from api.artifacts.store import Store, StoreUnreachable, artifact_folder, go_on, open_store
 from tests.support.gate import Gate
 from worker import patience
-from worker.upload import UploadError, keep_shard, publish, remove, remove_older
+from worker.upload import UploadError, copy, keep_shard, publish, remove, remove_older
 
 WEIGHTS = hashlib.sha256(b"weights").hexdigest()
 
@@ -82,10 +82,29 @@ def test_a_stop_between_files_leaves_no_manifest(store: LocalStore, output: Path
 def test_removal_spares_the_uploads_of_later_attempts(store: LocalStore, output: Path) -> None:
     for token in (2, 9, 10):
         publish(store, output, "job", token, {}, go_on)
-    remove_older(store, "job", 9)
+    remove_older(store, artifact_folder("job"), 9)
     assert {key.split("/")[2] for key in store.list("artifacts/job")} == {"9", "10"}
-    remove(store, "job", 9)
+    remove(store, artifact_folder("job"), 9)
     assert {key.split("/")[2] for key in store.list("artifacts/job")} == {"10"}
+
+
+def test_a_copy_is_what_was_published_the_manifest_last(
+    store: LocalStore, output: Path, tmp_path: Path
+) -> None:
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    publish(store, output, "job", 7, {}, go_on)
+    copy(elsewhere, output, "job/7", go_on)
+    names = ["extra/notes.txt", "manifest.json", "model.safetensors"]
+    assert list(elsewhere.list("job")) == [f"job/7/{name}" for name in names]
+    for name in names:
+        with elsewhere.open(f"job/7/{name}") as there, store.open(f"artifacts/job/7/{name}") as here:
+            assert there.read() == here.read()
+
+    (output / "model.safetensors").unlink()  # the stored one is a link to it
+    (output / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UploadError):
+        copy(elsewhere, output, "job/8", go_on)
+    assert "job/8/manifest.json" not in elsewhere.list("job")
 
 
 class TestAStoreThatIsAway:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,22 @@ def test_a_stop_leaves_no_object(store: Store, file: Path) -> None:
     with pytest.raises(Stop):
         store.put("work/a", file, stop)
     assert not store.exists("work/a")
+
+
+def test_a_stop_comes_through_while_a_large_file_is_read(store: Store, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)  # hours to read; none of it is on the disk
+    started = time.monotonic()
+
+    def stop_after_a_while() -> None:
+        if time.monotonic() - started > 0.05:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        store.put("work/a", large, stop_after_a_while)
+    assert time.monotonic() - started < 1
+    assert list(store.list("work")) == []
 
 
 def test_bytes_are_shared_not_copied(local: Store, file: Path, tmp_path: Path) -> None:

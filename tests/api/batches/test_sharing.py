@@ -15,8 +15,13 @@ from api.errors import Unprocessable
 from api.jobs.schemas import JobSubmit
 from api.jobs.submission import Planner
 from api.main import create_app
+from api.projects.prefixes import S3Access
 from tests.api.conftest import Server
 from tests.support.hub import running_hub
+
+
+def planner_of(server: Server) -> Planner:
+    return Planner(server.settings, S3Access(server.settings.store_url))
 
 
 def planned(planner: Planner, server: Server, **changes: Any) -> Any:
@@ -24,7 +29,7 @@ def planned(planner: Planner, server: Server, **changes: Any) -> Any:
 
 
 def test_the_same_work_is_planned_once(server: Server) -> None:
-    planner = Planner(server.settings)
+    planner = planner_of(server)
     first, second = planned(planner, server, name="a"), planned(planner, server, name="b", priority=1)
     assert first.document is second.document
     assert first.plan is second.plan
@@ -38,19 +43,19 @@ def test_the_same_work_is_planned_once(server: Server) -> None:
     ):
         other = planned(planner, server, **changes)
         assert other.plan is not first.plan
-        alone = planned(Planner(server.settings), server, **changes)
+        alone = planned(planner_of(server), server, **changes)
         assert other.document == alone.document
 
 
 def test_headers_are_read_once_for_all_recipes(server: Server) -> None:
-    planner = Planner(server.settings)
+    planner = planner_of(server)
     one, other = (planned(planner, server, scheme=scheme).plan.checkpoint for scheme in ("W4A16", "W8A8"))
     assert one.tensors.keys() == other.tensors.keys()
     assert all(one.tensors[name] is other.tensors[name] for name in one.tensors)
 
 
 def test_what_is_refused_stays_refused_and_points_into_its_own_body(server: Server) -> None:
-    planner = Planner(server.settings)
+    planner = planner_of(server)
     (server.model / "model.safetensors").write_bytes(b"\xff" * 8)
     recipe = [{"type": "rtn", "scheme": "W4A16", "group_size": 48}]
     for changes in ({}, {"scheme": None, "recipe": recipe}, {}):

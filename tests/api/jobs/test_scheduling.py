@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from sqlalchemy import update
 
-from api.database import Database
+from api.database import Database, Now
 from api.jobs import leases, repository, scheduling
 from api.jobs.models import Job
 from api.workers import repository as workers
@@ -82,6 +82,24 @@ def test_a_gpu_that_is_too_small_is_named(server: Server) -> None:
         "61.0 GiB of GPU memory; the largest worker has 48.0"
         in server.http.get(path).json()["obstacle"]["message"]
     )
+
+
+def test_a_store_that_refuses_is_named_until_it_is_tried_again(server: Server) -> None:
+    job_id = server.submit()["id"]
+    come(server.database, CPUS[1])
+    with server.database.write() as session:
+        claimed = leases.claim(session, CPUS[1], 90)
+        assert claimed is not None
+        leases.lose_store(session, claimed[0], "store_denied", "The artifact store refuses: AccessDenied.")
+    path = f"/v1/jobs/{job_id}"
+    refused = server.http.get(path)
+    assert refused.json()["obstacle"]["code"] == "store_denied"
+    assert refused.json()["obstacle"]["message"].startswith(
+        "The artifact store refuses: AccessDenied. It is tried again at "
+    )
+    need(server, job_id, available_at=Now())
+    again = server.http.get(path, headers={"If-None-Match": refused.headers["ETag"]})
+    assert (again.status_code, again.json()["obstacle"]) == (200, None)
 
 
 def test_a_job_that_runs_has_none(server: Server) -> None:

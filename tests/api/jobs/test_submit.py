@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from api.jobs.models import IdempotencyKey, Job
+from api.settings import Settings
 from tests.api.conftest import Server
 
 
@@ -123,6 +124,25 @@ class TestAccepted:
         link = server.model.parent / "link"
         link.symlink_to(server.model)
         assert server.submit(model=str(link))["model"] == str(link)
+
+
+class TestTheServicesOwnFiles:
+    """In a folder below a root: what jobs of all projects have published lies there."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings) -> Settings:
+        (root,) = settings.local_roots
+        return settings.model_copy(update={"store_url": f"file://{root / 'own'}"})
+
+    def test_they_are_nobody_s_to_name(self, server: Server) -> None:
+        published = server.model.parent / "own" / "artifacts" / "job_x" / "1"
+        shutil.copytree(server.model, published)
+        shutil.copy(server.dataset, published / "texts.jsonl")
+        assert pointers(refused(server, model=str(published))) == {"/model": "path_not_allowed"}
+        text = str(published / "texts.jsonl")
+        assert pointers(refused(server, dataset=text)) == {"/dataset": "path_not_allowed"}
+        (server.model / "extra.json").symlink_to(published / "config.json")
+        assert pointers(refused(server)) == {"/model": "path_not_allowed"}
 
 
 class TestRefused:

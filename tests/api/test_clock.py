@@ -1,0 +1,42 @@
+"""No host's clock decides anything: what has to do with times asks the database for them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HOSTS = {
+    "time": {"time", "time_ns", "localtime", "gmtime", "ctime", "strftime"},
+    "datetime": {"now", "utcnow", "today"},
+    "date": {"today"},
+}
+"""By what they are called on: functions that give the host's time of day."""
+
+
+def readings(tree: ast.AST) -> Iterator[str]:
+    """Where it is read."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = (
+                node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            )
+            if node.attr in HOSTS.get(owner, ()):
+                yield f"line {node.lineno}: {owner}.{node.attr}"
+        if isinstance(node, ast.ImportFrom) and node.module == "time":
+            yield from (
+                f"line {node.lineno}: {alias.name}" for alias in node.names if alias.name in HOSTS["time"]
+            )
+
+
+def test_no_module_reads_it() -> None:
+    paths = [path for folder in ("api", "worker") for path in (ROOT / folder).rglob("*.py")]
+    found = {str(path): list(readings(ast.parse(path.read_text()))) for path in paths}
+    assert {path: places for path, places in found.items() if places} == {}
+    assert len(found) > 50
+
+
+def test_a_reading_would_be_found() -> None:
+    found = sorted(readings(ast.parse("import datetime\ndatetime.datetime.now()\nfrom time import time\n")))
+    assert found == ["line 2: datetime.now", "line 3: time"]
