@@ -29,7 +29,7 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         *WITH_BODY[422],
         *("recipe_and_scheme", "scheme_missing", "unknown_scheme", "unknown_method", "method_does_not_fit"),
         *("quality_gate_without_evaluation", "callback_not_found", "webhook_disabled"),
-        "label_key_invalid",
+        *("label_key_invalid", "output_not_allowed"),
         # where model and text are
         *("path_not_allowed", "model_not_found", "model_name_too_long", "dataset_not_found"),
         "too_many_files",

@@ -59,6 +59,7 @@ _JOB: dict[str, Any] = {
     "error": None,
     "batch": None,
     "deduplicated_from": None,
+    "output": None,
 }
 
 _ATTEMPT = {
@@ -223,6 +224,7 @@ EXAMPLES: dict[str, Any] = {
     "BatchPlanned": {"total": 2, "accepted": 1, "refused": 1, "items": [{**_OUTLINE, "index": 0}, _REFUSED]},
     "ArtifactList": {
         "job": _JOB_ID,
+        "output": None,
         "files": [
             {
                 "name": "config.json",
@@ -248,6 +250,8 @@ EXAMPLES: dict[str, Any] = {
             "max_body_bytes": 16_777_216,
             "requests_per_minute": None,
         },
+        "s3_prefixes": ["s3://texts/public"],
+        "output_prefixes": ["s3://models/search"],
         "use": {"queued": 0, "running": 1},
     },
     "KeyCreate": {"name": "nightly builds", "scopes": ["submit"], "expires_at": "2027-11-26T00:00:00Z"},
