@@ -18,12 +18,16 @@ from typing import Any, ClassVar
 from sqlalchemy import JSON, DateTime, MetaData, create_engine, event, func, make_url, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+AWAY = (OperationalError, InterfaceError, TimeoutError)
+"""What is raised while the database does not answer. A transaction may have been committed all the same: its
+answer may be what was lost."""
 BUSY_TIMEOUT_SECONDS = 5
 _ONE_SNAPSHOT: dict[str, dict[str, Any]] = {
     "sqlite": {},

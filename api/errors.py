@@ -12,7 +12,7 @@ ApiError            status, code, message, hint, problems
 └── Unavailable     503  not_ready, hub_unreachable
 
 Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
-the database's OperationalError 503 (database_unavailable).
+a database that is away 503 (database_unavailable).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from api.artifacts.store import StoreUnavailable
+from api.database import AWAY
 from compression.errors import PlanError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -190,8 +191,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PlanError, _on_plan_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(OperationalError, _on_database_error)
-    app.add_exception_handler(InterfaceError, _on_database_error)
+    for kind in AWAY:
+        app.add_exception_handler(kind, _on_database_error)
     app.add_exception_handler(DataError, _on_impossible_value)
     app.add_exception_handler(StoreUnavailable, _on_store_error)
 
@@ -280,8 +281,8 @@ def _methods(request: Request) -> set[str]:
 
 
 def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError | InterfaceError)
-    log.error("database_unavailable", error=str(error.orig))
+    reason = error.orig if isinstance(error, DBAPIError) else error  # its own text quotes the statement
+    log.error("database_unavailable", error=str(reason))
     return problem_response(
         503,
         "database_unavailable",

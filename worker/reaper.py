@@ -6,6 +6,7 @@ Several workers doing the same at once is harmless.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import structlog
 from api.artifacts.store import Store
 from api.database import Database
 from api.jobs import leases, retention
-from api.wake import wake
+from api.wake import wake_all
 from api.webhooks import outbox
 from api.workers import repository as workers
 from worker.context import WorkerContext
@@ -35,9 +36,10 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
     settings = worker.settings
     presence.tell()
     sender = Sender(worker.database, settings)
+    reaper = Reaper(worker)
     threads = (
         Periodic("presence", settings.heartbeat_seconds, presence.tell),
-        Periodic("reaper", settings.sweep_seconds, lambda: reap(worker)),
+        Periodic("reaper", min(settings.sweep_seconds, settings.heartbeat_seconds), reaper.reap),
         Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
         Periodic("webhooks", POLL_SECONDS, sender.send_due),
         Periodic("deleted", settings.sweep_seconds, lambda: remove_deleted(worker.database, worker.store)),
@@ -54,13 +56,32 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
         presence.leave()
 
 
-def reap(worker: WorkerContext) -> None:
-    """End leases and waits that ran out, and forget workers that fell silent."""
-    with worker.database.write() as session:
-        changed = leases.reap(session)
-        workers.remove_silent(session, worker.settings.lease_seconds)
-    if changed:
-        log.warning("jobs_reaped", count=changed)
+class Reaper:
+    """Ends leases and waits that ran out, and forgets workers that fell silent.
+
+    A lease also runs out when the database is away. So none is ended before the database has answered here
+    for the length of a lease, in which every worker that lives has renewed its own. To be called once a
+    heartbeat or more often: what is away for less costs no lease.
+    """
+
+    def __init__(self, worker: WorkerContext) -> None:
+        self._database = worker.database
+        self._lease_seconds = worker.settings.lease_seconds
+        self._answering_since: float | None = None
+
+    def reap(self) -> None:
+        """Do it once."""
+        now = time.monotonic()
+        since = now if self._answering_since is None else self._answering_since
+        self._answering_since = None
+        with self._database.write() as session:
+            changed = leases.expire(session)
+            if now - since > self._lease_seconds:
+                changed += leases.reap(session)
+                workers.remove_silent(session, self._lease_seconds)
+        self._answering_since = since
+        if changed:
+            log.warning("jobs_reaped", count=changed)
 
 
 def sweep(worker: WorkerContext) -> None:
@@ -69,9 +90,7 @@ def sweep(worker: WorkerContext) -> None:
         queued = leases.queued_by_device(session, max_running=worker.settings.max_running)
         alive = workers.list_alive(session, worker.settings.lease_seconds)
     idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
-    for device_class, count in wake_ups(queued, idle).items():
-        for _ in range(count):
-            wake(device_class, broker_url=worker.settings.broker_url)
+    wake_all(wake_ups(queued, idle), broker_url=worker.settings.broker_url)
 
 
 def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:

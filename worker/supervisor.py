@@ -5,7 +5,7 @@
     upload     the output, then the row that publishes it
 
 An attempt ends in one of five ways: published, failed, cancelled, given back, or fenced out. It is given back
-where this worker ends, and where its store is away.
+where this worker ends, or its store stays away. A database that is away is waited for; the engine works on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,10 +31,10 @@ from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
 from compression.sources import local
 from worker import upload
-from worker.context import WorkerContext
+from worker.context import ShuttingDown, WorkerContext
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
-from worker.patience import patiently
+from worker.patience import patiently, write_patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
 
@@ -43,11 +44,9 @@ _STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
 
+T = TypeVar("T")
+
 log = structlog.get_logger(__name__)
-
-
-class ShuttingDown(Exception):
-    """This worker process is asked to end."""
 
 
 class _TimeIsUp(Exception):
@@ -75,7 +74,7 @@ class AttemptFailed(Exception):
 
 
 def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
-    """Do the job's work and write its end. An end that cannot be written is left to the reaper."""
+    """Do the job's work and write its end. One that the database does not take is left to the reaper."""
     bound = log.bind(job=lease.job_id, attempt=lease.attempt)
     bound.info("attempt_started", scheme=job.scheme, model=job.model)
     lease_seconds, heartbeat_seconds = worker.settings.lease_seconds, worker.settings.heartbeat_seconds
@@ -88,6 +87,8 @@ def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
         bound.info("attempt_ended")
     except LeaseLost:
         bound.warning("lease_lost")
+    except ShuttingDown:
+        bound.warning("end_not_written")
     except SQLAlchemyError:
         bound.exception("database_failed")
 
@@ -104,11 +105,10 @@ def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseK
     except (LeaseLost, SQLAlchemyError):
         raise
     except Exception as reason:
-        with worker.database.write() as session:
-            _end(session, lease, reason, facts)
+        write_patiently(worker.check, worker.database, partial(_end, lease, reason, facts))
 
 
-def _end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> None:
+def _end(lease: Lease, reason: Exception, facts: AttemptFacts, session: Session) -> None:
     """Write why the attempt did not succeed."""
     if isinstance(reason, CancelRequested):
         leases.mark_cancelled(session, lease, facts)
@@ -167,7 +167,6 @@ class _Attempt:
         self, worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, folder: Path
     ) -> None:
         self._worker = worker
-        self._database = worker.database
         self._store = worker.store
         self._lease = lease
         self._job = job
@@ -189,10 +188,12 @@ class _Attempt:
         self._publish(report)
 
     def _fetch(self) -> None:
-        with self._database.write() as session:
+        def begin(session: Session) -> list[JobLayer]:
             leases.set_phase(session, self._lease, "fetch")
-            layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
-        self._store.probe()  # before hours of work whose result has nowhere to go
+            return leases.finished_layers(session, self._job.id, self._job.work_key or "")
+
+        layers = self._write(begin, self._check)
+        patiently(self._check, self._store.probe)  # before hours of work whose result has nowhere to go
         if self._job.resolved_plan is not None:
             self._restore(self._job.resolved_plan, layers)
         dataset = self._spec.dataset
@@ -207,12 +208,12 @@ class _Attempt:
         lost = restore(self._store, resolved_plan, layers, self._partial, self._check)
         self._digests = {row.entry["file"]: row.sha256 for row in layers if row.layer not in lost}
         if lost:
-            self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
+            warning = {"code": "layers_lost", "message": f"The store lost layers {lost}."}
+            self._handle({"type": "warning", "data": warning}, self._check)
 
     def _pin(self, dataset: dict[str, Any]) -> None:
         """From here on the job is about this state of its dataset, in this attempt and in later ones."""
-        with self._database.write() as session:
-            leases.pin_dataset(session, self._lease, dataset)
+        self._write(lambda session: leases.pin_dataset(session, self._lease, dataset), self._check)
         self._spec = self._spec.model_copy(update={"dataset": DatasetSpec.model_validate(dataset)})
 
     def _compress(self) -> dict[str, Any]:
@@ -273,13 +274,16 @@ class _Attempt:
             return
         if message["type"] == "phase_changed" and data["phase"] == "fetch":
             return  # the engine finds in the cache what was fetched for it, in the phase of that name
-        with self._database.write() as session:
+
+        def tell(session: Session) -> None:
             if message["type"] == "phase_changed":
                 leases.set_phase(session, self._lease, data["phase"])
             elif message["type"] == "plan_resolved":
                 leases.save_plan(session, self._lease, data["header"])
             else:
                 leases.append_event(session, self._lease, message["type"], data)
+
+        self._write(tell, check)
 
     def _keep_layer(self, data: dict[str, Any], check: Check) -> None:
         """First the shard, durable in the store, then the row that makes the layer finished."""
@@ -288,15 +292,13 @@ class _Attempt:
             key = upload.keep_shard(self._store, self._partial / name, self._job.id, sha256, check)
         except FileNotFoundError:  # the engine published meanwhile, by renaming its folder
             key = upload.keep_shard(self._store, self._output / name, self._job.id, sha256, check)
-        with self._database.write() as session:
-            leases.record_layer(session, self._lease, data, key)
+        self._write(lambda session: leases.record_layer(session, self._lease, data, key), check)
         self._digests[name] = sha256
 
     def _check(self) -> None:
         """Raise the reason why this attempt must stop now, if there is one."""
         self._keeper.check()
-        if self._worker.stopping.is_set():
-            raise ShuttingDown
+        self._worker.check()
         limit = self._job.max_runtime_seconds
         if limit is not None and time.monotonic() - self._started > limit:
             raise AttemptFailed(
@@ -365,19 +367,23 @@ class _Attempt:
         raise AttemptFailed(AttemptOutcome.FAILED, "quality_gate_failed", message, report=report)
 
     def _publish(self, report: dict[str, Any]) -> None:
-        """Upload, then the fenced row that makes it the job's result; anything else removes the upload."""
-        with self._database.write() as session:
-            leases.set_phase(session, self._lease, "upload")
+        """Upload, then the fenced row that makes it the job's result; an upload that is none is removed."""
+        self._write(lambda session: leases.set_phase(session, self._lease, "upload"), self._check)
         patiently(self._check, upload.remove_older, self._store, self._job.id, self._lease.token)
         try:
             manifest_key = upload.publish(
                 self._store, self._output, self._job.id, self._lease.token, self._digests, self._check
             )
-            with self._database.write() as session:
-                leases.succeed(session, self._lease, report, manifest_key, self.facts)
-        except SQLAlchemyError:
-            raise  # the row may have been written: what it names must stay
-        except BaseException as error:
+        except BaseException:
+            self._remove_upload()
+            raise
+
+        def succeed(session: Session) -> None:
+            leases.succeed(session, self._lease, report, manifest_key, self.facts)
+
+        try:
+            self._write(succeed, self._worker.check)  # a keeper would take a row that was written for a loss
+        except LeaseLost as error:  # all else leaves open whether the row was written
             self._remove_upload()
             if isinstance(error, CancelWon):
                 raise CancelRequested(self._job.id) from None
@@ -390,6 +396,5 @@ class _Attempt:
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
             log.warning("upload_not_removed", job=self._job.id, reason=error.message)
 
-    def _append(self, type: str, data: dict[str, Any]) -> None:
-        with self._database.write() as session:
-            leases.append_event(session, self._lease, type, data)
+    def _write(self, action: Callable[[Session], T], check: Check) -> T:
+        return write_patiently(check, self._worker.database, action)

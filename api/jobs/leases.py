@@ -19,7 +19,7 @@ from api import database
 from api.jobs import events, quotas
 from api.jobs.attempts import NOTHING_SEEN, AttemptFacts, count_failure, end_attempt, give_back
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
-from api.jobs.reaper import reap, release_all
+from api.jobs.reaper import expire, reap, release_all, release_held
 from api.workers.models import WorkerIdentity
 from api.workers.repository import heartbeat
 from compression.events import Phase
@@ -32,6 +32,7 @@ __all__ = [
     "WorkerIdentity",
     "append_event",
     "claim",
+    "expire",
     "fail",
     "finished_layers",
     "heartbeat",
@@ -42,6 +43,7 @@ __all__ = [
     "record_layer",
     "release",
     "release_all",
+    "release_held",
     "renew",
     "save_plan",
     "set_phase",
@@ -243,12 +245,15 @@ def succeed(
     manifest_key: str,
     facts: AttemptFacts = NOTHING_SEEN,
 ) -> None:
-    """End the job with its published artifacts.
+    """End the job with its published artifacts. Once more changes nothing: an answer may have been lost.
 
     Raises:
         CancelWon: a cancel came first.
         LeaseLost: the job is another's.
     """
+    published = session.execute(select(Job.manifest_key).where(Job.id == lease.job_id)).scalar_one_or_none()
+    if published == manifest_key:  # the key has the lease's token
+        return
     status = _fenced_update(session, lease)
     if status != JobStatus.RUNNING:
         raise CancelWon(lease)

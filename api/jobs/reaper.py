@@ -14,8 +14,8 @@ from api.jobs.models import ACTIVE, AttemptOutcome, Job, JobStatus
 
 
 def reap(session: Session) -> int:
-    """End what ran out: a lost lease (queued again, failed past max_attempts, or cancelled if that was asked
-    for) and a wait longer than max_queue_seconds (expired). Returns how many jobs changed.
+    """End leases that ran out: the job is queued again, failed past max_attempts, or cancelled if that was
+    asked for. Returns how many jobs changed.
 
     Harmless when several workers do it at once: each job is locked, and skipped where another holds it.
     """
@@ -31,18 +31,11 @@ def reap(session: Session) -> int:
             message,
             retryable=True,
         )
-    return len(lost) + _expire(session)
+    return len(lost)
 
 
-def release_all(session: Session) -> int:
-    """Give back every held job, not counted: for the embedded mode's start, when no worker can be alive."""
-    held = _lock(session, Job.status.in_(ACTIVE))
-    for job in held:
-        give_back(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
-    return len(held)
-
-
-def _expire(session: Session) -> int:
+def expire(session: Session) -> int:
+    """End waits longer than max_queue_seconds, as harmlessly. Returns how many jobs changed."""
     now = database.now(session)
     overdue = _lock(session, Job.status == JobStatus.QUEUED, Job.queue_deadline <= now)
     for job in overdue:
@@ -53,6 +46,24 @@ def _expire(session: Session) -> int:
         session.flush()
         events.append(session, job.id, "job_expired", {"code": job.error_code, "message": job.error_message})
     return len(overdue)
+
+
+def release_all(session: Session) -> int:
+    """Give back every held job, not counted: for the embedded mode's start, when no worker can be alive."""
+    return _release(session)
+
+
+def release_held(session: Session, worker_id: str) -> int:
+    """Give back what a worker holds that runs nothing, not counted: what it claimed when the database's
+    answer was lost, and what it could not end."""
+    return _release(session, Job.lease_owner == worker_id)
+
+
+def _release(session: Session, *conditions: ColumnElement[bool]) -> int:
+    held = _lock(session, Job.status.in_(ACTIVE), *conditions)
+    for job in held:
+        give_back(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
+    return len(held)
 
 
 def _lock(session: Session, *conditions: ColumnElement[bool]) -> Sequence[Job]:
