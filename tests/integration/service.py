@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -23,13 +24,24 @@ ENDED = ("succeeded", "failed", "cancelled", "expired")
 
 
 class Process:
-    """A command of `bitmill` on one core, with nothing of this process's environment but PATH."""
+    """A command of `bitmill` on one core, with nothing of this process's environment but PATH.
 
-    def __init__(self, command: str, folder: Path, settings: Mapping[str, str], core: int = 0) -> None:
+    variables: those of others than Bitmill, such as AWS's.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        folder: Path,
+        settings: Mapping[str, str],
+        core: int = 0,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
+            **variables,
             **{f"BITMILL_{name}": value for name, value in settings.items()},
         }
         self.log = folder / f"{command}.log"

@@ -51,44 +51,90 @@ class S3Server:
             monkeypatch.setenv(name, value)
 
 
+class SeaweedFS:
+    """The server's process on free ports; it can be killed and started again on the same data and ports."""
+
+    def __init__(self, folder: Path) -> None:
+        reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
+        keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
+        identities = [
+            _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),
+            _identity(*READER, reads),
+            _identity(*KEEPER, keeps),
+        ]
+        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        self._folder = folder
+        self._ports = {name: free_port() for name in _PORTS}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._ports['s3.port']}"
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def begin(self) -> None:
+        """Start, and wait for nothing."""
+        options = [f"-{name}={number}" for name, number in self._ports.items()]
+        config = f"-s3.config={self._folder / 'identities.json'}"
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [_weed(), "server", f"-dir={self._folder}", config, *_OPTIONS, *options],
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self) -> S3Server:
+        """Start, wait until it answers, and make the buckets."""
+        self.begin()
+        return S3Server(self.url, self._ready())
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _ready(self) -> Any:
+        """A client that may do everything, once the server has made the buckets."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=ADMIN[0],
+            aws_secret_access_key=ADMIN[1],
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}),
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                for bucket in ("texts", "versioned", "private", "store"):
+                    client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
+                break
+            except (BotoCoreError, ClientError) as error:
+                if not self.is_running() or time.monotonic() > deadline:
+                    log = (self._folder / "weed.log").read_text(errors="replace")[-4000:]
+                    raise RuntimeError(f"no S3 server: {error}\n{log}") from error
+                time.sleep(0.1)
+        client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+        return client
+
+
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
-    """SeaweedFS on free ports, its data in a folder."""
-    reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
-    keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
-    identities = [
-        _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),
-        _identity(*READER, reads),
-        _identity(*KEEPER, keeps),
-    ]
-    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-    port = free_port()
-    ports = {"s3.port": port, **{name: free_port() for name in _PORTS}}
-    options = [f"-{name}={number}" for name, number in ports.items()]
-    with (folder / "weed.log").open("wb") as log:
-        server = subprocess.Popen(
-            [
-                _weed(),
-                "server",
-                f"-dir={folder}",
-                f"-s3.config={folder / 'identities.json'}",
-                *_OPTIONS,
-                *options,
-            ],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
+    """SeaweedFS, its data in a folder."""
+    server = SeaweedFS(folder)
     try:
-        yield S3Server(f"http://127.0.0.1:{port}", _ready(f"http://127.0.0.1:{port}", server, folder))
+        yield server.start()
     finally:
         server.kill()
-        server.wait()
 
 
 _PORTS = (
-    "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
-    "filer.port.grpc",
+    "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
+    "filer.port", "filer.port.grpc",
 )  # fmt: skip
 _OPTIONS = (
     "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=100",
@@ -103,28 +149,3 @@ def _weed() -> str:
 
 def _identity(key: str, secret: str, actions: list[str]) -> dict[str, Any]:
     return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
-
-
-def _ready(url: str, server: subprocess.Popen[bytes], folder: Path) -> Any:
-    """A client that may do everything, once the server has made the buckets."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=url,
-        aws_access_key_id=ADMIN[0],
-        aws_secret_access_key=ADMIN[1],
-        region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}),
-    )
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            for bucket in ("texts", "versioned", "private", "store"):
-                client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
-            break
-        except (BotoCoreError, ClientError) as error:
-            if server.poll() is not None or time.monotonic() > deadline:
-                log = (folder / "weed.log").read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"no S3 server: {error}\n{log}") from error
-            time.sleep(0.1)
-    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
-    return client

@@ -46,7 +46,10 @@ def test_a_job_is_kept_and_published_there(remote: WorkerContext, submit: Submit
     assert len(list(remote.store.list(f"work/{job_id}"))) == job.layers_total
 
 
-def test_nothing_begins_while_the_store_is_away(remote: WorkerContext, submit: Submit, gate: Gate) -> None:
+def test_nothing_begins_while_the_store_is_away(
+    remote: WorkerContext, submit: Submit, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
     job_id = submit()
     gate.shut()
     job, attempt = run(remote, job_id)

@@ -313,6 +313,23 @@ class TestReaper:
             leases.renew(session, lease, LEASE)
 
 
+class TestAnAnswerThatWasLost:
+    def test_a_worker_that_runs_nothing_gives_back_its_own_uncounted(
+        self, database: Database, add_job: Callable[..., str]
+    ) -> None:
+        """It never heard of its claim."""
+        add_job("a")
+        add_job("b")
+        must_claim(database)
+        must_claim(database, WorkerIdentity("cpu-2", "cpu", 1000, 0))
+        with database.write() as session:
+            assert leases.release_held(session, CPU.id) == 1
+        job = job_row(database, "a")
+        assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
+        assert attempt_row(database, 1, "a").outcome == AttemptOutcome.PREEMPTED
+        assert job_row(database, "b").lease_owner == "cpu-2"
+
+
 def test_queued_by_device_counts_what_could_be_claimed(
     database: Database, add_job: Callable[..., str]
 ) -> None:
