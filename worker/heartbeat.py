@@ -146,6 +146,8 @@ class Periodic:
         while True:
             try:
                 self._action()
+            except AWAY as error:  # no traceback every few seconds
+                log.warning("database_away", action=self._name, error=type(error).__name__)
             except Exception:
                 log.exception("periodic_action_failed", action=self._name)
             if self._done.wait(self._seconds):

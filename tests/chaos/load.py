@@ -13,7 +13,7 @@ import httpx
 from tests.chaos.stack import Stack
 
 _AGAIN_SECONDS = 0.3
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 _PROBLEM = "application/problem+json"
 
 
@@ -81,7 +81,7 @@ class Load:
         if answer.status_code == expected:
             return answer.json()
         self.refused[str(answer.status_code)] += 1
-        told = answer.status_code == 503 and answer.headers["Content-Type"] == _PROBLEM
+        told = answer.status_code == 503 and answer.headers.get("Content-Type") == _PROBLEM
         if not (told and "Retry-After" in answer.headers):
             self.complaints.append(f"{method} {path} was answered {answer.status_code}: {answer.text[:500]}")
         return None

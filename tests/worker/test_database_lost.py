@@ -85,7 +85,7 @@ def test_answers_that_were_lost_count_nothing(worker: WorkerContext, submit: Sub
         if to_lose and status == to_lose[0]:
             to_lose.pop(0)
             connection.connection.commit()
-            connection.connection.dbapi_connection.close()  # type: ignore[union-attr]
+            connection.connection.dbapi_connection.close()
 
     event.listen(worker.database.engine, "commit", commit_and_break)
     look(worker, Presence(worker))

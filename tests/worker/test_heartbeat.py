@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
+
 from api.jobs import leases, service
 from api.jobs.leases import Lease, LeaseLost
 from api.jobs.models import Job
@@ -112,20 +116,26 @@ def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -
     assert shown() == []
 
 
-def test_a_periodic_action_goes_on_after_an_error() -> None:
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(RuntimeError("once"), "error"), (OperationalError("SELECT 1", {}, Exception()), "warning")],
+)
+def test_a_periodic_action_goes_on_after_an_error(error: Exception, level: str) -> None:
     calls: list[int] = []
 
     def action() -> None:
         calls.append(1)
         if len(calls) == 1:
-            raise RuntimeError("once")
+            raise error
 
     thread = Periodic("test", 0.01, action)
-    thread.start()
-    deadline = time.monotonic() + 5
-    while len(calls) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    thread.stop()
+    with capture_logs() as logs:
+        thread.start()
+        deadline = time.monotonic() + 5
+        while len(calls) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        thread.stop()
+    assert [line["log_level"] for line in logs] == [level]
     seen = len(calls)
     assert seen >= 3
     time.sleep(0.05)
