@@ -39,7 +39,7 @@ def check(session: Session, store: Store, accepted: Sequence[str], deaths: Death
 
 def all_succeeded(session: Session, accepted: Sequence[str]) -> Iterator[str]:
     """The jobs are those that were accepted, each under its own id, and every one has succeeded."""
-    found = dict(session.execute(select(Job.id, Job.status)).tuples().all())
+    found = dict(session.execute(select(Job.id, Job.status)).all())
     if sorted(accepted) != sorted(found):
         yield f"{len(accepted)} jobs were accepted under {len(set(accepted))} ids; there are {len(found)}"
     for job_id, status in found.items():
@@ -60,7 +60,7 @@ def finished_once(session: Session) -> Iterator[str]:
 
 def no_gaps(session: Session) -> Iterator[str]:
     """Events are numbered from 1, and the job knows the last number."""
-    for job_id, last in session.execute(select(Job.id, Job.event_seq)).tuples():
+    for job_id, last in session.execute(select(Job.id, Job.event_seq)):
         seqs = session.scalars(select(JobEvent.seq).where(JobEvent.job_id == job_id).order_by(JobEvent.seq))
         if seqs.all() != list(range(1, last + 1)):
             yield f"{job_id} has a gap in its events, of which there are {last}"
@@ -70,7 +70,7 @@ def layers_solved_once(session: Session) -> Iterator[str]:
     """Each job kept to one work_key, under which every layer was finished, and told once."""
     for job in session.scalars(select(Job)):
         layers = select(JobLayer.work_key, JobLayer.layer).where(JobLayer.job_id == job.id)
-        finished = sorted(session.execute(layers).tuples())
+        finished = sorted(session.execute(layers))
         told = session.scalars(
             select(JobEvent.data).where(JobEvent.job_id == job.id, JobEvent.type == "layer_solved")
         )
@@ -100,7 +100,7 @@ def attempts_accounted_for(session: Session, deaths: Deaths) -> Iterator[str]:
 
 def one_manifest(session: Session, store: Store) -> Iterator[str]:
     """Each job has published one manifest, and the store has the files that it names, byte for byte."""
-    for job_id, manifest_key in session.execute(select(Job.id, Job.manifest_key)).tuples():
+    for job_id, manifest_key in session.execute(select(Job.id, Job.manifest_key)):
         stored = list(store.list(f"artifacts/{job_id}"))
         manifests = [key for key in stored if key.endswith("/manifest.json")]
         if manifest_key is None or manifests != [manifest_key]:

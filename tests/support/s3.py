@@ -137,8 +137,9 @@ _PORTS = (
     "filer.port", "filer.port.grpc",
 )  # fmt: skip
 _OPTIONS = (
-    "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=100",
-    "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
+    "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.electionTimeout=1s",
+    "-master.volumeSizeLimitMB=64", "-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0",
+    "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
 )  # fmt: skip
 
 
