@@ -26,12 +26,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from api.artifacts.store import StoreUnavailable
-from api.database import AWAY
+from api.database import AWAY, reason
 from compression.errors import PlanError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -281,8 +281,7 @@ def _methods(request: Request) -> set[str]:
 
 
 def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
-    reason = error.orig if isinstance(error, DBAPIError) else error  # its own text quotes the statement
-    log.error("database_unavailable", error=str(reason))
+    log.error("database_unavailable", error=reason(error))
     return problem_response(
         503,
         "database_unavailable",

@@ -12,7 +12,7 @@ from typing import Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.database import AWAY, Database
+from api.database import AWAY, Database, reason
 from api.jobs import leases
 from api.jobs.leases import Lease, LeaseLost
 from api.jobs.models import JobStatus
@@ -120,7 +120,7 @@ class Presence:
             with self._worker.database.write() as session:
                 workers.remove(session, self._worker.identity.id)
         except AWAY as error:  # it is removed for its silence
-            log.warning("presence_not_removed", error=type(error).__name__)
+            log.warning("presence_not_removed", error=reason(error))
 
 
 class Periodic:
@@ -147,7 +147,7 @@ class Periodic:
             try:
                 self._action()
             except AWAY as error:  # no traceback every few seconds
-                log.warning("database_away", action=self._name, error=type(error).__name__)
+                log.warning("database_away", action=self._name, error=reason(error))
             except Exception:
                 log.exception("periodic_action_failed", action=self._name)
             if self._done.wait(self._seconds):

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from api.artifacts.store import Check, StoreUnreachable
-from api.database import AWAY, Database
+from api.database import AWAY, Database, reason
 
 PATIENCE_SECONDS = 300.0
 """How long a file waits for the store. Then the job goes back to the queue, for a worker that reaches it."""
@@ -62,7 +62,7 @@ def write_patiently(check: Check, database: Database, action: Callable[[Session]
                 return action(session)
         except AWAY as error:
             if not away:
-                log.warning("database_away", error=type(error).__name__)
+                log.warning("database_away", error=reason(error))
             away = True
         _wait(_DATABASE_PAUSE_SECONDS, check)
 

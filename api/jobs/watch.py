@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from api.database import AWAY, Database
+from api.database import AWAY, Database, reason
 from api.jobs import repository
 
 POLL_SECONDS = 0.25
@@ -67,7 +67,7 @@ class JobWatch:
             try:
                 seqs = await run_in_threadpool(self._read, asked)
             except AWAY as error:  # who waits is told nothing until it answers again
-                log.warning("watch_failed", error=type(error).__name__)
+                log.warning("watch_failed", error=reason(error))
             else:
                 self._tell(asked, seqs)
             await asyncio.sleep(self._poll_seconds)

@@ -8,10 +8,12 @@ import threading
 import time
 
 import pytest
+from structlog.testing import capture_logs
 
 from api.artifacts.store import open_store
 from api.jobs import events, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
+from tests.integration.service import eventually
 from tests.support.gate import Gate
 from tests.worker.conftest import Submit
 from worker import patience
@@ -60,6 +62,24 @@ def test_nothing_begins_while_the_store_is_away(
     with remote.database.read() as session:
         ended = events.page(session, job_id, 0, 100)[-1]
     assert (ended.type, ended.data["code"]) == ("attempt_ended", "store_unreachable")
+
+
+def test_a_store_that_is_away_for_a_moment_costs_no_attempt_at_all(
+    remote: WorkerContext, submit: Submit, gate: Gate
+) -> None:
+    gate.shut()
+    with capture_logs() as logs:
+
+        def open_once_noticed() -> None:
+            noticed = "store_unreachable"
+            eventually(lambda: noticed in {line["event"] for line in list(logs)}, 30, "nobody noticed")
+            gate.open()
+
+        thread = threading.Thread(target=open_once_noticed)
+        thread.start()
+        job, _attempt = run(remote, submit())
+        thread.join()
+    assert (job.status, job.attempts_made) == (JobStatus.SUCCEEDED, 1)
 
 
 def test_a_store_that_goes_away_for_long_counts_no_attempt(
