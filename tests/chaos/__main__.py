@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 from collections import Counter
 
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=60)
     parser.add_argument("--only", choices=("distributed", "embedded"), help="one stack instead of both")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that nothing is left running
     console = Console()
     console.print(f"seed {asked.seed}; once more: make chaos SEED={asked.seed} MINUTES={asked.minutes:g}")
     stacks: dict[str, tuple[MakeStack, float, float]] = {

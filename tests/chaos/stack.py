@@ -152,11 +152,6 @@ class Stack:
         for program in reversed(self.programs.values()):
             program.kill()
 
-    def _is_ready(self) -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/readyz").status_code == 200
-        return False
-
     def bitmill(self, name: str, command: str, core: int) -> None:
         """Add a process of Bitmill, with its log in a folder of that name."""
         folder = self.data.parent / name
@@ -164,6 +159,11 @@ class Stack:
         self.programs[name] = Bitmill(
             lambda: Process(command, folder, self.settings, core, variables=self.variables)
         )
+
+    def _is_ready(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/readyz").status_code == 200
+        return False
 
 
 def _stack(folder: Path, variables: Mapping[str, str], settings: Mapping[str, str]) -> Stack:
