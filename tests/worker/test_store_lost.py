@@ -72,7 +72,7 @@ def test_a_store_that_is_away_for_a_moment_costs_no_attempt_at_all(
 
         def open_once_noticed() -> None:
             noticed = "store_unreachable"
-            eventually(lambda: noticed in {line["event"] for line in list(logs)}, 30, "nobody noticed")
+            eventually(lambda: noticed in {line["event"] for line in list(logs)}, 10, "nobody noticed")
             gate.open()
 
         thread = threading.Thread(target=open_once_noticed)
