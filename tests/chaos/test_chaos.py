@@ -13,8 +13,8 @@ from tests.chaos.stack import distributed, embedded
 @pytest.mark.parametrize(
     ("make", "plan"),
     [
-        (distributed, Plan(seed=1, jobs=6, seconds=60, every=4, drain_seconds=150)),
-        (embedded, Plan(seed=1, jobs=3, seconds=30, every=10, drain_seconds=150)),
+        (distributed, Plan(seed=1, jobs=4, seconds=60, every=4, drain_seconds=150)),
+        (embedded, Plan(seed=1, jobs=2, seconds=30, every=10, drain_seconds=150)),
     ],
 )
 def test_every_job_succeeds_whatever_is_killed(make: MakeStack, plan: Plan) -> None:
