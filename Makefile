@@ -12,7 +12,7 @@ LINTED := api benchmarks cli compression migrations tests worker
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check test-peer test-vllm test-generator bench results lock clean
+.PHONY: help install demo test chaos check test-peer test-vllm test-generator bench results lock clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: install  ## compress a real model through the real service, and ask it a q
 
 test: install  ## all tests that need nothing but .venv
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile -m 'not peer and not vllm and not generator'
+
+chaos: install  ## kill all parts of the service at random for MINUTES (10), as SEED says; then embedded, half as long
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check $(LINTED)

@@ -18,12 +18,16 @@ from typing import Any, ClassVar
 from sqlalchemy import JSON, DateTime, MetaData, Row, create_engine, event, func, make_url, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+AWAY = (OperationalError, InterfaceError, TimeoutError)
+"""What is raised while the database does not answer. A transaction may have been committed all the same: its
+answer may be what was lost."""
 BUSY_TIMEOUT_SECONDS = 5
 _ONE_SNAPSHOT: dict[str, dict[str, Any]] = {
     "sqlite": {},
@@ -106,6 +110,11 @@ def lock(session: Session, name: str) -> None:
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+def reason(error: Exception) -> str:
+    """What a database said, without the statement that it said it of."""
+    return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
 class Database:

@@ -9,11 +9,10 @@ from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from api.artifacts.store import Store
-from api.database import Database
+from api.database import AWAY, Database
 from api.errors import Forbidden
 from api.jobs.watch import JobWatch
 from api.limits import RequestLimits
@@ -127,7 +126,7 @@ Accessing = Annotated[Access, Depends(_access)]
 
 
 def _note_use(database: Database, key_id: str) -> None:
-    with suppress(OperationalError), database.write() as session:  # else the next request notes it
+    with suppress(*AWAY), database.write() as session:  # else the next request notes it
         projects.note_use(session, key_id)
 
 

@@ -12,7 +12,7 @@ ApiError            status, code, message, hint, problems
 └── Unavailable     503  not_ready, hub_unreachable
 
 Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
-the database's OperationalError 503 (database_unavailable).
+a database that is away 503 (database_unavailable).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from api.artifacts.store import StoreUnavailable
+from api.database import AWAY, reason
 from api.schemas import all_required
 from compression.errors import PlanError, Problem
 
@@ -190,8 +191,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(PlanError, _on_plan_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(OperationalError, _on_database_error)
-    app.add_exception_handler(InterfaceError, _on_database_error)
+    for kind in AWAY:
+        app.add_exception_handler(kind, _on_database_error)
     app.add_exception_handler(DataError, _on_impossible_value)
     app.add_exception_handler(StoreUnavailable, _on_store_error)
 
@@ -280,8 +281,7 @@ def _methods(request: Request) -> set[str]:
 
 
 def _on_database_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError | InterfaceError)
-    log.error("database_unavailable", error=str(error.orig))
+    log.error("database_unavailable", error=reason(error))
     return problem_response(
         503,
         "database_unavailable",

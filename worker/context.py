@@ -16,6 +16,10 @@ from worker.device import device_class, gpu_bytes, host_bytes
 from worker.scratch import Scratch
 
 
+class ShuttingDown(Exception):
+    """This worker process is asked to end."""
+
+
 @dataclass(frozen=True)
 class WorkerContext:
     """Shared by the threads of one worker process. stopping: set once, when the process shall end."""
@@ -36,6 +40,11 @@ class WorkerContext:
         database = Database(settings.database_url)
         scratch = Scratch(settings.scratch_dir, name)
         return cls(settings, identity, database, open_store(settings.store_url), scratch)
+
+    def check(self) -> None:
+        """Raise ShuttingDown once this process shall end."""
+        if self.stopping.is_set():
+            raise ShuttingDown
 
     def close(self) -> None:
         """Remove the scratch folder and close connections. No job may be running."""

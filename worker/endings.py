@@ -12,14 +12,11 @@ from api.jobs import leases
 from api.jobs.leases import AttemptFacts, Lease
 from api.jobs.models import AttemptOutcome
 from compression.errors import CompressionError
+from worker.context import ShuttingDown
 from worker.heartbeat import CancelRequested
 from worker.runner import explain, is_disk_full
 
 log = structlog.get_logger(__name__)
-
-
-class ShuttingDown(Exception):
-    """This worker process is asked to end."""
 
 
 class AttemptFailed(Exception):

@@ -12,7 +12,7 @@ from typing import Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.database import Database
+from api.database import AWAY, Database, reason
 from api.jobs import leases
 from api.jobs.leases import Lease, LeaseLost
 from api.jobs.models import JobStatus
@@ -31,7 +31,7 @@ class CancelRequested(Exception):
 class LeaseKeeper:
     """Renews a lease in a thread of its own, and tells through `check` when the work must stop.
 
-    A database that does not answer is no reason to stop before the lease runs out.
+    A database that does not answer is no reason: it alone says that a lease is lost.
     """
 
     def __init__(
@@ -73,9 +73,6 @@ class LeaseKeeper:
                 return
             except SQLAlchemyError as error:
                 log.warning("lease_not_checked", job=self._lease.job_id, error=type(error).__name__)
-                if time.monotonic() - self._renewed > self._lease_seconds:
-                    self._lost = True
-                    return
 
     def _look(self) -> JobStatus:
         asked = time.monotonic()
@@ -119,8 +116,11 @@ class Presence:
 
     def leave(self) -> None:
         """Remove the row."""
-        with self._worker.database.write() as session:
-            workers.remove(session, self._worker.identity.id)
+        try:
+            with self._worker.database.write() as session:
+                workers.remove(session, self._worker.identity.id)
+        except AWAY as error:  # it is removed for its silence
+            log.warning("presence_not_removed", error=reason(error))
 
 
 class Periodic:
@@ -146,6 +146,8 @@ class Periodic:
         while True:
             try:
                 self._action()
+            except AWAY as error:  # no traceback every few seconds
+                log.warning("database_away", action=self._name, error=reason(error))
             except Exception:
                 log.exception("periodic_action_failed", action=self._name)
             if self._done.wait(self._seconds):

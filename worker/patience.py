@@ -1,4 +1,4 @@
-"""Waiting for a store that is away for a while: an upload goes on behind the files that are there."""
+"""Waiting for a store or a database that is away for a while: work goes on where it stood."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import structlog
+from sqlalchemy.orm import Session
 
 from api.artifacts.store import Check, StoreUnreachable
+from api.database import AWAY, Database, reason
 
 PATIENCE_SECONDS = 300.0
 """How long a file waits for the store. Then the job goes back to the queue, for a worker that reaches it."""
 _PAUSE_SECONDS = 0.5
 _PAUSE_MAX_SECONDS = 30.0
+_DATABASE_PAUSE_SECONDS = 1.0
 _TICK_SECONDS = 0.2
 
 P = ParamSpec("P")
@@ -39,8 +42,33 @@ def patiently(check: Check, action: Callable[P, T], *args: P.args, **kwargs: P.k
             if time.monotonic() + pause > give_up:
                 raise
             log.warning("store_unreachable", reason=error.message, pause_seconds=pause)
-        again = time.monotonic() + pause
-        while time.monotonic() < again:
-            check()
-            time.sleep(_TICK_SECONDS)
+        _wait(pause, check)
         pause = min(2 * pause, _PAUSE_MAX_SECONDS)
+
+
+def write_patiently(check: Check, database: Database, action: Callable[[Session], T]) -> T:
+    """What `action` gives in a transaction of its own, tried again for as long as the database is away.
+
+    There is no end to that: a worker without its database has nothing else to do, and should the job be
+    another's by then, the fence says so. Where only the answer was lost, `action` happens twice, so it has to
+    be one that may: at worst an event is told again.
+
+    check: called a few times a second meanwhile; whatever it raises ends the wait.
+    """
+    away = False
+    while True:
+        try:
+            with database.write() as session:
+                return action(session)
+        except AWAY as error:
+            if not away:
+                log.warning("database_away", error=reason(error))
+            away = True
+        _wait(_DATABASE_PAUSE_SECONDS, check)
+
+
+def _wait(seconds: float, check: Check) -> None:
+    again = time.monotonic() + seconds
+    while time.monotonic() < again:
+        check()
+        time.sleep(_TICK_SECONDS)

@@ -6,6 +6,7 @@ Several workers doing the same at once is harmless.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from api.artifacts.store import Store, artifact_folder, artifact_key
 from api.database import Database
 from api.jobs import digests, leases, retention
 from api.jobs import repository as jobs
-from api.wake import wake
+from api.wake import wake_all
 from api.webhooks import outbox
 from api.workers import repository as workers
 from worker import upload
@@ -40,9 +41,10 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
     settings = worker.settings
     presence.tell()
     sender = Sender(worker.database, settings)
+    reaper = Reaper(worker)
     threads = (
         Periodic("presence", settings.heartbeat_seconds, presence.tell),
-        Periodic("reaper", settings.sweep_seconds, lambda: reap(worker)),
+        Periodic("reaper", min(settings.sweep_seconds, settings.heartbeat_seconds), reaper.reap),
         Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
         Periodic("webhooks", POLL_SECONDS, sender.send_due),
         Periodic("deleted", settings.sweep_seconds, lambda: remove_deleted(worker.database, worker.store)),
@@ -59,20 +61,45 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
         presence.leave()
 
 
-def reap(worker: WorkerContext) -> None:
-    """End leases and waits that ran out, and forget workers that fell silent. Looks first, since a look takes
-    no lock of SQLite."""
-    with worker.database.read() as session:
-        is_over = leases.is_over(session)
-        has_silent = workers.has_silent(session, worker.settings.lease_seconds)
-    if has_silent:
-        with worker.database.write() as session:
-            workers.remove_silent(session, worker.settings.lease_seconds)
-    while is_over:
-        with worker.database.write() as session:
-            changed = leases.reap(session)
-        log.warning("jobs_reaped", count=changed)
-        is_over = changed == leases.REAPED_AT_ONCE
+class Reaper:
+    """Ends leases and waits that ran out, and forgets workers that fell silent.
+
+    A lease also runs out when the database is away. So none is ended before the database has answered here
+    for the length of a lease, in which every worker that lives has renewed its own. To be called once a
+    heartbeat or more often: what is away for less costs no lease.
+    """
+
+    def __init__(self, worker: WorkerContext) -> None:
+        self._database = worker.database
+        self._lease_seconds = worker.settings.lease_seconds
+        self._answering_since: float | None = None
+
+    def reap(self) -> None:
+        """Do it once."""
+        now = time.monotonic()
+        since = now if self._answering_since is None else self._answering_since
+        self._answering_since = None
+        with self._database.read() as session:  # a look takes no lock of SQLite
+            is_over = leases.is_over(session)
+            has_silent = workers.has_silent(session, self._lease_seconds)
+        knows_silence = now - since > self._lease_seconds
+        if is_over:
+            self._end(leases.expire)
+        if is_over and knows_silence:
+            self._end(leases.reap)
+        if has_silent and knows_silence:
+            with self._database.write() as session:
+                workers.remove_silent(session, self._lease_seconds)
+        self._answering_since = since
+
+    def _end(self, what: Callable[[Session], int]) -> None:
+        """End some in a transaction, until fewer than that are left."""
+        changed = leases.REAPED_AT_ONCE
+        while changed == leases.REAPED_AT_ONCE:
+            with self._database.write() as session:
+                changed = what(session)
+            if changed:
+                log.warning("jobs_reaped", count=changed)
 
 
 def sweep(worker: WorkerContext) -> None:
@@ -83,9 +110,7 @@ def sweep(worker: WorkerContext) -> None:
         if not idle:
             return
         queued = leases.queued_by_device(session, max_running=worker.settings.max_running)
-    for device_class, count in wake_ups(queued, idle).items():
-        for _ in range(count):
-            wake(device_class, broker_url=worker.settings.broker_url)
+    wake_all(wake_ups(queued, idle), broker_url=worker.settings.broker_url)
 
 
 def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:

@@ -6,7 +6,8 @@
     upload     the output, to where else the job wants it too, then the row that publishes it
 
 An attempt ends in one of six ways: published, deduplicated, failed, cancelled, given back, or fenced out. It
-is given back where this worker ends, and where its store is away.
+is given back where this worker ends, or its store stays away. A database that is away is waited for; the
+engine works on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from api.artifacts.store import Check, StoreError, artifact_folder, open_store
 from api.jobs import leases, twins
@@ -29,12 +32,12 @@ from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
 from compression.sources import local
 from worker import endings, upload
-from worker.context import WorkerContext
-from worker.endings import AttemptFailed, ShuttingDown
+from worker.context import ShuttingDown, WorkerContext
+from worker.endings import AttemptFailed
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
 from worker.identity import Identity, identify
-from worker.patience import patiently
+from worker.patience import patiently, write_patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
 
@@ -42,6 +45,8 @@ _TICK_SECONDS = 0.2
 _KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +56,7 @@ class _TimeIsUp(Exception):
 
 
 def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
-    """Do the job's work and write its end. An end that cannot be written is left to the reaper."""
+    """Do the job's work and write its end. One that the database does not take is left to the reaper."""
     bound = log.bind(job=lease.job_id, attempt=lease.attempt)
     bound.info("attempt_started", scheme=job.scheme, model=job.model)
     lease_seconds, heartbeat_seconds = worker.settings.lease_seconds, worker.settings.heartbeat_seconds
@@ -64,6 +69,8 @@ def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
         bound.info("attempt_ended")
     except LeaseLost:
         bound.warning("lease_lost")
+    except ShuttingDown:
+        bound.warning("end_not_written")
     except SQLAlchemyError:
         bound.exception("database_failed")
 
@@ -80,8 +87,8 @@ def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseK
     except (LeaseLost, SQLAlchemyError):
         raise
     except Exception as reason:
-        with worker.database.write() as session:
-            endings.end(session, lease, reason, facts)
+        end = partial(endings.end, lease=lease, reason=reason, facts=facts)
+        write_patiently(worker.check, worker.database, end)
 
 
 def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
@@ -106,7 +113,6 @@ class _Attempt:
         self, worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, folder: Path
     ) -> None:
         self._worker = worker
-        self._database = worker.database
         self._store = worker.store
         self._copies = [(open_store(job.output), job.id)] if job.output else []
         self._places = [(worker.store, artifact_folder(job.id)), *self._copies]
@@ -133,11 +139,13 @@ class _Attempt:
         self._publish(report)
 
     def _fetch(self) -> None:
-        with self._database.write() as session:
+        def begin(session: Session) -> list[JobLayer]:
             leases.set_phase(session, self._lease, "fetch")
-            layers = leases.finished_layers(session, self._job.id, self._job.work_key or "")
+            return leases.finished_layers(session, self._job.id, self._job.work_key or "")
+
+        layers = self._write(begin, self._check)
         for store, _ in self._places:
-            store.probe()  # before hours of work whose result has nowhere to go
+            patiently(self._check, store.probe)  # before hours of work whose result has nowhere to go
         if self._job.resolved_plan is not None:
             self._restore(self._job.resolved_plan, layers)
         dataset = self._spec.dataset
@@ -151,24 +159,28 @@ class _Attempt:
     def _is_done_elsewhere(self) -> bool:
         """Find out which work the job is. Whether another one has done it, or does it now: then this attempt
         has ended."""
-        self._identity = identify(self._database, self._job, self._spec.dataset, self._check)
-        with self._database.write() as session:
+        found = identify(self._worker.database, self._job, self._spec.dataset, self._check)
+        self._identity = found
+
+        def take(session: Session) -> bool:
             twins.hold(session, self._job.project_id)
-            leases.save_cache_key(session, self._lease, self._identity.key)
-            if self._identity.key is None or not twins.looks(self._job):
+            leases.save_cache_key(session, self._lease, found.key)
+            if found.key is None or not twins.looks(self._job):
                 return False
             return twins.take(session, self._job.id, self._lease.attempt)
+
+        return self._write(take, self._check)
 
     def _restore(self, resolved_plan: dict[str, Any], layers: Sequence[JobLayer]) -> None:
         lost = restore(self._store, resolved_plan, layers, self._partial, self._check)
         self._digests = {row.entry["file"]: row.sha256 for row in layers if row.layer not in lost}
         if lost:
-            self._append("warning", {"code": "layers_lost", "message": f"The store lost layers {lost}."})
+            warning = {"code": "layers_lost", "message": f"The store lost layers {lost}."}
+            self._handle({"type": "warning", "data": warning}, self._check)
 
     def _pin(self, dataset: dict[str, Any]) -> None:
         """From here on the job is about this state of its dataset, in this attempt and in later ones."""
-        with self._database.write() as session:
-            leases.pin_dataset(session, self._lease, dataset)
+        self._write(lambda session: leases.pin_dataset(session, self._lease, dataset), self._check)
         self._spec = self._spec.model_copy(update={"dataset": DatasetSpec.model_validate(dataset)})
 
     def _compress(self) -> dict[str, Any]:
@@ -229,7 +241,8 @@ class _Attempt:
             return
         if message["type"] == "phase_changed" and data["phase"] == "fetch":
             return  # the engine finds in the cache what was fetched for it, in the phase of that name
-        with self._database.write() as session:
+
+        def tell(session: Session) -> None:
             if message["type"] == "phase_changed":
                 leases.set_phase(session, self._lease, data["phase"])
             elif message["type"] == "plan_resolved":
@@ -239,6 +252,8 @@ class _Attempt:
             else:
                 leases.append_event(session, self._lease, message["type"], data)
 
+        self._write(tell, check)
+
     def _keep_layer(self, data: dict[str, Any], check: Check) -> None:
         """First the shard, durable in the store, then the row that makes the layer finished."""
         name, sha256 = data["entry"]["file"], data["entry"]["sha256"]
@@ -246,15 +261,13 @@ class _Attempt:
             key = upload.keep_shard(self._store, self._partial / name, self._job.id, sha256, check)
         except FileNotFoundError:  # the engine published meanwhile, by renaming its folder
             key = upload.keep_shard(self._store, self._output / name, self._job.id, sha256, check)
-        with self._database.write() as session:
-            leases.record_layer(session, self._lease, data, key)
+        self._write(lambda session: leases.record_layer(session, self._lease, data, key), check)
         self._digests[name] = sha256
 
     def _check(self) -> None:
         """Raise the reason why this attempt must stop now, if there is one."""
         self._keeper.check()
-        if self._worker.stopping.is_set():
-            raise ShuttingDown
+        self._worker.check()
         limit = self._job.max_runtime_seconds
         if limit is not None and time.monotonic() - self._started > limit:
             raise AttemptFailed(
@@ -323,9 +336,8 @@ class _Attempt:
         raise AttemptFailed(AttemptOutcome.FAILED, "quality_gate_failed", message, report=report)
 
     def _publish(self, report: dict[str, Any]) -> None:
-        """Upload, then the fenced row that makes it the job's result; anything else removes the upload."""
-        with self._database.write() as session:
-            leases.set_phase(session, self._lease, "upload")
+        """Upload, then the fenced row that makes it the job's result; an upload that is none is removed."""
+        self._write(lambda session: leases.set_phase(session, self._lease, "upload"), self._check)
         token = self._lease.token
         for store, folder in self._places:
             patiently(self._check, upload.remove_older, store, folder, token)
@@ -335,11 +347,16 @@ class _Attempt:
             )
             for store, folder in self._copies:
                 upload.copy(store, self._output, f"{folder}/{token}", self._check)
-            with self._database.write() as session:
-                leases.succeed(session, self._lease, report, manifest_key, self.facts)
-        except SQLAlchemyError:
-            raise  # the row may have been written: what it names must stay
-        except BaseException as error:
+        except BaseException:
+            self._remove_upload()
+            raise
+
+        def succeed(session: Session) -> None:
+            leases.succeed(session, self._lease, report, manifest_key, self.facts)
+
+        try:
+            self._write(succeed, self._worker.check)  # a keeper would take a row that was written for a loss
+        except LeaseLost as error:  # all else leaves open whether the row was written
             self._remove_upload()
             if isinstance(error, CancelWon):
                 raise CancelRequested(self._job.id) from None
@@ -353,6 +370,5 @@ class _Attempt:
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
             log.warning("upload_not_removed", job=self._job.id, reason=error.message)
 
-    def _append(self, type: str, data: dict[str, Any]) -> None:
-        with self._database.write() as session:
-            leases.append_event(session, self._lease, type, data)
+    def _write(self, action: Callable[[Session], T], check: Check) -> T:
+        return write_patiently(check, self._worker.database, action)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from sqlalchemy.orm import Session
+
 from api.jobs import leases
-from worker.context import WorkerContext
+from api.jobs.leases import Lease
+from api.jobs.models import Job
+from worker.context import ShuttingDown, WorkerContext
 from worker.heartbeat import Presence
+from worker.patience import write_patiently
 from worker.supervisor import run_attempt
 
 
 def look(worker: WorkerContext, presence: Presence) -> None:
     """Run every job that this worker can claim. Returns when there is none, or when the worker shall stop."""
-    while not worker.stopping.is_set():
-        with worker.database.write() as session:
-            claimed = leases.claim(
-                session,
-                worker.identity,
-                worker.settings.lease_seconds,
-                max_running=worker.settings.max_running,
-            )
-        if claimed is None:
-            return
-        lease, job = claimed
-        with presence.busy(job.id):
-            run_attempt(worker, lease, job)
+
+    def claim(session: Session) -> tuple[Lease, Job] | None:
+        leases.release_held(session, worker.identity.id)
+        settings = worker.settings
+        return leases.claim(
+            session, worker.identity, settings.lease_seconds, max_running=settings.max_running
+        )
+
+    with suppress(ShuttingDown):
+        while True:
+            worker.check()
+            claimed = write_patiently(worker.check, worker.database, claim)
+            if claimed is None:
+                return
+            lease, job = claimed
+            with presence.busy(job.id):
+                run_attempt(worker, lease, job)

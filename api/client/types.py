@@ -655,9 +655,7 @@ class Obstacle(TypedDict):
     store_denied or store_unreachable until it is tried again.
     """
 
-    code: Literal[
-        "no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"
-    ]
+    code: Literal["no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"]
     message: str
 
 

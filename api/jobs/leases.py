@@ -27,7 +27,7 @@ from api.jobs.attempts import (
     stores_lost,
 )
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
-from api.jobs.reaper import REAPED_AT_ONCE, is_over, reap, release_all
+from api.jobs.reaper import REAPED_AT_ONCE, expire, is_over, reap, release_all, release_held
 from api.workers.models import WorkerIdentity
 from api.workers.repository import heartbeat
 from compression.events import Phase
@@ -41,6 +41,7 @@ __all__ = [
     "WorkerIdentity",
     "append_event",
     "claim",
+    "expire",
     "fail",
     "finished_layers",
     "heartbeat",
@@ -53,6 +54,7 @@ __all__ = [
     "record_layer",
     "release",
     "release_all",
+    "release_held",
     "renew",
     "save_cache_key",
     "save_plan",
@@ -265,12 +267,16 @@ def succeed(
     manifest_key: str,
     facts: AttemptFacts = NOTHING_SEEN,
 ) -> None:
-    """End the job with its published artifacts, and those that wait for it.
+    """End the job with its published artifacts, and those that wait for it. Once more changes nothing: an
+    answer may have been lost.
 
     Raises:
         CancelWon: a cancel came first.
         LeaseLost: the job is another's.
     """
+    published = session.execute(select(Job.manifest_key).where(Job.id == lease.job_id)).scalar_one_or_none()
+    if published == manifest_key:  # the key has the lease's token
+        return
     status = _fenced_update(session, lease)
     if status != JobStatus.RUNNING:
         raise CancelWon(lease)

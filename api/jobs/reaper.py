@@ -26,9 +26,8 @@ def is_over(session: Session) -> bool:
 
 
 def reap(session: Session) -> int:
-    """End what ran out: a lost lease (queued again, failed past max_attempts, or cancelled if that was asked
-    for), a wait longer than max_queue_seconds (expired), and a wait for a twin that is no longer in flight.
-    Returns how many jobs changed, at most REAPED_AT_ONCE.
+    """End leases that ran out: the job is queued again, failed past max_attempts, or cancelled if that was
+    asked for. Returns how many jobs changed, at most REAPED_AT_ONCE.
 
     Harmless when several workers do it at once: each job is locked, and skipped where another holds it.
     """
@@ -44,16 +43,14 @@ def reap(session: Session) -> int:
             message,
             retryable=True,
         )
-    expired = _expire(session, REAPED_AT_ONCE - len(lost))
-    return len(lost) + expired + twins.settle_rest(session, REAPED_AT_ONCE - len(lost) - expired)
+    return len(lost)
 
 
-def release_all(session: Session) -> int:
-    """Give back every held job, not counted: for the embedded mode's start, when no worker can be alive."""
-    held = _lock(session, Job.status.in_(ACTIVE))
-    for job in held:
-        give_back(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
-    return len(held)
+def expire(session: Session) -> int:
+    """End waits longer than max_queue_seconds, and waits for a twin that is no longer in flight, as
+    harmlessly. Returns how many jobs changed, at most REAPED_AT_ONCE."""
+    expired = _expire(session, REAPED_AT_ONCE)
+    return expired + twins.settle_rest(session, REAPED_AT_ONCE - expired)
 
 
 def _expire(session: Session, limit: int) -> int:
@@ -77,6 +74,24 @@ def _lost(now: datetime) -> tuple[ColumnElement[bool], ...]:
 
 def _overdue(now: datetime) -> tuple[ColumnElement[bool], ...]:
     return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, twins.waits_for_worker()
+
+
+def release_all(session: Session) -> int:
+    """Give back every held job, not counted: for the embedded mode's start, when no worker can be alive."""
+    return _release(session)
+
+
+def release_held(session: Session, worker_id: str) -> int:
+    """Give back what a worker holds that runs nothing, not counted: what it claimed when the database's
+    answer was lost, and what it could not end."""
+    return _release(session, Job.lease_owner == worker_id)
+
+
+def _release(session: Session, *conditions: ColumnElement[bool]) -> int:
+    held = _lock(session, Job.status.in_(ACTIVE), *conditions)
+    for job in held:
+        give_back(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
+    return len(held)
 
 
 def _lock(session: Session, *conditions: ColumnElement[bool], limit: int | None = None) -> Sequence[Job]:

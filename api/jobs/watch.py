@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
-from api.database import Database
+from api.database import AWAY, Database, reason
 from api.jobs import repository
 
 POLL_SECONDS = 0.25
@@ -67,8 +66,8 @@ class JobWatch:
             asked = list(self._waiting)
             try:
                 seqs = await run_in_threadpool(self._read, asked)
-            except OperationalError as error:  # who waits is told nothing until it answers again
-                log.warning("watch_failed", error=str(error.orig))
+            except AWAY as error:  # who waits is told nothing until it answers again
+                log.warning("watch_failed", error=reason(error))
             else:
                 self._tell(asked, seqs)
             await asyncio.sleep(self._poll_seconds)

@@ -162,6 +162,24 @@ def test_a_database_that_is_busy_is_a_503(server: Server, monkeypatch: pytest.Mo
     assert answer.headers["Retry-After"]
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_keeps_everybody_waiting_is_a_503(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections are taken, and none comes back in time."""
+    key = {"Authorization": server.http.headers["Authorization"]}
+    monkeypatch.setattr("api.database._POOL_SIZE", 1)
+    monkeypatch.setattr("api.database._POOL_OVERFLOW", 0)
+    app = create_app(server.settings)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        engine = app.state.context.database.engine
+        monkeypatch.setattr(engine.pool, "_timeout", 0)
+        with engine.connect():
+            answer = http.get("/v1/jobs", headers=key)
+    assert_problem(answer, 503, "database_unavailable")
+    assert answer.headers["Retry-After"]
+
+
 @pytest.mark.usefixtures("_own_logging")
 def test_an_unexpected_failure_tells_nothing_of_the_inside(
     server: Server, capsys: pytest.CaptureFixture[str]

@@ -27,7 +27,10 @@ JOB_SECONDS = 120
 
 
 class Process:
-    """A command of `bitmill` on one core, with nothing of this process's environment but PATH."""
+    """A command of `bitmill` on one core, with nothing of this process's environment but PATH.
+
+    variables: those of others than Bitmill, such as AWS's.
+    """
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import files
 from itertools import count
 from pathlib import Path
@@ -40,28 +40,45 @@ class PostgresServer:
         """What BITMILL_DATABASE_URL takes."""
         return f"postgresql://postgres@/{database}?host={self._folder}"
 
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start, and wait until connections are taken."""
-        options = [f"unix_socket_directories={self._folder}", "listen_addresses=", *self._options]
-        arguments = [part for option in options for part in ("-c", option)]
-        with (self._folder / "postgres.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                _command("postgres", "-D", str(self._data), *arguments), stdout=log, stderr=log
-            )
+        self.begin()
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 psycopg.connect(self.url()).close()
                 return
             except psycopg.OperationalError as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                if not self.is_running() or time.monotonic() > deadline:
                     log_tail = (self._folder / "postgres.log").read_text(errors="replace")[-4000:]
                     raise RuntimeError(f"no PostgreSQL: {error}\n{log_tail}") from error
                 time.sleep(0.02)
 
+    def begin(self) -> None:
+        """Start, and wait for nothing."""
+        options = [f"unix_socket_directories={self._folder}", "listen_addresses=", *self._options]
+        arguments = [part for option in options for part in ("-c", option)]
+        with (self._folder / "postgres.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                _command("postgres", "-D", str(self._data), *arguments), stdout=log, stderr=log
+            )
+
     def kill(self) -> None:
-        """SIGKILL, as a machine that loses its power."""
+        """SIGKILL to all its processes; none is left when this returns."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGSTOP)  # so that no other one is born
+        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
+        children = [int(pid) for pid in listed.split()]
         self._end(signal.SIGKILL)
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while not all(_is_gone(pid) for pid in children):
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """End, and cut all connections."""
@@ -94,6 +111,13 @@ def new_database(server: PostgresServer, template: str = _TEMPLATE) -> Iterator[
     _execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield server.url(name)
     _execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _execute(server: PostgresServer, statement: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,7 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 
 from tests.integration.service import free_port
 
@@ -34,7 +30,7 @@ class S3Server:
 
     url: str
     client: Any
-    process: Weed
+    process: SeaweedFS
 
     @property
     def port(self) -> int:
@@ -55,8 +51,8 @@ class S3Server:
             monkeypatch.setenv(name, value)
 
 
-class Weed:
-    """The server's process, on free ports; it can be killed and started again on the same data."""
+class SeaweedFS:
+    """The server's process on free ports; it can be killed and started again on the same data and ports."""
 
     def __init__(self, folder: Path) -> None:
         reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
@@ -67,55 +63,59 @@ class Weed:
             _identity(*KEEPER, keeps),
         ]
         (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-        self.port = free_port()
-        ports = {"s3.port": self.port, **{name: free_port() for name in _PORTS}}
-        self._command = [
-            _weed(),
-            "server",
-            f"-dir={folder}",
-            f"-s3.config={folder / 'identities.json'}",
-            *_OPTIONS,
-            *(f"-{name}={number}" for name, number in ports.items()),
-        ]
         self._folder = folder
+        self._ports = {name: free_port() for name in _PORTS}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        with (self._folder / "weed.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._ports['s3.port']}"
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def begin(self) -> None:
+        """Start, and wait for nothing."""
+        options = [f"-{name}={number}" for name, number in self._ports.items()]
+        config = f"-s3.config={self._folder / 'identities.json'}"
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [_weed(), "server", f"-dir={self._folder}", config, *_OPTIONS, *options],
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self) -> S3Server:
+        """Start, wait until it answers, and make the buckets."""
+        self.begin()
+        return S3Server(self.url, self._ready(), self)
+
     def kill(self) -> None:
-        """SIGKILL, as a machine that loses its power."""
+        """SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
-    def log_tail(self) -> str:
-        return (self._folder / "weed.log").read_text(errors="replace")[-4000:]
-
 
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
-    """SeaweedFS on free ports, its data in a folder."""
-    process = Weed(folder)
-    process.start()
+    """SeaweedFS, its data in a folder."""
+    server = SeaweedFS(folder)
     try:
-        url = f"http://127.0.0.1:{process.port}"
-        yield S3Server(url, _ready(url, process), process)
+        yield server.start()
     finally:
-        process.kill()
+        server.kill()
 
 
 _PORTS = (
-    "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
-    "filer.port.grpc",
+    "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
+    "filer.port", "filer.port.grpc",
 )  # fmt: skip
 _OPTIONS = (
-    "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=100",
-    "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
+    "-s3", "-ip=127.0.0.1", "-master.telemetry=false", "-master.electionTimeout=1s",
+    "-master.volumeSizeLimitMB=64", "-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0",
+    "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock",
 )  # fmt: skip
 
 
@@ -126,27 +126,3 @@ def _weed() -> str:
 
 def _identity(key: str, secret: str, actions: list[str]) -> dict[str, Any]:
     return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
-
-
-def _ready(url: str, process: Weed) -> Any:
-    """A client that may do everything, once the server has made the buckets."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=url,
-        aws_access_key_id=ADMIN[0],
-        aws_secret_access_key=ADMIN[1],
-        region_name="us-east-1",
-        config=Config(retries={"total_max_attempts": 1}),
-    )
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            for bucket in ("texts", "versioned", "private", "store"):
-                client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
-            break
-        except (BotoCoreError, ClientError) as error:
-            if not process.is_running() or time.monotonic() > deadline:
-                raise RuntimeError(f"no S3 server: {error}\n{process.log_tail()}") from error
-            time.sleep(0.1)
-    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
-    return client

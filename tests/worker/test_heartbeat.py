@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
+
 from api.jobs import leases, service
 from api.jobs.leases import Lease, LeaseLost
 from api.jobs.models import Job
@@ -68,16 +72,31 @@ def test_a_lost_lease_is_noticed_within_two_seconds(worker: WorkerContext, submi
         assert isinstance(raised_by(kept.check, 2), LeaseLost)
 
 
-def test_a_database_that_is_gone_ends_the_work_when_the_lease_runs_out(
+def rename(worker: WorkerContext, table: str, name: str) -> None:
+    with worker.database.write() as session:
+        session.connection().exec_driver_sql(f"ALTER TABLE {table} RENAME TO {name}")
+
+
+def test_a_database_that_is_gone_ends_no_work_although_the_lease_runs_out(
     worker: WorkerContext, submit: Submit
 ) -> None:
-    submit()
-    lease, _job = claim(worker)
-    with LeaseKeeper(worker.database, lease, lease_seconds=3, heartbeat_seconds=1) as kept:
-        with worker.database.write() as session:
-            session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO elsewhere")
-        assert raised_by(kept.check, 2) is None
-        assert isinstance(raised_by(kept.check, 5), LeaseLost)
+    job_id = submit()
+    lease, job = claim(worker)
+    with LeaseKeeper(worker.database, lease, lease_seconds=0.5, heartbeat_seconds=0.2) as kept:
+        rename(worker, "jobs", "elsewhere")
+        assert raised_by(kept.check, 2.5) is None
+        rename(worker, "elsewhere", "jobs")
+        assert raised_by(kept.check, 1.5) is None
+    with worker.database.read() as session:
+        renewed = session.get_one(Job, job_id).lease_until
+    assert job.lease_until is not None
+    assert renewed is not None
+    assert renewed < job.lease_until  # the claim was for 60 seconds
+
+
+def test_a_worker_leaves_without_its_database(worker: WorkerContext) -> None:
+    rename(worker, "workers", "elsewhere")
+    Presence(worker).leave()
 
 
 def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -> None:
@@ -97,20 +116,26 @@ def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -
     assert shown() == []
 
 
-def test_a_periodic_action_goes_on_after_an_error() -> None:
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [(RuntimeError("once"), "error"), (OperationalError("SELECT 1", {}, Exception()), "warning")],
+)
+def test_a_periodic_action_goes_on_after_an_error(error: Exception, level: str) -> None:
     calls: list[int] = []
 
     def action() -> None:
         calls.append(1)
         if len(calls) == 1:
-            raise RuntimeError("once")
+            raise error
 
     thread = Periodic("test", 0.01, action)
-    thread.start()
-    deadline = time.monotonic() + 5
-    while len(calls) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    thread.stop()
+    with capture_logs() as logs:
+        thread.start()
+        deadline = time.monotonic() + 5
+        while len(calls) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        thread.stop()
+    assert [line["log_level"] for line in logs] == [level]
     seen = len(calls)
     assert seen >= 3
     time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -10,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
 
 from api import database
 from api.jobs import leases
@@ -20,7 +22,7 @@ from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
 from worker.deliveries import Sender
 from worker.heartbeat import Presence
-from worker.reaper import forget_old, forget_work, reap, remove_deleted, sweep, wake_ups
+from worker.reaper import Reaper, forget_old, forget_work, remove_deleted, sweep, wake_ups
 from worker.tasks import look
 
 
@@ -40,13 +42,37 @@ def test_no_more_wake_ups_than_jobs_and_idle_workers(
     assert wake_ups(queued, Counter(idle)) == sent
 
 
-def test_an_expired_lease_is_reaped(worker: WorkerContext, submit: Submit) -> None:
+def test_an_expired_lease_is_reaped_once_the_database_answers_for_long_enough(
+    worker: WorkerContext, submit: Submit
+) -> None:
+    """After an outage all leases have expired; workers that live are given time to renew theirs."""
     job_id = submit()
     with worker.database.write() as session:
         assert leases.claim(session, worker.identity, -1) is not None
-    reap(worker)
-    with worker.database.read() as session:
-        assert session.get_one(Job, job_id).status == JobStatus.QUEUED
+
+    def status() -> JobStatus:
+        with worker.database.read() as session:
+            return session.get_one(Job, job_id).status
+
+    def rename(table: str, name: str) -> None:
+        with worker.database.write() as session:
+            session.connection().exec_driver_sql(f"ALTER TABLE {table} RENAME TO {name}")
+
+    lease_seconds = 0.2
+    settings = worker.settings.model_copy(update={"lease_seconds": lease_seconds})
+    reaper = Reaper(replace(worker, settings=settings))
+    reaper.reap()
+    assert status() == JobStatus.RUNNING
+    time.sleep(lease_seconds)
+    rename("jobs", "elsewhere")
+    with pytest.raises(OperationalError):
+        reaper.reap()
+    rename("elsewhere", "jobs")
+    reaper.reap()
+    assert status() == JobStatus.RUNNING
+    time.sleep(lease_seconds)
+    reaper.reap()
+    assert status() == JobStatus.QUEUED
 
 
 def test_who_has_nothing_to_do_waits_for_no_writer(worker: WorkerContext, submit: Submit) -> None:
@@ -55,7 +81,7 @@ def test_who_has_nothing_to_do_waits_for_no_writer(worker: WorkerContext, submit
     sender = Sender(worker.database, worker.settings)
     with worker.database.write() as session:
         session.execute(update(Job).values(name="held"))
-        reap(worker)
+        Reaper(worker).reap()
         sweep(worker)
         sender.send_due()
         remove_deleted(worker.database, worker.store)
@@ -71,7 +97,7 @@ def test_all_that_ran_out_is_reaped(
         submit(max_queue_seconds=1)
     with worker.database.write() as session:
         session.execute(update(Job).values(queue_deadline=database.now(session)))
-    reap(worker)
+    Reaper(worker).reap()
     with worker.database.read() as session:
         assert session.scalars(select(Job.status)).all() == [JobStatus.EXPIRED] * 3
 

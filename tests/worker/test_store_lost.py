@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from api import database
 from api.artifacts import s3 as module
 from api.artifacts.store import open_store
 from api.jobs import events, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
+from tests.integration.service import eventually
 from tests.support.gate import Gate
 from tests.support.s3 import READER, S3Server
 from tests.worker.conftest import Submit
@@ -51,7 +53,10 @@ def test_a_job_is_kept_and_published_there(remote: WorkerContext, submit: Submit
     assert len(list(remote.store.list(f"work/{job_id}"))) == job.layers_total
 
 
-def test_nothing_begins_while_the_store_is_away(remote: WorkerContext, submit: Submit, gate: Gate) -> None:
+def test_nothing_begins_while_the_store_is_away(
+    remote: WorkerContext, submit: Submit, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
     job_id = submit()
     gate.shut()
     job, attempt = run(remote, job_id)
@@ -62,6 +67,24 @@ def test_nothing_begins_while_the_store_is_away(remote: WorkerContext, submit: S
     with remote.database.read() as session:
         ended = events.page(session, job_id, 0, 100)[-1]
     assert (ended.type, ended.data["code"]) == ("attempt_ended", "store_unreachable")
+
+
+def test_a_store_that_is_away_for_a_moment_costs_no_attempt_at_all(
+    remote: WorkerContext, submit: Submit, gate: Gate
+) -> None:
+    gate.shut()
+    with capture_logs() as logs:
+
+        def open_once_noticed() -> None:
+            noticed = "store_unreachable"
+            eventually(lambda: noticed in {line["event"] for line in list(logs)}, 10, "nobody noticed")
+            gate.open()
+
+        thread = threading.Thread(target=open_once_noticed)
+        thread.start()
+        job, _attempt = run(remote, submit())
+        thread.join()
+    assert (job.status, job.attempts_made) == (JobStatus.SUCCEEDED, 1)
 
 
 def test_a_store_that_goes_away_for_long_counts_no_attempt(

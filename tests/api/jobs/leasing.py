@@ -66,8 +66,9 @@ def make_available(database: Database, job_id: str = "job") -> None:
 
 
 def reap(database: Database) -> int:
+    """What every worker does again and again."""
     with database.write() as session:
-        return leases.reap(session)
+        return leases.expire(session) + leases.reap(session)
 
 
 def layer(number: int) -> dict[str, Any]:

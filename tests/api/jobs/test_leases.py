@@ -324,13 +324,30 @@ def test_a_transaction_reaps_no_more_than_others_can_wait_for(
         session.add(
             Attempt(job_id="lost", number=1, token=0, worker_id="gone", device_class="cpu", started_at=past)
         )
-    for number in range(leases.REAPED_AT_ONCE):
+    for number in range(leases.REAPED_AT_ONCE + 1):
         add_job(f"job{number}", queue_deadline=past)
     with database.read() as session:
         assert leases.is_over(session)
-    assert [reap(database) for _ in range(3)] == [leases.REAPED_AT_ONCE, 1, 0]
+    assert [reap(database) for _ in range(3)] == [1 + leases.REAPED_AT_ONCE, 1, 0]
     with database.read() as session:
         assert not leases.is_over(session)
+
+
+class TestAnAnswerThatWasLost:
+    def test_a_worker_that_runs_nothing_gives_back_its_own_uncounted(
+        self, database: Database, add_job: Callable[..., str]
+    ) -> None:
+        """It never heard of its claim."""
+        add_job("a")
+        add_job("b")
+        must_claim(database)
+        must_claim(database, WorkerIdentity("cpu-2", "cpu", 1000, 0))
+        with database.write() as session:
+            assert leases.release_held(session, CPU.id) == 1
+        job = job_row(database, "a")
+        assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
+        assert attempt_row(database, 1, "a").outcome == AttemptOutcome.PREEMPTED
+        assert job_row(database, "b").lease_owner == "cpu-2"
 
 
 def test_queued_by_device_counts_what_could_be_claimed(
