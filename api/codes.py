@@ -18,7 +18,7 @@ EVERYWHERE: Mapping[int, tuple[str, ...]] = {
 """Of every route that needs a key. Others of the same status are added to these."""
 
 WITH_BODY: Mapping[int, tuple[str, ...]] = {
-    400: ("invalid_json",),
+    400: ("invalid_json", "bad_request"),
     413: ("body_too_large",),
     422: ("not_a_json_object",),
 }
