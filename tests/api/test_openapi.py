@@ -91,7 +91,7 @@ RAISED = {kind.__name__: kind.status for kind in ApiError.__subclasses__() if ki
     "Problem": 422,
     "PydanticCustomError": 422,
 }
-NOT_OVER_HTTP = {"project_exists", "project_not_found"}
+NOT_OVER_HTTP = {"project_exists", "project_not_found", "prefix_taken"}
 """Of the operator's commands."""
 
 

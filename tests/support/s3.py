@@ -97,6 +97,30 @@ class SeaweedFS:
             self._process.kill()
             self._process.wait()
 
+    def _ready(self) -> Any:
+        """A client that may do everything, once the server has made the buckets."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=ADMIN[0],
+            aws_secret_access_key=ADMIN[1],
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}),
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                for bucket in ("texts", "versioned", "private", "store"):
+                    client.put_object(Bucket=bucket, Key="ready", Body=b"")  # makes the bucket too
+                break
+            except (BotoCoreError, ClientError) as error:
+                if not self.is_running() or time.monotonic() > deadline:
+                    log = (self._folder / "weed.log").read_text(errors="replace")[-4000:]
+                    raise RuntimeError(f"no S3 server: {error}\n{log}") from error
+                time.sleep(0.1)
+        client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+        return client
+
 
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
