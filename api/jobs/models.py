@@ -70,6 +70,7 @@ class Job(Base):
     callback: the webhook that is told of this job whichever it is told of otherwise; it may be gone by now.
     manifest_key: where the published manifest is; readers trust this row, not the store's listing.
     batch_id, batch_index: which item of which batch it was submitted as.
+    traceparent: the span of the request that queued it last, where traces are made.
     deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
     """
 
@@ -121,6 +122,7 @@ class Job(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_until: Mapped[datetime | None]
+    traceparent: Mapped[str | None] = mapped_column(String(55))
 
     work_key: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[str | None] = mapped_column(String(64))
@@ -135,6 +137,9 @@ class Job(Base):
     __table_args__ = (
         Index("ix_jobs_claim", "status", desc("priority"), "created_at", "id"),
         Index("ix_jobs_lease", "status", "lease_until"),
+        # All that metrics ask for, without a look at the rows.
+        Index("ix_jobs_held", "status", "device_class", "available_at"),
+        Index("ix_jobs_ended", "status", "finished_at", "device_class"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
         # All that counts and pages of a batch ask for: a row is long, and its status lies behind the plan.
@@ -161,6 +166,8 @@ class Attempt(Base):
     exit_signal: Mapped[int | None]
     peak_host_bytes: Mapped[int | None] = mapped_column(BigInteger)
     peak_gpu_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+    __table_args__ = (Index("ix_attempts_ended", "ended_at", "outcome"),)
 
 
 class JobEvent(Base):
