@@ -19,130 +19,76 @@ from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreError, StoreUnavailable
+from api.artifacts.store import Check, StoreError
 from api.jobs import leases
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
-from compression.errors import CompressionError
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
 from compression.sources import local
 from worker import upload
 from worker.context import WorkerContext
+from worker.endings import AttemptFailed, Ending, ShuttingDown, end
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
 from worker.patience import patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
+from worker.telemetry import AttemptTelemetry
 
 _TICK_SECONDS = 0.2
 _KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
-_STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
 _TERMINAL = ("succeeded", "failed")
 _WORTH_RETRYING = ("hub_unreachable", "s3_unreachable")
 
 log = structlog.get_logger(__name__)
 
 
-class ShuttingDown(Exception):
-    """This worker process is asked to end."""
-
-
 class _TimeIsUp(Exception):
     """What is not kept by now is not worth the wait."""
 
 
-class AttemptFailed(Exception):
-    """Why an attempt failed. report: what a job keeps that was compressed and then refused."""
-
-    def __init__(
-        self,
-        outcome: AttemptOutcome,
-        code: str,
-        message: str,
-        *,
-        retryable: bool = False,
-        report: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.outcome = outcome
-        self.code = code
-        self.message = message
-        self.retryable = retryable
-        self.report = report
-
-
 def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
     """Do the job's work and write its end. An end that cannot be written is left to the reaper."""
-    bound = log.bind(job=lease.job_id, attempt=lease.attempt)
-    bound.info("attempt_started", scheme=job.scheme, model=job.model)
-    lease_seconds, heartbeat_seconds = worker.settings.lease_seconds, worker.settings.heartbeat_seconds
-    keeper = LeaseKeeper(
-        worker.database, lease, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds
-    )
-    try:
-        with keeper:
-            _run_to_an_end(worker, lease, job, keeper)
-        bound.info("attempt_ended")
-    except LeaseLost:
-        bound.warning("lease_lost")
-    except SQLAlchemyError:
-        bound.exception("database_failed")
+    told = AttemptTelemetry(lease, job)
+    with structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt), told.current():
+        log.info("attempt_started", scheme=job.scheme, model=job.model)
+        ending = Ending(AttemptOutcome.LEASE_LOST)
+        try:
+            with LeaseKeeper(
+                worker.database,
+                lease,
+                lease_seconds=worker.settings.lease_seconds,
+                heartbeat_seconds=worker.settings.heartbeat_seconds,
+            ) as keeper:
+                ending = _run_to_an_end(worker, lease, job, keeper, told)
+        except LeaseLost:
+            log.warning("lease_lost")
+        except SQLAlchemyError:
+            log.exception("database_failed")
+        told.end(ending)
+        log.info("attempt_ended", outcome=ending.outcome.value, code=ending.code)
 
 
-def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper) -> None:
+def _run_to_an_end(
+    worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, told: AttemptTelemetry
+) -> Ending:
     facts = AttemptFacts()
     try:
         with worker.scratch.attempt(lease.job_id, lease.token) as folder:
-            attempt = _Attempt(worker, lease, job, keeper, folder)
+            attempt = _Attempt(worker, lease, job, keeper, folder, told)
             try:
                 attempt.run()
             finally:
                 facts = attempt.facts
+                told.saw(facts)
     except (LeaseLost, SQLAlchemyError):
         raise
     except Exception as reason:
         with worker.database.write() as session:
-            _end(session, lease, reason, facts)
-
-
-def _end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> None:
-    """Write why the attempt did not succeed."""
-    if isinstance(reason, CancelRequested):
-        leases.mark_cancelled(session, lease, facts)
-        return
-    if isinstance(reason, ShuttingDown):
-        leases.release(session, lease, facts=facts)
-        return
-    if isinstance(reason, StoreUnavailable):
-        lost, why = AttemptOutcome.STORE_LOST, (reason.code, str(reason))
-        leases.release(session, lease, lost, facts, why=why, delay_seconds=_STORE_PAUSE_SECONDS)
-        return
-    failure = _failure(reason)
-    leases.fail(
-        session,
-        lease,
-        failure.outcome,
-        failure.code,
-        failure.message,
-        retryable=failure.retryable,
-        report=failure.report,
-        facts=facts,
-    )
-
-
-def _failure(error: Exception) -> AttemptFailed:
-    """What a job is told. An error that nobody foresaw is the worker's, so another attempt is worth it."""
-    if isinstance(error, AttemptFailed):
-        return error
-    if isinstance(error, CompressionError):
-        return AttemptFailed(AttemptOutcome.FAILED, error.code, f"{error.message} {error.hint}".strip())
-    log.exception("worker_error")
-    return AttemptFailed(
-        AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
-    )
+            return end(session, lease, reason, facts)
+    return Ending(AttemptOutcome.SUCCEEDED)
 
 
 def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
@@ -164,7 +110,13 @@ class _Attempt:
     """The work itself. facts: what was seen of the engine so far."""
 
     def __init__(
-        self, worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, folder: Path
+        self,
+        worker: WorkerContext,
+        lease: Lease,
+        job: Job,
+        keeper: LeaseKeeper,
+        folder: Path,
+        told: AttemptTelemetry,
     ) -> None:
         self._worker = worker
         self._database = worker.database
@@ -173,6 +125,7 @@ class _Attempt:
         self._job = job
         self._keeper = keeper
         self._folder = folder
+        self._told = told
         self._output = folder / "output"
         self._partial = folder / f"output{PARTIAL_SUFFIX}"
         self._started = time.monotonic()
@@ -183,9 +136,11 @@ class _Attempt:
 
     def run(self) -> None:
         """Fetch, compress and publish. Returns when the job has succeeded, else raises the reason."""
+        self._told.enter("fetch")
         self._fetch()
         report = self._compress()
         self._hold_to_quality_gate(report)
+        self._told.enter("upload")
         self._publish(report)
 
     def _fetch(self) -> None:
@@ -236,7 +191,7 @@ class _Attempt:
         while True:
             self._check_engine(engine)
             try:
-                message = engine.next_message(_TICK_SECONDS)
+                message = self._next_message(engine, _TICK_SECONDS)
             except EOFError:
                 raise self._crash(engine) from None
             if message is None:
@@ -260,11 +215,17 @@ class _Attempt:
         try:
             if self._unkept is not None:
                 self._handle(self._unkept, check)
-            while (message := engine.next_message(0)) is not None:
+            while (message := self._next_message(engine, 0)) is not None:
                 if message["type"] not in _TERMINAL:
                     self._handle(message, check)
         except (EOFError, _TimeIsUp, StoreError):
             return
+
+    def _next_message(self, engine: EngineProcess, seconds: float) -> dict[str, Any] | None:
+        message = engine.next_message(seconds)
+        if message is not None:
+            self._told.hear(message)
+        return message
 
     def _handle(self, message: dict[str, Any], check: Check) -> None:
         data = message["data"]
@@ -308,6 +269,7 @@ class _Attempt:
 
     def _check_engine(self, engine: EngineProcess) -> None:
         self._check()
+        engine.relay_log()
         resident = engine.resident_bytes()
         self.facts = dataclasses.replace(self.facts, peak_host_bytes=engine.peak_host_bytes)
         limit = self._worker.settings.engine_memory_bytes
@@ -321,7 +283,7 @@ class _Attempt:
 
     def _crash(self, engine: EngineProcess) -> AttemptFailed:
         code = engine.finish()
-        log.error("engine_crashed", job=self._job.id, exit_code=code, log_tail=engine.log_tail())
+        log.error("engine_crashed", exit_code=code, log_tail=engine.log_tail())
         if code >= 0:
             how = f"ended with exit code {code} and said nothing"
         else:
@@ -388,7 +350,7 @@ class _Attempt:
             self._store.probe()  # one that hangs would keep a cancel waiting
             upload.remove(self._store, self._job.id, self._lease.token)
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
-            log.warning("upload_not_removed", job=self._job.id, reason=error.message)
+            log.warning("upload_not_removed", reason=error.message)
 
     def _append(self, type: str, data: dict[str, Any]) -> None:
         with self._database.write() as session:

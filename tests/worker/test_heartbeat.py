@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import structlog
+
 from api.jobs import leases, service
 from api.jobs.leases import Lease, LeaseLost
 from api.jobs.models import Job
 from api.workers import repository as workers
+from tests.support.logs import Logged
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.heartbeat import CancelRequested, LeaseKeeper, Periodic, Presence
@@ -69,15 +72,20 @@ def test_a_lost_lease_is_noticed_within_two_seconds(worker: WorkerContext, submi
 
 
 def test_a_database_that_is_gone_ends_the_work_when_the_lease_runs_out(
-    worker: WorkerContext, submit: Submit
+    worker: WorkerContext, submit: Submit, logged: Logged
 ) -> None:
     submit()
     lease, _job = claim(worker)
-    with LeaseKeeper(worker.database, lease, lease_seconds=3, heartbeat_seconds=1) as kept:
+    with (
+        structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt),
+        LeaseKeeper(worker.database, lease, lease_seconds=3, heartbeat_seconds=1) as kept,
+    ):
         with worker.database.write() as session:
             session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO elsewhere")
         assert raised_by(kept.check, 2) is None
         assert isinstance(raised_by(kept.check, 5), LeaseLost)
+    told = {(record["job_id"], record["attempt"]) for record in logged.records("lease_not_checked")}
+    assert told == {(lease.job_id, lease.attempt)}
 
 
 def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -> None:

@@ -1,0 +1,88 @@
+"""Why an attempt stops short, and what becomes of its job then."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import structlog
+from sqlalchemy.orm import Session
+
+from api.artifacts.store import StoreUnavailable
+from api.jobs import leases
+from api.jobs.leases import AttemptFacts, Lease
+from api.jobs.models import AttemptOutcome
+from compression.errors import CompressionError
+from worker.heartbeat import CancelRequested
+
+_STORE_PAUSE_SECONDS = 60.0  # before a job is taken again whose store was away
+
+log = structlog.get_logger(__name__)
+
+
+class ShuttingDown(Exception):
+    """This worker process is asked to end."""
+
+
+class AttemptFailed(Exception):
+    """Why an attempt failed. report: what a job keeps that was compressed and then refused."""
+
+    def __init__(
+        self,
+        outcome: AttemptOutcome,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.report = report
+
+
+class Ending(NamedTuple):
+    """How an attempt ended. code: why, where it failed or was given back for a reason."""
+
+    outcome: AttemptOutcome
+    code: str | None = None
+
+
+def end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Ending:
+    """Write why the attempt did not succeed."""
+    if isinstance(reason, CancelRequested):
+        leases.mark_cancelled(session, lease, facts)
+        return Ending(AttemptOutcome.CANCELLED)
+    if isinstance(reason, ShuttingDown):
+        leases.release(session, lease, facts=facts)
+        return Ending(AttemptOutcome.PREEMPTED)
+    if isinstance(reason, StoreUnavailable):
+        lost, why = AttemptOutcome.STORE_LOST, (reason.code, str(reason))
+        leases.release(session, lease, lost, facts, why=why, delay_seconds=_STORE_PAUSE_SECONDS)
+        return Ending(lost, reason.code)
+    failure = _failure(reason)
+    leases.fail(
+        session,
+        lease,
+        failure.outcome,
+        failure.code,
+        failure.message,
+        retryable=failure.retryable,
+        report=failure.report,
+        facts=facts,
+    )
+    return Ending(failure.outcome, failure.code)
+
+
+def _failure(error: Exception) -> AttemptFailed:
+    """What a job is told. An error that nobody foresaw is the worker's, so another attempt is worth it."""
+    if isinstance(error, AttemptFailed):
+        return error
+    if isinstance(error, CompressionError):
+        return AttemptFailed(AttemptOutcome.FAILED, error.code, f"{error.message} {error.hint}".strip())
+    log.error("worker_error", exc_info=error)
+    return AttemptFailed(
+        AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
+    )
