@@ -83,9 +83,9 @@ results: install $(PEER_INSTALLED)  ## write docs/results.md: perplexities besid
 # Pins stay where they are unless the file is removed first: rm requirements.lock && make lock upgrades everything.
 lock:  ## write requirements.lock and requirements-api.lock again from pyproject.toml
 	@touch requirements.lock && cp requirements.lock .lock-constraints
-	@$(call freeze,[engine$(comma)dev],requirements.lock)
+	@$(call freeze,[engine$(comma)dev$(comma)otel],requirements.lock)
 	@cp requirements.lock .lock-constraints
-	@$(call freeze,,requirements-api.lock)
+	@$(call freeze,[otel],requirements-api.lock)
 	@rm -r .venv-lock .lock-constraints
 
 # $(call freeze,extras,file): what a fresh environment with these extras holds. A local suffix such as torch's

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session
 
 from api.artifacts.store import Store
@@ -20,6 +21,7 @@ from api.projects import repository as projects
 from api.projects.prefixes import S3Access
 from api.projects.rates import Rates, admit
 from api.projects.service import identify, s3_access
+from api.readiness import Readiness
 from api.security import KeyHasher, Principal, Scope
 from api.settings import Settings
 
@@ -34,6 +36,8 @@ class AppContext:
     hasher: KeyHasher
     watch: JobWatch
     rates: Rates
+    readiness: Readiness
+    metrics: CollectorRegistry
 
 
 # What does not wait is async: FastAPI would send it through a thread otherwise.

@@ -341,5 +341,12 @@ EXAMPLES: dict[str, Any] = {
             {"name": "packing", "default": True, "least": None, "most": None},
         ],
     },
-    "Health": {"status": "ready"},
+    "Alive": {"status": "alive"},
+    "Ready": {
+        "status": "ready",
+        "checks": [
+            {"name": "database", "status": "ok", "code": "", "message": "", "hint": ""},
+            {"name": "store", "status": "ok", "code": "", "message": "", "hint": ""},
+        ],
+    },
 }

@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-import migrations
-from api.artifacts.store import StoreUnavailable
 from api.codes import documented
-from api.dependencies import AppContext, Context
+from api.dependencies import Context
 from api.errors import Unavailable
+from api.readiness import Check
+from api.schemas import all_required
+from compression.errors import Problem
 
 router = APIRouter(tags=["health"])
 
 
-class Health(BaseModel):
-    """`status` is alive or ready."""
+class Alive(BaseModel):
+    """`status` is alive."""
 
-    status: str
+    model_config = ConfigDict(json_schema_extra=all_required)
+
+    status: str = "alive"
+
+
+class Ready(BaseModel):
+    """`status` is ready. Only checks without which this server could not work keep it from being so."""
+
+    model_config = ConfigDict(json_schema_extra=all_required)
+
+    status: str = "ready"
+    checks: list[Check]
 
 
 @router.get("/livez")
-def livez() -> Health:
+async def livez() -> Alive:
     """The process answers."""
-    return Health(status="alive")
+    return Alive()
 
 
-@router.get("/readyz", responses=documented({503: ["schema_stale", "store_unavailable"]}))
-def readyz(context: Context) -> Health:
-    """The database has the schema that this code needs, and the store answers."""
-    _check_schema(context)
-    _check_store(context)
-    return Health(status="ready")
-
-
-def _check_schema(context: AppContext) -> None:
-    current, wanted = migrations.current(context.database.engine), migrations.head()
-    if current != wanted:
-        message = f"The database's schema is at {current}, this server needs {wanted}."
-        raise Unavailable("schema_stale", message, "Run `bitmill db upgrade`.")
-
-
-def _check_store(context: AppContext) -> None:
-    try:
-        context.store.probe()
-    except StoreUnavailable as error:
-        raise Unavailable("store_unavailable", error.message, error.hint) from error
+@router.get(
+    "/readyz",
+    responses=documented(
+        {503: ["database_unavailable", "schema_stale", "schema_newer", "store_unavailable"]}
+    ),
+)
+async def readyz(context: Context) -> Ready:
+    """The database has the schema that this code needs, and the store answers. A broker that is away is told;
+    jobs are accepted without it. The errors of a 503 are the checks that failed."""
+    checks = await context.readiness.examine()
+    failed = [Problem(check.code, check.message, check.hint) for check in checks if check.status == "failed"]
+    if failed:
+        first = failed[0]
+        raise Unavailable(first.code, first.message, first.hint, problems=failed)
+    return Ready(checks=checks)

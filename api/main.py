@@ -21,15 +21,20 @@ from api.dependencies import AppContext
 from api.jobs import routes as jobs
 from api.jobs.watch import JobWatch, seqs_in
 from api.limits import LimitRequests
-from api.observability import RequestContext
+from api.metrics import routes as metrics
+from api.metrics.registry import make_registry
+from api.metrics.requests import RequestMetrics
+from api.observability import RequestContext, name_in_logs
 from api.openapi import ProblemAPI
 from api.parameters import refuse_unknown
 from api.projects import routes as projects
 from api.projects.rates import open_rates
 from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
+from api.readiness import Readiness
 from api.security import KeyHasher
 from api.settings import Settings
+from api.tracing import request_spans
 from api.webhooks import routes as webhooks
 from api.workers import routes as workers
 
@@ -42,13 +47,16 @@ log = structlog.get_logger(__name__)
 def create_app(settings: Settings) -> FastAPI:
     """The application on these settings. Until the database is migrated, /readyz answers 503."""
     database = Database(settings.database_url)
+    store = open_store(settings.store_url)
     context = AppContext(
         settings=settings,
         database=database,
-        store=open_store(settings.store_url),
+        store=store,
         hasher=KeyHasher.from_settings(settings),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
+        readiness=Readiness(settings, database.engine, store),
+        metrics=make_registry(database, settings.lease_seconds),
     )
 
     @asynccontextmanager
@@ -65,14 +73,17 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
         separate_input_output_schemas=False,  # one name for one thing: Recipe, not Recipe-Input and -Output
+        telemetry=request_spans(),
     )
     app.state.context = context
     errors.install(app)
     for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue):
-        app.include_router(part.router, dependencies=[Depends(refuse_unknown)])
+        app.include_router(part.router, dependencies=[Depends(name_in_logs), Depends(refuse_unknown)])
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_middleware(LimitRequests, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestContext)  # the last one added is the outermost
+    # The last one added is the outermost.
+    app.add_middleware(RequestContext, metrics=RequestMetrics(context.metrics))
     return app
 
 

@@ -1,4 +1,4 @@
-"""Logs with request ids, as JSON or for people, and never with a secret in them."""
+"""Logs with the ids of requests, jobs and attempts, as JSON or for people, and never with a secret."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
+from fastapi import Request
+from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import INTERNAL_MESSAGE, problem_response
+from api.metrics.requests import RequestMetrics
 from api.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECRET_NAME = re.compile(r"authorization|api_key|secret|password|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"bitmill_[A-Za-z0-9]{20,}|whsec_[A-Za-z0-9+/=]{20,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET_VALUE = re.compile(
+    r"bitmill_[A-Za-z0-9]{20,}|whsec_[A-Za-z0-9+/=]{20,}|hf_[A-Za-z0-9]{20,}"
+    r"|(?<=://)[^/@\s]+(?=@)|(?<=X-Amz-Signature=)\w+|(?<=X-Amz-Security-Token=)[\w%.+-]+"
+)
 _HIDDEN = "[hidden]"
 
 log = structlog.get_logger(__name__)
@@ -33,6 +39,7 @@ def configure_logging(settings: Settings) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_trace,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -64,6 +71,14 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(settings.log_level.upper())
 
 
+def add_trace(_logger: Any, _method: str, record: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Name the trace that a record falls into, where traces are made."""
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        record["trace_id"] = trace.format_trace_id(span.trace_id)
+    return record
+
+
 def hide_secrets(_logger: Any, _method: str, record: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replace API keys, webhooks' secrets, passwords in URLs and values with a telling name, at any depth."""
     return {name: _hide(name, value) for name, value in record.items()}
@@ -79,12 +94,28 @@ def _hide(name: str, value: Any) -> Any:
     return _SECRET_VALUE.sub(_HIDDEN, value) if isinstance(value, str) else value
 
 
-class RequestContext:
-    """ASGI middleware: a request id in every log record and answer, one record a request, and a problem
-    instead of a traceback where a route fails unexpectedly."""
+async def name_in_logs(request: Request) -> None:
+    """Put what the path names (job_id, batch_id, ...) into every record of the request. Async, so that it
+    runs in the request's own context."""
+    ids = {name: value for name, value in request.path_params.items() if name.endswith("_id")}
+    structlog.contextvars.bind_contextvars(**ids)
 
-    def __init__(self, app: ASGIApp) -> None:
+
+def _describe_span(scope: Scope, request_id: str) -> None:
+    """Add the request's id to its span, and take out what callers may have put into the URL."""
+    span = trace.get_current_span()
+    span.set_attributes({"bitmill.request_id": request_id, "url.path": _hide("", scope["path"])})
+    if scope.get("query_string"):
+        span.set_attribute("url.query", _HIDDEN)
+
+
+class RequestContext:
+    """ASGI middleware: a request id in every log record and answer, one record a request and its metrics,
+    and a problem instead of a traceback where a route fails unexpectedly."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,15 +132,20 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
+        _describe_span(scope, request_id)
         started = time.perf_counter()
+        method, path = scope["method"], scope["path"]
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, send_with_id)
             except Exception:
-                log.exception("request_failed", method=scope["method"], path=scope["path"])
+                log.exception("request_failed", method=method, path=path)
                 if status:
                     raise  # the answer is under way: closing the connection is all that is left
                 answer = problem_response(500, "internal_error", INTERNAL_MESSAGE)
                 await answer(scope, receive, send_with_id)
-            spent = round(1000 * (time.perf_counter() - started), 1)
-            log.info("request", method=scope["method"], path=scope["path"], status=status, milliseconds=spent)
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path_format", None)
+            self.metrics.observe(method, route, status, seconds)
+            spent = round(1000 * seconds, 1)
+            log.info("request", method=method, route=route, path=path, status=status, milliseconds=spent)

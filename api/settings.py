@@ -1,5 +1,5 @@
 """All configuration, read once. Nothing else in Bitmill reads the environment, but for the variables of the
-Hub (compression/hub/environment.py) and of S3 (compression/s3.py)."""
+Hub (compression/hub/environment.py), of S3 (compression/s3.py) and of OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     webhook_allowed_hosts: hosts, separated by commas, that webhooks may reach by plain http and at addresses
         that are not public; all other webhooks are https to public addresses.
     webhook_delivery_days: how long the log of deliveries is kept.
+    worker_metrics_port: where a `bitmill worker` shows its metrics, on `host`; nowhere unless set.
+    otlp_endpoint: the http(s):// address of a collector that gets spans; none are made unless set.
     secret_key: keys the HMAC of stored API keys; made once in <data>/secret.key unless set here.
     url, api_key: which server the client talks to, and as whom; by default those of <data>/credentials.json.
     """
@@ -78,6 +80,8 @@ class Settings(BaseSettings):
     webhook_delivery_days: float = Field(default=30, gt=0)
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    worker_metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    otlp_endpoint: str | None = Field(default=None, pattern="^https?://")
     secret_key: SecretStr | None = None
     url: str | None = None
     api_key: SecretStr | None = None

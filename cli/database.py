@@ -25,6 +25,8 @@ def upgrade(as_json: JsonOption = False) -> None:
 
     try:
         migrations.upgrade(settings.database_url)
+    except migrations.SchemaNewer as error:
+        fail(Exit.FAILED, "schema_newer", str(error), as_json=as_json)
     except SQLAlchemyError as error:
         message = str(error).splitlines()[0]
         fail(Exit.FAILED, "database_failed", message, as_json=as_json, hint="Look at BITMILL_DATABASE_URL.")

@@ -125,6 +125,9 @@ def _database(settings: Settings) -> Check:
     head = migrations.head()
     if revision == head:
         return Check("database", "ok", f"schema {revision}")
+    if revision is not None and revision not in migrations.known():
+        message = f"is at schema {revision}, which is newer than the {head} of this code"
+        return Check("database", "failed", message, "Run the version of Bitmill that upgraded it.")
     state = "has no schema yet" if revision is None else f"is at schema {revision}, this code needs {head}"
     # An embedded server migrates by itself when it starts.
     status: Status = "warning" if settings.embedded else "failed"

@@ -49,15 +49,19 @@ def serve(
         _print_welcome(url, settings.credentials_file, first_start=first_start, as_json=as_json)
 
     threading.Thread(target=_when_ready, args=(url, announce), daemon=True).start()
+    _start_tracing(settings, "bitmill" if settings.embedded else "bitmill-api", as_json=as_json)
     if not settings.embedded:
         _serve_api(settings)
         return
+    import migrations
     from worker.embedded import ServeRefused, run_embedded
 
     try:
         run_embedded(settings)
     except ServeRefused as error:
         fail(Exit.FAILED, error.code, str(error), as_json=as_json)
+    except migrations.SchemaNewer as error:
+        fail(Exit.FAILED, "schema_newer", str(error), as_json=as_json)
     except RuntimeError as error:
         fail(Exit.FAILED, "server_died", str(error), as_json=as_json, hint="Its log above says why.")
 
@@ -69,12 +73,22 @@ def worker(as_json: JsonOption = False) -> None:
     """
     settings = load_settings(as_json=as_json)
     _check_urls(settings, as_json=as_json)
+    _start_tracing(settings, "bitmill-worker", as_json=as_json)
     from worker.celery_app import WorkerRefused, run_worker
 
     try:
         run_worker(settings)
     except WorkerRefused as error:
         fail(Exit.USAGE, "broker_is_embedded", str(error), as_json=as_json)
+
+
+def _start_tracing(settings: Settings, service: str, *, as_json: bool) -> None:
+    from api.tracing import TracingRefused, start_tracing
+
+    try:
+        start_tracing(settings, service)
+    except TracingRefused as error:
+        fail(Exit.USAGE, "otel_missing", str(error), as_json=as_json)
 
 
 def _serve_api(settings: Settings) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.script.revision import ResolutionError
+from alembic.util import CommandError
 from sqlalchemy.engine import Engine
 
 
@@ -19,9 +22,27 @@ def config(database_url: str) -> Config:
     return settings
 
 
+class SchemaNewer(Exception):
+    """The database is at a revision that this code does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The database was upgraded by a newer version of Bitmill: run that one, or a later one."
+        )
+
+
 def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the database to that revision, in one transaction; several processes may do it at once."""
-    command.upgrade(config(database_url), revision)
+    """Bring the database to that revision, in one transaction; several processes may do it at once.
+
+    Raises:
+        SchemaNewer: it is beyond all revisions that are known here.
+    """
+    try:
+        command.upgrade(config(database_url), revision)
+    except CommandError as error:
+        if isinstance(error.__cause__, ResolutionError):
+            raise SchemaNewer from error
+        raise
 
 
 def downgrade(database_url: str, revision: str) -> None:
@@ -40,7 +61,18 @@ def check(database_url: str) -> None:
 
 def head() -> str | None:
     """The newest revision that this code knows."""
-    return ScriptDirectory.from_config(config("")).get_current_head()
+    return _scripts().get_current_head()
+
+
+@cache
+def known() -> frozenset[str]:
+    """All revisions that this code knows; a database that was upgraded by newer code is at another one."""
+    return frozenset(script.revision for script in _scripts().walk_revisions())
+
+
+@cache
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(config(""))
 
 
 def current(engine: Engine) -> str | None:

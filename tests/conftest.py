@@ -20,6 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.support.gate import Gate
+    from tests.support.logs import Logged
     from tests.support.postgres import PostgresServer
     from tests.support.s3 import S3Server
 
@@ -78,3 +79,12 @@ def gate(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     with Gate(s3.port, f"s3://store/{tmp_path.name}") as gate:
         replace(s3, url=gate.url).use(monkeypatch, tmp_path, KEEPER)
         yield gate
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Iterator[Logged]:
+    """Everything that is logged from here on, as JSON."""
+    from tests.support.logs import logging_here
+
+    with logging_here(tmp_path / "logging") as logged:
+        yield logged

@@ -10,6 +10,7 @@ from celery.worker import state
 from api.observability import configure_logging
 from api.settings import Settings
 from api.wake import LOOK, queue_name
+from worker import metrics
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.reaper import housekeeping
@@ -82,7 +83,7 @@ def run_worker(settings: Settings) -> None:
 
     signals.worker_shutting_down.connect(stop)
     try:
-        with housekeeping(worker, presence):
+        with metrics.shown(settings), housekeeping(worker, presence):
             app.Worker(**options(worker), quiet=True, loglevel=settings.log_level.upper()).start()
     finally:
         worker.close()

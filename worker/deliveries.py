@@ -100,8 +100,8 @@ class Sender:
             outbox.settle(session, message, answer)
         log.info(
             "webhook_sent",
-            delivery=message.id,
-            webhook=message.webhook_id,
+            delivery_id=message.id,
+            webhook_id=message.webhook_id,
             attempt=message.attempt,
             status=answer.status_code,
             error=answer.error,

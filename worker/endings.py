@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy.orm import Session
@@ -39,26 +39,36 @@ class AttemptFailed(Exception):
         self.report = report
 
 
-def end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> None:
+class Ending(NamedTuple):
+    """How an attempt ended. code: why, where it failed or was given back for a reason."""
+
+    outcome: AttemptOutcome
+    code: str | None = None
+
+
+def end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Ending:
     """Write why the attempt did not succeed."""
     if isinstance(reason, CancelRequested):
         leases.mark_cancelled(session, lease, facts)
-    elif isinstance(reason, ShuttingDown):
+        return Ending(AttemptOutcome.CANCELLED)
+    if isinstance(reason, ShuttingDown):
         leases.release(session, lease, facts)
-    elif isinstance(reason, StoreUnavailable):
+        return Ending(AttemptOutcome.PREEMPTED)
+    if isinstance(reason, StoreUnavailable):
         leases.lose_store(session, lease, reason.code, str(reason), facts)
-    else:
-        failure = _failure(reason)
-        leases.fail(
-            session,
-            lease,
-            failure.outcome,
-            failure.code,
-            failure.message,
-            retryable=failure.retryable,
-            report=failure.report,
-            facts=facts,
-        )
+        return Ending(AttemptOutcome.STORE_LOST, reason.code)
+    failure = _failure(reason)
+    leases.fail(
+        session,
+        lease,
+        failure.outcome,
+        failure.code,
+        failure.message,
+        retryable=failure.retryable,
+        report=failure.report,
+        facts=facts,
+    )
+    return Ending(failure.outcome, failure.code)
 
 
 def _failure(error: Exception) -> AttemptFailed:
@@ -68,7 +78,7 @@ def _failure(error: Exception) -> AttemptFailed:
     if isinstance(error, CompressionError) or is_disk_full(error):
         told = explain(error)
         return AttemptFailed(AttemptOutcome.FAILED, told["code"], f"{told['message']} {told['hint']}".strip())
-    log.exception("worker_error")
+    log.error("worker_error", exc_info=error)
     return AttemptFailed(
         AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
     )

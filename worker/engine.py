@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from compression.hub.environment import CACHE_VARIABLES
 from worker.runner import EngineSpec
 
@@ -21,6 +23,7 @@ RUNNER = (sys.executable, "-P", "-m", "worker.runner")  # -P: nothing is importe
 FETCHER = (sys.executable, "-P", "-m", "worker.fetcher")
 CANCEL_GRACE_SECONDS = 3.0
 EXIT_GRACE_SECONDS = 10.0  # between the last message and the end of the process: torch tears down slowly
+_LINE_BYTES = 4096  # of one log record; what is longer becomes several
 
 PASSED_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH",
@@ -32,6 +35,8 @@ NETWORK_VARIABLES = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
+
+log = structlog.get_logger(__name__)
 
 
 def engine_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -71,16 +76,17 @@ class EngineProcess:
         specification = scratch / "spec.json"
         specification.write_text(spec.model_dump_json())
         self._log_path = scratch / "engine.log"
-        with self._log_path.open("wb") as log:
+        with self._log_path.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [*command, str(specification)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stderr,
                 cwd=scratch,
                 env=environment,
                 start_new_session=True,
             )
+        self._log = self._log_path.open("rb")
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="engine-messages", daemon=True)
         self._reader.start()
@@ -111,9 +117,19 @@ class EngineProcess:
 
     def log_tail(self, size: int = 4096) -> str:
         """The end of what the engine wrote to stderr."""
-        with self._log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - size))
-            return log.read().decode(errors="replace")
+        with self._log_path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode(errors="replace")
+
+    def relay_log(self) -> None:
+        """Log what the process has written to stderr since the last call, a record for each line."""
+        while line := self._log.readline(_LINE_BYTES):
+            if not (line.endswith(b"\n") or len(line) == _LINE_BYTES or self._exited):
+                self._log.seek(-len(line), os.SEEK_CUR)  # the rest of it is still to come
+                return
+            text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+            if text:
+                log.info("engine_output", line=text)
 
     def terminate(self) -> None:
         """Cancel: SIGTERM to the group, SIGKILL after a grace. Returns when none of the group is left."""
@@ -139,6 +155,9 @@ class EngineProcess:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        if not self._log.closed:
+            self.relay_log()
+            self._log.close()
         return code
 
     def _signal_group(self, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,12 @@ class LeaseKeeper:
         self._lost = False
         self._cancelled = False
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job_id}", daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run,  # its log records name the job and the attempt too
+            args=(self._keep,),
+            name=f"lease-{lease.job_id}",
+            daemon=True,
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -72,7 +78,7 @@ class LeaseKeeper:
                 self._lost = True
                 return
             except SQLAlchemyError as error:
-                log.warning("lease_not_checked", job=self._lease.job_id, error=type(error).__name__)
+                log.warning("lease_not_checked", error=type(error).__name__)
 
     def _look(self) -> JobStatus:
         asked = time.monotonic()

@@ -33,13 +33,14 @@ from compression.recipe import DatasetSpec
 from compression.sources import local
 from worker import endings, upload
 from worker.context import ShuttingDown, WorkerContext
-from worker.endings import AttemptFailed
+from worker.endings import AttemptFailed, Ending
 from worker.engine import FETCHER, RUNNER, EngineProcess, engine_environment, fetcher_environment
 from worker.heartbeat import CancelRequested, LeaseKeeper
 from worker.identity import Identity, identify
 from worker.patience import patiently, write_patiently
 from worker.resume import restore
 from worker.runner import EngineSpec
+from worker.telemetry import AttemptTelemetry
 
 _TICK_SECONDS = 0.2
 _KEEP_SECONDS = 1.0  # for what a stopped engine had told; a cancel waits for no slow store
@@ -57,38 +58,46 @@ class _TimeIsUp(Exception):
 
 def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
     """Do the job's work and write its end. One that the database does not take is left to the reaper."""
-    bound = log.bind(job=lease.job_id, attempt=lease.attempt)
-    bound.info("attempt_started", scheme=job.scheme, model=job.model)
-    lease_seconds, heartbeat_seconds = worker.settings.lease_seconds, worker.settings.heartbeat_seconds
-    keeper = LeaseKeeper(
-        worker.database, lease, lease_seconds=lease_seconds, heartbeat_seconds=heartbeat_seconds
-    )
-    try:
-        with keeper:
-            _run_to_an_end(worker, lease, job, keeper)
-        bound.info("attempt_ended")
-    except LeaseLost:
-        bound.warning("lease_lost")
-    except ShuttingDown:
-        bound.warning("end_not_written")
-    except SQLAlchemyError:
-        bound.exception("database_failed")
+    told = AttemptTelemetry(lease, job)
+    with structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt), told.current():
+        log.info("attempt_started", scheme=job.scheme, model=job.model)
+        ending = Ending(AttemptOutcome.LEASE_LOST)
+        try:
+            with LeaseKeeper(
+                worker.database,
+                lease,
+                lease_seconds=worker.settings.lease_seconds,
+                heartbeat_seconds=worker.settings.heartbeat_seconds,
+            ) as keeper:
+                ending = _run_to_an_end(worker, lease, job, keeper, told)
+        except LeaseLost:
+            log.warning("lease_lost")
+        except ShuttingDown:
+            log.warning("end_not_written")
+        except SQLAlchemyError:
+            log.exception("database_failed")
+        told.end(ending)
+        log.info("attempt_ended", outcome=ending.outcome.value, code=ending.code)
 
 
-def _run_to_an_end(worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper) -> None:
+def _run_to_an_end(
+    worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, told: AttemptTelemetry
+) -> Ending:
     facts = AttemptFacts()
     try:
         with worker.scratch.attempt(lease.job_id, lease.token) as folder:
-            attempt = _Attempt(worker, lease, job, keeper, folder)
+            attempt = _Attempt(worker, lease, job, keeper, folder, told)
             try:
-                attempt.run()
+                outcome = attempt.run()
             finally:
                 facts = attempt.facts
+                told.saw(facts)
     except (LeaseLost, SQLAlchemyError):
         raise
     except Exception as reason:
         end = partial(endings.end, lease=lease, reason=reason, facts=facts)
-        write_patiently(worker.check, worker.database, end)
+        return write_patiently(worker.check, worker.database, end)
+    return Ending(outcome)
 
 
 def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
@@ -110,7 +119,13 @@ class _Attempt:
     """The work itself. facts: what was seen of the engine so far."""
 
     def __init__(
-        self, worker: WorkerContext, lease: Lease, job: Job, keeper: LeaseKeeper, folder: Path
+        self,
+        worker: WorkerContext,
+        lease: Lease,
+        job: Job,
+        keeper: LeaseKeeper,
+        folder: Path,
+        told: AttemptTelemetry,
     ) -> None:
         self._worker = worker
         self._store = worker.store
@@ -120,6 +135,7 @@ class _Attempt:
         self._job = job
         self._keeper = keeper
         self._folder = folder
+        self._told = told
         self._output = folder / "output"
         self._partial = folder / f"output{PARTIAL_SUFFIX}"
         self._started = time.monotonic()
@@ -129,14 +145,17 @@ class _Attempt:
         self._unkept: dict[str, Any] | None = None  # the message that a stop came in between
         self.facts = AttemptFacts()
 
-    def run(self) -> None:
-        """Fetch, compress and publish. Returns when nothing is left to do, else raises the reason."""
+    def run(self) -> AttemptOutcome:
+        """Fetch, compress and publish. How it ended, when nothing is left to do; else raises the reason."""
+        self._told.enter("fetch")
         self._fetch()
         if self._is_done_elsewhere():
-            return
+            return AttemptOutcome.DEDUPLICATED
         report = self._compress()
         self._hold_to_quality_gate(report)
+        self._told.enter("upload")
         self._publish(report)
+        return AttemptOutcome.SUCCEEDED
 
     def _fetch(self) -> None:
         def begin(session: Session) -> list[JobLayer]:
@@ -204,7 +223,7 @@ class _Attempt:
         while True:
             self._check_engine(engine)
             try:
-                message = engine.next_message(_TICK_SECONDS)
+                message = self._next_message(engine, _TICK_SECONDS)
             except EOFError:
                 raise self._crash(engine) from None
             if message is None:
@@ -228,11 +247,17 @@ class _Attempt:
         try:
             if self._unkept is not None:
                 self._handle(self._unkept, check)
-            while (message := engine.next_message(0)) is not None:
+            while (message := self._next_message(engine, 0)) is not None:
                 if message["type"] not in _TERMINAL:
                     self._handle(message, check)
         except (EOFError, _TimeIsUp, StoreError):
             return
+
+    def _next_message(self, engine: EngineProcess, seconds: float) -> dict[str, Any] | None:
+        message = engine.next_message(seconds)
+        if message is not None:
+            self._told.hear(message)
+        return message
 
     def _handle(self, message: dict[str, Any], check: Check) -> None:
         data = message["data"]
@@ -279,6 +304,7 @@ class _Attempt:
 
     def _check_engine(self, engine: EngineProcess) -> None:
         self._check()
+        engine.relay_log()
         resident = engine.resident_bytes()
         self.facts = dataclasses.replace(self.facts, peak_host_bytes=engine.peak_host_bytes)
         limit = self._worker.settings.engine_memory_bytes
@@ -292,7 +318,7 @@ class _Attempt:
 
     def _crash(self, engine: EngineProcess) -> AttemptFailed:
         code = engine.finish()
-        log.error("engine_crashed", job=self._job.id, exit_code=code, log_tail=engine.log_tail())
+        log.error("engine_crashed", exit_code=code, log_tail=engine.log_tail())
         if code >= 0:
             how = f"ended with exit code {code} and said nothing"
         else:
@@ -368,7 +394,7 @@ class _Attempt:
                 store.probe()  # one that hangs would keep a cancel waiting
                 upload.remove(store, folder, self._lease.token)
         except StoreError as error:  # the next attempt removes it, or whoever deletes the job
-            log.warning("upload_not_removed", job=self._job.id, reason=error.message)
+            log.warning("upload_not_removed", reason=error.message)
 
     def _write(self, action: Callable[[Session], T], check: Check) -> T:
         return write_patiently(check, self._worker.database, action)

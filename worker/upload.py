@@ -8,6 +8,7 @@ from pathlib import Path
 
 from api.artifacts.store import Check, Store, artifact_key, work_key
 from compression.errors import CompressionError
+from worker import metrics
 from worker.patience import patiently
 
 MANIFEST = "manifest.json"
@@ -23,9 +24,10 @@ def keep_shard(store: Store, path: Path, job_id: str, sha256: str, check: Check)
     Raises:
         UploadError: `upload_corrupt`, the file has not the digest that it was written with.
     """
-    key = work_key(job_id, sha256)
+    key, size = work_key(job_id, sha256), path.stat().st_size
     if patiently(check, store.put, key, path, check) != sha256:
         raise _corrupt(path.name)
+    metrics.UPLOADED.inc(size)
     return key
 
 
@@ -49,6 +51,7 @@ def publish(
             patiently(check, store.link, work_key(job_id, sha256), key, check)
         else:
             sha256 = patiently(check, store.put, key, path, check)
+            metrics.UPLOADED.inc(path.stat().st_size)
         files.append({"name": name, "size": path.stat().st_size, "sha256": sha256})
     check()
     manifest = folder / MANIFEST

@@ -5,6 +5,7 @@ from __future__ import annotations
 from email.message import Message
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -27,6 +28,8 @@ from api.jobs.schemas import Name
 from api.wake import wake_all
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
+
+log = structlog.get_logger(__name__)
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=documented(EVERYWHERE))
 
@@ -93,6 +96,13 @@ def submit_batch(
             writing, request, body, outcomes, settings, max_queued=caller.limits.max_queued
         )
         counts = service.wake_ups(writing, outcomes, lease_seconds=settings.lease_seconds)
+        background.add_task(
+            log.info,
+            "batch_accepted",
+            batch_id=batch.id,
+            accepted=batch.counts.accepted,
+            refused=batch.counts.refused,
+        )
         background.add_task(wake_all, counts, broker_url=settings.broker_url)
     response.headers["Location"] = f"/v1/batches/{batch.id}"
     return batch

@@ -11,6 +11,7 @@ from api.client.drivers import call, listing
 from api.client.flows import Flow, Listing, Request
 from api.client.types import (
     AcceptedItem,
+    Alive,
     BatchDetail,
     BatchPlanned,
     BatchRead,
@@ -18,12 +19,12 @@ from api.client.types import (
     DatasetList,
     DeliveryRead,
     DeliveryStatus,
-    Health,
     KeyCreated,
     KeyRead,
     MethodList,
     ProjectRead,
     QueueList,
+    Ready,
     RefusedItem,
     SchemeList,
     Scope,
@@ -178,12 +179,12 @@ class ServerCalls(Base):
         return self._get("/v1/queues")
 
     @call
-    def alive(self) -> Flow[Health]:
+    def alive(self) -> Flow[Alive]:
         """The process answers. Needs no key."""
         return self._get("/livez")
 
     @call
-    def ready(self) -> Flow[Health]:
+    def ready(self) -> Flow[Ready]:
         """The server's schema and store are as they should be, or ApiError says what is not. Needs no key."""
         return self._get("/readyz")
 

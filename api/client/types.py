@@ -28,6 +28,12 @@ class AcceptedItem(TypedDict):
     job_id: str
 
 
+class Alive(TypedDict):
+    """`status` is alive."""
+
+    status: str
+
+
 class ArtifactList(TypedDict):
     """All files of a job."""
 
@@ -161,6 +167,16 @@ class CalibrationParameter(TypedDict):
     default: bool | int
     least: int | None
     most: int | None
+
+
+class Check(TypedDict):
+    """What one part answered. A warning is told, and no reason not to be ready."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    code: str
+    message: str
+    hint: str
 
 
 class DatasetKindRead(TypedDict):
@@ -332,12 +348,6 @@ class GPTQStep(TypedDict):
     block_size: NotRequired[int]
     dampening_frac: NotRequired[float]
     actorder: NotRequired[Literal["static"] | None]
-
-
-class Health(TypedDict):
-    """`status` is alive or ready."""
-
-    status: str
 
 
 class JobBatch(TypedDict):
@@ -738,6 +748,13 @@ class RTNStep(TypedDict):
     observer: NotRequired[Literal["minmax", "mse", "imatrix", "gram"] | None]
     kv_cache_scheme: NotRequired[KVCacheScheme | None]
     type: NotRequired[Literal["rtn"]]
+
+
+class Ready(TypedDict):
+    """`status` is ready. Only checks without which this server could not work keep it from being so."""
+
+    status: str
+    checks: list[Check]
 
 
 class Recipe(TypedDict):

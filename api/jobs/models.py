@@ -82,6 +82,7 @@ class Job(Base):
     cache: whether it takes what another job made: use or bypass. cache_key: which work it is (identity.py);
     null while that is not known. deduplicated_from: whose result it has, or, while it is queued, whose it
     waits for.
+    traceparent: the span of the request that queued it last, where traces are made.
     deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
     """
 
@@ -134,6 +135,7 @@ class Job(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_until: Mapped[datetime | None]
+    traceparent: Mapped[str | None] = mapped_column(String(55))
 
     work_key: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[str | None] = mapped_column(String(64))
@@ -151,6 +153,9 @@ class Job(Base):
     # No column that changes while a job runs is in an index (event_seq, layers_done, lease_until), so that
     # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
+        # All that metrics ask for, without a look at the rows.
+        Index("ix_jobs_held", "status", "device_class", "available_at"),
+        Index("ix_jobs_ended", "status", "finished_at", "device_class"),
         Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
         Index("ix_jobs_twin", "status", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
         Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
@@ -205,6 +210,8 @@ class Attempt(Base):
     exit_signal: Mapped[int | None]
     peak_host_bytes: Mapped[int | None] = mapped_column(BigInteger)
     peak_gpu_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+    __table_args__ = (Index("ix_attempts_ended", "ended_at", "outcome"),)
 
 
 class JobEvent(Base):

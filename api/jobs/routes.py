@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Depends, Header, Query, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
@@ -46,6 +47,8 @@ from api.security import Principal, Scope
 from api.settings import Settings
 from api.wake import wake
 from api.webhooks.service import check_callback
+
+log = structlog.get_logger(__name__)
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=documented(EVERYWHERE))
 
@@ -119,6 +122,7 @@ class Acceptance:
                 max_queued=self.caller.limits.max_queued,
                 clone_of=clone_of,
             )
+            self.background.add_task(log.info, "job_accepted", job_id=job.id)
             self.background.add_task(wake, job.device_class, broker_url=self.settings.broker_url)
         self.response.headers["Location"] = f"/v1/jobs/{job.id}"
         return JobRead.of(job)

@@ -35,6 +35,7 @@ from api.jobs.schemas import (
 )
 from api.jobs.submission import SHORT_FORM, PlannedJob
 from api.settings import Settings
+from api.tracing import current_traceparent
 from api.workers import repository as workers
 from compression.recipe import DatasetSpec
 
@@ -301,6 +302,7 @@ def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | N
     job.finished_at = None
     job.error_code = job.error_message = None
     job.report = job.deduplicated_from = None
+    job.traceparent = current_traceparent()
     session.flush()
     events.append(session, job.id, "job_queued", {"device_class": job.device_class, "retry": True})
     return job
@@ -377,6 +379,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         created_at=now,
         available_at=now,
         queue_deadline=deadline(now, body.max_queue_seconds),
+        traceparent=current_traceparent(),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 import structlog
@@ -49,7 +50,7 @@ class JobWatch:
         waiter = _Waiter(since, asyncio.Event())
         self._waiting.setdefault(job_id, set()).add(waiter)
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._watch())
+            self._task = asyncio.create_task(self._watch(), context=Context())  # of no one request
         try:
             async with asyncio.timeout(seconds):
                 await waiter.changed.wait()

@@ -162,9 +162,3 @@ def test_the_smallest_body_is_an_example(server: Server) -> None:
     assert set(examples["smallest"]["value"]) == {"model", "dataset", "scheme"}
     dataset = spec["components"]["schemas"]["JobSubmit"]["properties"]["dataset"]
     assert {"type": "string"} in dataset["anyOf"]
-
-
-def test_health(server: Server) -> None:
-    server.http.headers.pop("Authorization")
-    assert server.http.get("/livez").json() == {"status": "alive"}
-    assert server.http.get("/readyz").json() == {"status": "ready"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -69,6 +70,22 @@ def test_db_upgrade_makes_the_schema_and_can_be_repeated(tmp_path: Path) -> None
     engine = make_engine(f"sqlite:///{file}")
     assert migrations.current(engine) == migrations.head()
     engine.dispose()
+
+
+def test_a_schema_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / ".local" / "share" / "bitmill" / "bitmill.db"
+    migrations.upgrade(f"sqlite:///{file}")
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+    for command in (["db", "upgrade"], ["serve", "--port", "0"]):
+        result = bitmill(tmp_path, *command, "--json")
+        assert (result.code, result.json["error"]["code"]) == (1, "schema_newer")
+    (found,) = [
+        each for each in bitmill(tmp_path, "doctor", "--json").json["checks"] if each["name"] == "database"
+    ]
+    assert found["status"] == "failed"
+    assert "9999" in found["message"]
 
 
 def test_db_upgrade_on_postgresql(tmp_path: Path, postgres: PostgresServer) -> None:

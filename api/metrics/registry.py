@@ -1,0 +1,19 @@
+"""All metrics of one application."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics
+
+from api.database import Database
+from api.metrics.collector import ServiceCollector
+
+disable_created_metrics()  # a time beside every counter and histogram, which nobody asks for
+
+
+def make_registry(database: Database, lease_seconds: float) -> CollectorRegistry:
+    """What the database knows, and what this process tells of itself: memory, CPU, and in the embedded mode
+    the worker's metrics. Those of requests add themselves."""
+    registry = CollectorRegistry()
+    registry.register(REGISTRY)
+    registry.register(ServiceCollector(database, lease_seconds))
+    return registry

@@ -1,0 +1,44 @@
+"""What this process counts for Prometheus. `bitmill serve` shows it among its own where the worker is in it,
+`bitmill worker` on a port of its own if BITMILL_WORKER_METRICS_PORT says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import get_args
+
+from prometheus_client import Counter, Gauge, start_http_server
+
+from api.jobs.models import AttemptOutcome
+from api.settings import Settings
+from compression.events import Phase
+
+ATTEMPTS = Counter("bitmill_worker_attempts", "Attempts that ended here, by outcome.", ["outcome"])
+LAYERS = Counter("bitmill_worker_layers_solved", "Layers that engines solved.")
+PHASE_SECONDS = Counter("bitmill_worker_phase_seconds", "Time of attempts, by phase.", ["phase"])
+UPLOADED = Counter("bitmill_worker_uploaded_bytes", "Bytes that were sent to the store.")
+PEAK_MEMORY = Gauge(
+    "bitmill_worker_engine_peak_memory_bytes",
+    "The most memory that the engine of the last attempt used, of the host and of its GPU.",
+    ["memory"],
+)
+
+for _outcome in AttemptOutcome:  # told as 0 before the first one
+    ATTEMPTS.labels(_outcome.value)
+for _phase in get_args(Phase):
+    PHASE_SECONDS.labels(_phase)
+
+
+@contextmanager
+def shown(settings: Settings) -> Iterator[None]:
+    """Answer Prometheus while the block runs, if a port is set."""
+    if settings.worker_metrics_port is None:
+        yield
+        return
+    server, thread = start_http_server(settings.worker_metrics_port, settings.host)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
