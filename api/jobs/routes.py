@@ -26,13 +26,13 @@ from api.dependencies import (
     WriteSession,
 )
 from api.jobs import service
+from api.jobs.estimates import Estimate
 from api.jobs.following import Waited, event_stream
 from api.jobs.models import TERMINAL, JobStatus
 from api.jobs.reports import as_csv
 from api.jobs.repository import JobFilter, JobOrder
 from api.jobs.schemas import (
     SUBMIT_EXAMPLES,
-    Estimate,
     EventPage,
     JobDetail,
     JobOverrides,

@@ -15,10 +15,9 @@ from api import database
 from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound
 from api.ids import new_id
-from api.jobs import digests, events, idempotency, quotas, repository, scheduling, twins
+from api.jobs import events, idempotency, quotas, repository, scheduling, twins
 from api.jobs.attempts import deadline
 from api.jobs.idempotency import Repeatable
-from api.jobs.identity import cache_key
 from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
@@ -109,7 +108,7 @@ def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dic
 
     origin: what the first event says of where a job comes from.
     """
-    _set_cache_keys(session, planned)
+    twins.identify(session, planned)
     jobs = [job for job, _ in planned]
     reused = twins.attach_new(session, jobs)
     told = []
@@ -125,15 +124,6 @@ def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dic
     events.store(session, told)
     for job, twin in reused:
         twins.reuse(session, job, twin)
-
-
-def _set_cache_keys(session: Session, planned: Sequence[tuple[Job, PlannedJob]]) -> None:
-    """Say which work each job is, where the digests of all its files are known; else its worker says it."""
-    known = digests.known(session, {each for _, plan in planned for each in (plan.stamps or {}).values()})
-    for job, plan in planned:
-        if plan.stamps is not None and known.keys() >= set(plan.stamps.values()):
-            of_files = {name: known[stamp] for name, stamp in plan.stamps.items()}
-            job.cache_key = cache_key(job, plan.dataset, of_files)
 
 
 def get_job(session: Session, project_id: str, job_id: str) -> Job:

@@ -20,9 +20,11 @@ from sqlalchemy import ColumnElement, ScalarSelect, func, select
 from sqlalchemy.orm import Session, aliased, undefer
 
 from api import database
-from api.jobs import events
+from api.jobs import digests, events
 from api.jobs.attempts import deadline, end_attempt, let_go
+from api.jobs.identity import cache_key
 from api.jobs.models import AttemptOutcome, Job, JobStatus
+from api.jobs.submission import PlannedJob
 
 _IN_FLIGHT = (JobStatus.QUEUED, JobStatus.RUNNING)
 
@@ -30,6 +32,15 @@ _IN_FLIGHT = (JobStatus.QUEUED, JobStatus.RUNNING)
 def hold(session: Session, project_id: str) -> None:
     """Be the only one who looks for twins in this project. Comes before any row is held."""
     database.lock(session, f"{project_id} twins")
+
+
+def identify(session: Session, planned: Sequence[tuple[Job, PlannedJob]]) -> None:
+    """Say which work each job is, where the digests of all its files are known; else its worker says it."""
+    known = digests.known(session, {each for _, plan in planned for each in (plan.stamps or {}).values()})
+    for job, plan in planned:
+        if plan.stamps is not None and known.keys() >= set(plan.stamps.values()):
+            of_files = {name: known[stamp] for name, stamp in plan.stamps.items()}
+            job.cache_key = cache_key(job, plan.dataset, of_files)
 
 
 def attach_new(session: Session, jobs: Sequence[Job]) -> list[tuple[Job, Job]]:
