@@ -153,13 +153,12 @@ class Job(Base):
     # No column that changes while a job runs is in an index (event_seq, layers_done, lease_until), so that
     # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
-        # All that metrics ask for, without a look at the rows.
-        Index("ix_jobs_held", "status", "device_class", "available_at"),
+        # All that metrics ask for of jobs that ended.
         Index("ix_jobs_ended", "status", "finished_at", "device_class"),
         Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
         Index("ix_jobs_twin", "status", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
         Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
-        # The last four are all that the sweep's count asks for beside: a row is long, and they lie behind
+        # The last four are all that the sweep and metrics ask for beside: a row is long, and they lie behind
         # the plan.
         Index(
             "ix_jobs_claim",

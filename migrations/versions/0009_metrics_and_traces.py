@@ -13,7 +13,6 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("traceparent", sa.String(55)))
-    op.create_index("ix_jobs_held", "jobs", ["status", "device_class", "available_at"])
     op.create_index("ix_jobs_ended", "jobs", ["status", "finished_at", "device_class"])
     op.create_index("ix_attempts_ended", "attempts", ["ended_at", "outcome"])
 
@@ -21,5 +20,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_index("ix_attempts_ended", "attempts")
     op.drop_index("ix_jobs_ended", "jobs")
-    op.drop_index("ix_jobs_held", "jobs")
     op.drop_column("jobs", "traceparent")

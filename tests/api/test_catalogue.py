@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from api.catalogue import service
 from api.projects import service as projects
-from api.projects.schemas import LimitsUpdate
+from api.projects.schemas import ProjectUpdate
 from api.settings import Settings
 from compression import catalogue
 from compression.errors import PlanError
@@ -205,7 +205,7 @@ def test_the_limit_of_a_request_is_the_caller_s(server: Server) -> None:
 
     assert limit() == "A request has at most 200000 bytes."
     with server.database.write() as session:
-        projects.set_limits(session, "default", LimitsUpdate(max_body_bytes=5000))
+        projects.update(session, "default", ProjectUpdate(max_body_bytes=5000))
     assert limit() == "A request has at most 5000 bytes."
 
 

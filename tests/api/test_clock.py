@@ -13,6 +13,9 @@ HOSTS = {
     "date": {"today"},
 }
 """By what they are called on: functions that give the host's time of day."""
+HARMLESS = {"worker/identity.py": 1, "worker/telemetry.py": 1}
+"""Readings by which no job is judged: one is compared with what the same clock wrote, the ctime of a file; one
+is when a span began."""
 
 
 def readings(tree: ast.AST) -> Iterator[str]:
@@ -32,8 +35,8 @@ def readings(tree: ast.AST) -> Iterator[str]:
 
 def test_no_module_reads_it() -> None:
     paths = [path for folder in ("api", "worker") for path in (ROOT / folder).rglob("*.py")]
-    found = {str(path): list(readings(ast.parse(path.read_text()))) for path in paths}
-    assert {path: places for path, places in found.items() if places} == {}
+    found = {path.relative_to(ROOT).as_posix(): list(readings(ast.parse(path.read_text()))) for path in paths}
+    assert {path: len(places) for path, places in found.items() if places} == HARMLESS, found
     assert len(found) > 50
 
 

@@ -158,6 +158,7 @@ QUERIES: dict[str, tuple[Query, str]] = {
 ELSEWHERE = {
     ("sqlite", "a key"): "index_api_keys_2",
     ("sqlite", "jobs with a rare label"): "ix_jobs_list",
+    ("sqlite", "what a reaper ends"): "ix_jobs_ended",  # it begins with the status too
     **{
         ("postgresql", name): "ix_jobs_list_status"  # whose first column, of few values here, is skipped over
         for name in ("depths of queues", "what a sweep counts", "what a reaper ends")

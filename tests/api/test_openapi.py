@@ -91,8 +91,8 @@ RAISED = {kind.__name__: kind.status for kind in ApiError.__subclasses__() if ki
     "Problem": 422,
     "PydanticCustomError": 422,
 }
-NOT_OVER_HTTP = {"project_exists", "project_not_found", "prefix_taken"}
-"""Of the operator's commands."""
+NOT_OVER_HTTP = {"project_exists", "project_not_found", "prefix_taken", "broker_unavailable"}
+"""Of the operator's commands, and what readiness only warns of."""
 
 
 def test_every_code_that_the_api_raises_is_told(server: Server) -> None:

@@ -56,7 +56,7 @@ def test_secrets_are_not_printed() -> None:
 
 def test_prefixes_in_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITMILL_S3_PREFIXES", "s3://texts, s3://more/data/")
-    assert Settings().s3_prefixes == ("s3://texts", "s3://more/data/")
+    assert Settings().s3_prefixes == ("s3://texts", "s3://more/data")
     for wrong in ("texts", "s3://", "/texts", "s3://texts/../more"):
         monkeypatch.setenv("BITMILL_S3_PREFIXES", wrong)
         with pytest.raises(ValidationError, match="s3://bucket"):

@@ -197,7 +197,10 @@ def distributed(folder: Path) -> Iterator[Stack]:
     key, secret = KEEPER
     stack = _stack(
         folder,
-        {**S3Server(seaweedfs.url, None).variables(key, secret), "AWS_DEFAULT_REGION": "us-east-1"},
+        {
+            **S3Server(seaweedfs.url, None, seaweedfs).variables(key, secret),
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
         {"BROKER_URL": valkey.url, "DATABASE_URL": postgres.url(), "STORE_URL": "s3://store/bitmill"},
     )
     stack.programs |= {"valkey": valkey, "postgres": postgres, "seaweedfs": seaweedfs}
