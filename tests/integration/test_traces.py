@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
+from api.client.types import AcceptedItem, BatchSubmit
 from tests.integration.service import Service
 from tests.support.otlp import Collector, Span, running_collector
 
@@ -46,7 +47,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory, inputs: Path, small: Body) 
             service.succeed(job_id)
             failed = service.submit(**small, max_runtime_seconds=1)
             service.wait(failed)
-            batch = service.post("/v1/batches", {"jobs": [small]})["items"][0]["job_id"]
+            jobs = cast("BatchSubmit", {"jobs": [{"cache": "bypass", **small}]})
+            (item,) = service.client.submit_batch(jobs)["items"]
+            batch = cast("AcceptedItem", item)["job_id"]
             service.succeed(batch)
             httpx.get(f"{url}?model={SECRET}", headers=known)
             assert serve.stop() == 0
