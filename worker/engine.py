@@ -21,7 +21,7 @@ from worker.runner import EngineSpec
 
 RUNNER = (sys.executable, "-P", "-m", "worker.runner")  # -P: nothing is imported from the scratch folder
 FETCHER = (sys.executable, "-P", "-m", "worker.fetcher")
-CANCEL_GRACE_SECONDS = 3.0
+CANCEL_GRACE_SECONDS = 1.5  # an engine that is deaf is killed: what it finished is journaled
 EXIT_GRACE_SECONDS = 10.0  # between the last message and the end of the process: torch tears down slowly
 _LINE_BYTES = 4096  # of one log record; what is longer becomes several
 

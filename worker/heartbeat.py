@@ -20,7 +20,7 @@ from api.jobs.models import JobStatus
 from api.workers import repository as workers
 from worker.context import WorkerContext
 
-POLL_SECONDS = 0.5  # how late a cancel is noticed; a deaf engine takes 3 s more, and 5 is the limit
+POLL_SECONDS = 0.5  # how late a cancel is noticed; a deaf engine takes 1.5 s more, and 5 is the limit
 
 log = structlog.get_logger(__name__)
 
