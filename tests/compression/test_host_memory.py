@@ -30,7 +30,7 @@ def filled(mib, count):
 filled(31, 1)  # freeing it is what makes malloc keep blocks up to its size
 before = resident()
 blocks = filled({mib}, {count})
-last = torch.ones(1 << 10)  # behind them, so that the heap's end stays where it is
+last = torch.ones(1 << 18)  # behind them, too large for a hole before: the heap's end stays where it is
 held = resident()
 del blocks
 {teardown}
