@@ -2,7 +2,7 @@
 
 Writers on SQLite begin with BEGIN IMMEDIATE, so that a transaction that read and then writes never fails
 half-way; on PostgreSQL they run beside each other, and lock the rows or the names that they decide by.
-Readers see one snapshot on both.
+Readers see one snapshot on both. Who asks a single question needs no transaction for that.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sqlalchemy import JSON, DateTime, MetaData, Row, create_engine, event, func, make_url, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, Dialect, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
@@ -29,10 +31,16 @@ AWAY = (OperationalError, InterfaceError, TimeoutError)
 """What is raised while the database does not answer. A transaction may have been committed all the same: its
 answer may be what was lost."""
 BUSY_TIMEOUT_SECONDS = 5
-_ONE_SNAPSHOT: dict[str, dict[str, Any]] = {
+_READING: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
+_WRITING: dict[str, dict[str, Any]] = {
+    "sqlite": {"immediate": True},
+    "postgresql": {"immediate": True, "isolation_level": "READ COMMITTED"},
+}
+_FRESH_SECONDS = 1.0
+"""A connection that was used so short a time ago is not asked whether it still stands."""
 _POOL_SIZE = 40  # as many as the server's thread pool has threads: what is above is opened for each use
 _POOL_OVERFLOW = 10  # for workers that share the process
 
@@ -120,19 +128,27 @@ def reason(error: Exception) -> str:
 class Database:
     """Sessions on one database.
 
-    A session is a transaction: it begins with its first statement, commits when the block ends and rolls back
-    when the block raises. Objects stay readable after the block.
+    A session is a transaction, unless it looks only: it begins with its first statement, commits when the
+    block ends and rolls back when the block raises. Objects stay readable after the block.
     """
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
-        reading = self.engine.execution_options(**_ONE_SNAPSHOT[self.engine.dialect.name])
+        reading = self.engine.execution_options(**_READING[self.engine.dialect.name])
+        self._look = sessionmaker(self.engine, expire_on_commit=False)
         self._read = sessionmaker(reading, expire_on_commit=False)
-        self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
+        self._write = sessionmaker(for_writing(self.engine), expire_on_commit=False)
+
+    @contextmanager
+    def look(self) -> Iterator[Session]:
+        """A session that only reads, each statement for itself: what two of them found may not go together.
+        Saves PostgreSQL and us two messages."""
+        with self._look() as session:
+            yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only reads."""
+        """A session that only reads, all of it as of its first statement."""
         with self._read() as session:
             yield session
 
@@ -148,7 +164,8 @@ class Database:
 
 
 def make_engine(url: str) -> Engine:
-    """An engine for that URL; for SQLite with the file's folder made and the pragmas set.
+    """An engine for that URL; for SQLite with the file's folder made and the pragmas set. On PostgreSQL each
+    statement is its own transaction, unless options say otherwise.
 
     Raises:
         ValueError: the database is neither PostgreSQL nor a file of SQLite.
@@ -156,7 +173,16 @@ def make_engine(url: str) -> Engine:
     parts = make_url(url)
     if parts.get_backend_name() == "postgresql":
         url = parts.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-        return create_engine(url, pool_size=_POOL_SIZE, max_overflow=_POOL_OVERFLOW, pool_pre_ping=True)
+        engine = create_engine(
+            url,
+            pool_size=_POOL_SIZE,
+            max_overflow=_POOL_OVERFLOW,
+            isolation_level="AUTOCOMMIT",
+            skip_autocommit_rollback=True,
+        )
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", partial(_ask_if_it_stands, engine.dialect))
+        return engine
     if parts.get_backend_name() != "sqlite":
         raise ValueError(f"Bitmill keeps its jobs in SQLite or PostgreSQL, not in {parts.get_backend_name()}")
     file = parts.database
@@ -172,6 +198,26 @@ def make_engine(url: str) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def for_writing(engine: Engine) -> Engine:
+    """The engine, for transactions that write."""
+    return engine.execution_options(**_WRITING[engine.dialect.name])
+
+
+def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used"] = time.monotonic()
+
+
+def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Before a connection is used again: the server may have gone away and come back meanwhile."""
+    used = record.info.get("used")
+    if used is None or time.monotonic() - used < _FRESH_SECONDS:
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise InvalidatePoolError from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
+from fastapi.security.utils import get_authorization_scheme_param
 from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session
 
@@ -40,11 +42,15 @@ class AppContext:
     metrics: CollectorRegistry
 
 
-# What does not wait is async: FastAPI would send it through a thread otherwise.
-async def _context(request: Request) -> AppContext:
+def _context_of(request: Request) -> AppContext:
     context = request.app.state.context
     assert isinstance(context, AppContext)
     return context
+
+
+# What does not wait is async: FastAPI would send it through a thread otherwise.
+async def _context(request: Request) -> AppContext:
+    return _context_of(request)
 
 
 async def _settings(context: Annotated[AppContext, Depends(_context)]) -> Settings:
@@ -72,24 +78,22 @@ ArtifactStore = Annotated[Store, Depends(_store)]
 ReadSession = Annotated[Session, Depends(_read_session, scope="function")]
 WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
 
-_bearer = HTTPBearer(auto_error=False, description="An API key; the first is in <data>/credentials.json.")
-
 
 class Access:
     """A request before it is known who makes it. A route that is asked often looks that up in the session
-    that it answers from, which saves it a thread and a connection; others ask for a `Reader` or the like."""
+    that it answers from, which saves it a thread and a connection; others ask for a `Reader` or the like.
+    It asks for nothing else either: FastAPI solves a dependency anew wherever it is asked for."""
 
     def __init__(
         self,
         request: Request,
-        context: AppContext,
         background: BackgroundTasks,
-        credentials: HTTPAuthorizationCredentials | None,
+        key: str | None,
     ) -> None:
+        self.context = _context_of(request)
         self._limits: RequestLimits = request.state.limits
-        self._context = context
         self._background = background
-        self._key = credentials.credentials if credentials else None
+        self._key = key
         self._caller: Principal | None = None
 
     def caller(self, session: Session, scope: Scope) -> Principal:
@@ -107,7 +111,7 @@ class Access:
         return self._caller
 
     def _identify(self, session: Session) -> Principal:
-        context = self._context
+        context = self.context
         caller = identify(session, context.hasher, context.settings, self._key)
         self._limits.lower_body(caller.limits.max_body_bytes)
         if caller.limits.requests_per_minute is not None:
@@ -117,16 +121,19 @@ class Access:
         return caller
 
 
-async def _access(
-    request: Request,
-    context: Context,
-    background: BackgroundTasks,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Access:
-    return Access(request, context, background, credentials)
+class _WithKey(SecurityBase):
+    """What FastAPI's HTTPBearer does and tells the document, in the dependency that needs it."""
+
+    def __init__(self) -> None:
+        self.model = HTTPBearer(description="An API key; the first is in <data>/credentials.json.")
+        self.scheme_name = "HTTPBearer"
+
+    async def __call__(self, request: Request, background: BackgroundTasks) -> Access:
+        scheme, key = get_authorization_scheme_param(request.headers.get("Authorization"))
+        return Access(request, background, key if scheme.lower() == "bearer" and key else None)
 
 
-Accessing = Annotated[Access, Depends(_access)]
+Accessing = Annotated[Access, Depends(_WithKey())]
 
 
 def _note_use(database: Database, key_id: str) -> None:
@@ -135,8 +142,8 @@ def _note_use(database: Database, key_id: str) -> None:
 
 
 def _requires(scope: Scope) -> Callable[..., Principal]:
-    def principal(access: Accessing, context: Context) -> Principal:
-        with context.database.read() as session:
+    def principal(access: Accessing) -> Principal:
+        with access.context.database.look() as session:
             return access.caller(session, scope)
 
     return principal

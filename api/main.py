@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 import structlog
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 
 import migrations
@@ -78,13 +78,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.context = context
     errors.install(app)
     for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue):
-        app.include_router(part.router, dependencies=[Depends(name_in_logs), Depends(refuse_unknown)])
+        app.include_router(part.router, dependencies=[Depends(_before_each)])
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.add_middleware(LimitRequests, max_body_bytes=settings.max_body_bytes)
     # The last one added is the outermost.
     app.add_middleware(RequestContext, metrics=RequestMetrics(context.metrics))
     return app
+
+
+async def _before_each(request: Request) -> None:
+    """Before each route below /v1. One dependency: FastAPI takes its time for each. Async, so that it runs in
+    the request's own context."""
+    name_in_logs(request)
+    refuse_unknown(request)
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -94,9 +94,8 @@ def _hide(name: str, value: Any) -> Any:
     return _SECRET_VALUE.sub(_HIDDEN, value) if isinstance(value, str) else value
 
 
-async def name_in_logs(request: Request) -> None:
-    """Put what the path names (job_id, batch_id, ...) into every record of the request. Async, so that it
-    runs in the request's own context."""
+def name_in_logs(request: Request) -> None:
+    """Put what the path names (job_id, batch_id, ...) into every record of the request."""
     ids = {name: value for name, value in request.path_params.items() if name.endswith("_id")}
     structlog.contextvars.bind_contextvars(**ids)
 

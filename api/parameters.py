@@ -6,7 +6,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 
 
-async def refuse_unknown(request: Request) -> None:
+def refuse_unknown(request: Request) -> None:
     """Of a route below /v1: a 422 that names what is not among the query's parameters in the document."""
     if not request.query_params:
         return

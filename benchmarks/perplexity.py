@@ -28,7 +28,7 @@ def load(checkpoint: str) -> torch.nn.Module:
         if any(group["input_activations"] for group in groups):
             raise SystemExit("asymmetric weights beside quantized activations cannot be scored")
         quantization["dequantize"] = True
-    model = AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, dtype=torch.float32, local_files_only=True
     )
     return model.eval()

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from api.client.types import JobSubmit
 from benchmarks.console import say
@@ -25,7 +25,10 @@ REQUESTS = 200
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "models")
-        body = {"model": str(tiny_model(root / "tiny")), "dataset": str(tiny_dataset(root / "texts.jsonl"))}
+        body: dict[str, Any] = {
+            "model": str(tiny_model(root / "tiny")),
+            "dataset": str(tiny_dataset(root / "texts.jsonl")),
+        }
         body |= {"scheme": "W4A16", "calibration": {"num_calibration_samples": 4, "max_seq_length": 64}}
         service = Service(Path(scratch), root)
         try:

@@ -61,7 +61,7 @@ def with_tower(work: Path, size: Size, *, decoder: Path) -> Inputs:
         config = LlavaConfig(
             vision_config=TOWER, text_config=small.config.to_dict(), tie_word_embeddings=True
         )
-        whole = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+        whole = LlavaForConditionalGeneration(config).bfloat16()
         whole.model.language_model.load_state_dict(small.model.state_dict())
         whole.tie_weights()
         whole.save_pretrained(folder)

@@ -247,10 +247,10 @@ class Calibration(Frozen):
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
     """
 
-    num_calibration_samples: int = Field(default=512, ge=1, le=1_000_000)
-    max_seq_length: int = Field(default=2048, ge=2, le=1 << 20)
-    packing: bool = True
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    num_calibration_samples: int = Field(default=512, strict=True, ge=1, le=1_000_000)
+    max_seq_length: int = Field(default=2048, strict=True, ge=2, le=1 << 20)
+    packing: bool = Field(default=True, strict=True)
+    seed: int = Field(default=0, strict=True, ge=0, lt=1 << 63)
 
 
 class Evaluation(Frozen):
@@ -259,8 +259,8 @@ class Evaluation(Frozen):
     num_samples: blocks of max_seq_length; by default 1/16 of the calibration samples, at least 2,048 tokens.
     """
 
-    enabled: bool = True
-    num_samples: int | None = Field(default=None, ge=1, le=1_000_000)
+    enabled: bool = Field(default=True, strict=True)
+    num_samples: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
 
     def samples(self, calibration: Calibration) -> int:
         """How many held-out blocks this run uses; 0 when off."""

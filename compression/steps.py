@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from compression.schemes import get_scheme
 
 Observer = Literal["minmax", "mse", "imatrix", "gram"]
-GroupSize = Annotated[int, Field(ge=1)] | Literal["auto"]
+GroupSize = Annotated[int, Field(strict=True, ge=1)] | Literal["auto"]
 
 AWQ_ROWS = 128
 """Rows of each linear, evenly spread, on which AWQ tries its scales: docs/adr/0017."""
@@ -81,8 +81,8 @@ class GPTQStep(_QuantizationStep):
     """
 
     type: Literal["gptq"] = "gptq"
-    block_size: int = Field(default=128, ge=1, le=1 << 20)
-    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+    block_size: int = Field(default=128, strict=True, ge=1, le=1 << 20)
+    dampening_frac: float = Field(default=0.01, strict=True, gt=0, le=1)
     actorder: Literal["static"] | None = "static"
 
 
@@ -93,7 +93,7 @@ class _PruningStep(_TargetedStep):
     every m consecutive weights of a row stay and sparsity is 1 - n/m.
     """
 
-    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    sparsity: float = Field(default=0.5, strict=True, gt=0, lt=1)
     mask_structure: str = "unstructured"
 
     @model_validator(mode="before")
@@ -148,8 +148,8 @@ class SparseGPTStep(_PruningStep):
     """
 
     type: Literal["sparsegpt"] = "sparsegpt"
-    block_size: int = Field(default=128, ge=1, le=1 << 20)
-    dampening_frac: float = Field(default=0.01, gt=0, le=1)
+    block_size: int = Field(default=128, strict=True, ge=1, le=1 << 20)
+    dampening_frac: float = Field(default=0.01, strict=True, gt=0, le=1)
 
 
 class SmoothQuantStep(Frozen):
@@ -160,7 +160,7 @@ class SmoothQuantStep(Frozen):
     """
 
     type: Literal["smoothquant"] = "smoothquant"
-    smoothing_strength: float = Field(default=0.5, ge=0, le=1)
+    smoothing_strength: float = Field(default=0.5, strict=True, ge=0, le=1)
 
 
 class AWQStep(Frozen):
@@ -174,8 +174,8 @@ class AWQStep(Frozen):
     """
 
     type: Literal["awq"] = "awq"
-    n_grid: int = Field(default=20, ge=1, le=1000)
-    duo_scaling: bool | Literal["both"] = True
+    n_grid: int = Field(default=20, strict=True, ge=1, le=1000)
+    duo_scaling: Annotated[bool, Field(strict=True)] | Literal["both"] = True
     offload_device: Literal["cpu"] | None = Field(default=None, exclude=True)
 
 

@@ -9,7 +9,7 @@ import api.jobs.models
 import api.projects.models
 import api.webhooks.models
 import api.workers.models
-from api.database import Base, make_engine
+from api.database import Base, for_writing, make_engine
 
 # Importing these fills Base.metadata.
 _TABLES = (
@@ -32,7 +32,7 @@ def _comparable(_item: object, name: str | None, kind: str, *_rest: object) -> b
 
 
 _engine = make_engine(context.config.attributes["database_url"])
-with _engine.execution_options(immediate=True).begin() as _connection:
+with for_writing(_engine).begin() as _connection:
     if _connection.dialect.name == "postgresql":  # on SQLite a writer is alone anyhow
         _connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
     context.configure(

@@ -45,7 +45,13 @@ def list_artifacts(job_id: str, caller: Reader, session: ReadSession, store: Art
         307: {"description": "The file is at Location, an address in S3 that is good for some minutes."},
         **documented(
             {
-                404: ["job_not_found", "artifacts_not_available", "artifact_not_found", "artifacts_gone"],
+                404: [
+                    "job_not_found",
+                    "artifacts_not_available",
+                    "artifact_not_found",
+                    "artifacts_gone",
+                    "route_not_found",  # of a name with a line break
+                ],
                 416: ["range_not_satisfiable"],
                 503: ["store_denied", "store_unreachable"],
             }

@@ -358,7 +358,7 @@ class JobBatch(TypedDict):
 
 
 class JobDetail(TypedDict):
-    """A job with its plan and its attempts."""
+    """A job with its attempts and its plan."""
 
     id: str
     name: str | None
@@ -390,8 +390,8 @@ class JobDetail(TypedDict):
     batch: JobBatch | None
     deduplicated_from: str | None
     obstacle: Obstacle | None
-    plan: dict[str, Any]
     attempts: list[AttemptRead]
+    plan: dict[str, Any]
 
 
 class JobError(TypedDict):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import Depends, Query
+from fastapi import Depends, Query, Request
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import Accessing, AppContext, Context
+from api.dependencies import Access, Accessing, AppContext
 from api.errors import NotFound
 from api.jobs import repository, service
 from api.jobs.models import TERMINAL
@@ -27,22 +27,22 @@ Wait = Annotated[
 Since = Annotated[int, Query(ge=0, le=2**31 - 1, description="The seq of the last event that is known.")]
 
 
-async def wait_for_change(
-    job_id: str, access: Accessing, context: Context, wait: Wait = 0, since: Since = 0
-) -> None:
+async def wait_for_change(request: Request, access: Accessing, wait: Wait = 0, since: Since = 0) -> Access:
     """Let the request go on when the job has an event after `since`, has ended, or time is over."""
+    job_id = request.path_params["job_id"]
 
     def goes_on() -> bool:
-        with context.database.read() as session:
+        with access.context.database.look() as session:
             caller = access.caller(session, Scope.READ)
             version = repository.version(session, caller.project_id, job_id)
         return version is not None and version.status not in TERMINAL
 
     if wait and await run_in_threadpool(goes_on):
-        await context.watch.changed(job_id, since, wait)
+        await access.context.watch.changed(job_id, since, wait)
+    return access
 
 
-Waited = Depends(wait_for_change)
+Waiting = Annotated[Access, Depends(wait_for_change)]
 
 
 async def event_stream(context: AppContext, project_id: str, job_id: str, since: int) -> AsyncIterator[bytes]:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Text,
     bindparam,
+    case,
     cast,
     delete,
     exists,
@@ -27,7 +28,7 @@ from api import database
 from api.cursors import Position
 from api.database import Columns
 from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, IdempotencyKey, Job, JobStatus
-from api.jobs.schemas import SHOWN
+from api.jobs.schemas import SHOWN, AttemptRead
 
 IDEMPOTENCY_HOURS = 24
 
@@ -96,9 +97,13 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
     return session.scalars(select(Job).where(*_is(project_id, job_id)).with_for_update()).one_or_none()
 
 
-def get_with_plan(session: Session, project_id: str, job_id: str) -> Columns | None:
-    """A project's job to be shown: what is shown of it, and its plan as text, under `plan_json`."""
-    return session.execute(_WITH_PLAN, {"project": project_id, "job": job_id}).one_or_none()
+def get_whole(session: Session, project_id: str, job_id: str) -> Sequence[Columns]:
+    """A project's job to be shown, by one statement: a row for each attempt, in order, or one for none.
+
+    Each has what is shown of the job, and of the attempt under `attempt_` and the column's name; the first
+    has the plan, as text, in `plan_json`.
+    """
+    return session.execute(_WHOLE, {"project": project_id, "job": job_id}).all()
 
 
 def version(session: Session, project_id: str, job_id: str) -> Version | None:
@@ -191,10 +196,17 @@ def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
 # the call that clients make most are put together once, since that takes longer than to answer them.
 _JOBS, _OF_ATTEMPTS = Job.__table__.c, Attempt.__table__.c
 _SHOWN = [column for column in _JOBS if column.name in SHOWN | {*Version._fields}]
-_WITH_PLAN = select(*_SHOWN, cast(_JOBS.plan, Text).label("plan_json")).where(
-    _JOBS.id == bindparam("job"), _JOBS.project_id == bindparam("project"), _JOBS.deleted_at.is_(None)
+_NUMBER = func.coalesce(_OF_ATTEMPTS.number, 1)
+_WHOLE = (
+    select(
+        *_SHOWN,
+        case((_NUMBER == 1, cast(_JOBS.plan, Text))).label("plan_json"),  # it may be large: not once for each
+        *(_OF_ATTEMPTS[name].label(f"attempt_{name}") for name in AttemptRead.model_fields),
+    )
+    .join_from(Job.__table__, Attempt.__table__, isouter=True)
+    .where(_JOBS.id == bindparam("job"), _JOBS.project_id == bindparam("project"), _JOBS.deleted_at.is_(None))
+    .order_by(_NUMBER)
 )
-_ATTEMPTS = select(*_OF_ATTEMPTS).where(_OF_ATTEMPTS.job_id == bindparam("job")).order_by(_OF_ATTEMPTS.number)
 
 
 def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
@@ -202,11 +214,6 @@ def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
         return type_coerce(_JOBS.labels, JSONB).contains({key: value})
     label = func.json_each(_JOBS.labels).table_valued("key", "value")
     return exists(select(label.c.key).where(label.c.key == key, label.c.value == value))
-
-
-def attempts(session: Session, job_id: str) -> Sequence[Columns]:
-    """A job's attempts, in order."""
-    return session.execute(_ATTEMPTS, {"job": job_id}).all()
 
 
 def find_idempotency_key(

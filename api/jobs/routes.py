@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from api.codes import EVERYWHERE, SUBMISSION, documented
 from api.dependencies import (
-    Accessing,
     Context,
     CurrentS3Access,
     CurrentSettings,
@@ -27,7 +26,7 @@ from api.dependencies import (
 )
 from api.jobs import service
 from api.jobs.estimates import Estimate
-from api.jobs.following import Waited, event_stream
+from api.jobs.following import Waiting, event_stream
 from api.jobs.models import TERMINAL, JobStatus
 from api.jobs.reports import as_csv
 from api.jobs.repository import JobFilter, JobOrder
@@ -192,16 +191,15 @@ def list_jobs(
     "/{job_id}",
     response_model=JobDetail,
     responses=documented(_JOB) | {304: {"description": "Nothing changed since `If-None-Match`"}},
-    dependencies=[Waited],
 )
 def get_job(
     job_id: str,
-    access: Accessing,
-    context: Context,
+    access: Waiting,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
 ) -> Response:
     """A job as it stands, with its plan and its attempts."""
-    with context.database.read() as session:
+    context = access.context
+    with context.database.look() as session:
         caller = access.caller(session, Scope.READ)
         shown = service.show(
             session,

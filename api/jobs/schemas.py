@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -46,7 +47,7 @@ Labels = Annotated[
     Field(max_length=32, description="Keys without colons. Jobs are listed by them: `?label=key:value`."),
 ]
 Name = Annotated[str, Field(max_length=200, pattern=_PRINTABLE)]
-Seconds = Annotated[int, Field(ge=1, le=_TEN_YEARS)]
+Seconds = Annotated[int, Field(strict=True, ge=1, le=_TEN_YEARS)]
 DeviceClass = Literal["any", "cpu", "cuda"]
 ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore"]
 """Fields of a submission that a recipe stands for."""
@@ -57,7 +58,7 @@ class QualityGate(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_perplexity_ratio: float = Field(gt=0, allow_inf_nan=False, examples=[1.05])
+    max_perplexity_ratio: float = Field(strict=True, gt=0, allow_inf_nan=False, examples=[1.05])
 
 
 class Resources(BaseModel):
@@ -104,7 +105,7 @@ class JobSubmit(BaseModel):
     quality_gate: QualityGate | None = None
     require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
     resources: Resources = Resources()
-    priority: int = Field(default=0, ge=-100, le=100, description="Higher goes first.")
+    priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher goes first.")
     name: Name | None = None
     labels: Labels = {}
     max_runtime_seconds: Seconds | None = None
@@ -154,8 +155,6 @@ class JobOverrides(JobSubmit):
 
 class AttemptRead(BaseModel):
     """One try of a worker. `outcome` is null while it runs; preempted attempts do not count."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     number: int
     worker_id: str
@@ -226,15 +225,15 @@ class JobRead(BaseModel):
     )
 
     @classmethod
-    def of(cls, job: Job | Columns) -> Self:
-        """From the row."""
+    def of(cls, job: Job | Columns, **more: Any) -> Self:
+        """From the row, and what is shown beside it."""
         same = {name: getattr(job, name) for name in _SAME}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         batch = None
         if job.batch_id is not None and job.batch_index is not None:
             batch = JobBatch(id=job.batch_id, index=job.batch_index)
         made = {"dataset": job.dataset_label, "error": error, "batch": batch}
-        return cls.model_validate({**same, **made})
+        return cls.model_validate({**same, **made, **more})
 
 
 _SAME = JobRead.model_fields.keys() & set(inspect(Job).columns.keys()) - {"dataset"}
@@ -272,15 +271,27 @@ class Obstacle(BaseModel):
     message: str
 
 
-class JobDetail(JobRead):
-    """A job with its plan and its attempts."""
+class JobProgress(JobRead):
+    """A job with its attempts."""
 
     obstacle: Obstacle | None = Field(description="Why no worker that is alive takes it while it is queued.")
+    attempts: list[AttemptRead]
+
+    @classmethod
+    def of_whole(cls, rows: Sequence[Columns], obstacle: Obstacle | None) -> Self:
+        """From a row for each attempt, or one without."""
+        made = rows if rows[0].attempts_made else ()
+        names = {name: f"attempt_{name}" for name in AttemptRead.model_fields}
+        attempts = [{name: getattr(row, column) for name, column in names.items()} for row in made]
+        return cls.of(rows[0], obstacle=obstacle, attempts=attempts)
+
+
+class JobDetail(JobProgress):
+    """A job with its attempts and its plan."""
 
     plan: dict[str, Any] = Field(
         description="What was decided at submission: every module's treatment, memory, disk, warnings."
     )
-    attempts: list[AttemptRead]
 
 
 class JobPage(BaseModel):

@@ -21,13 +21,13 @@ from api.jobs.idempotency import Repeatable
 from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Version
 from api.jobs.schemas import (
-    AttemptRead,
     EventPage,
     EventRead,
     JobOutline,
     JobOverrides,
     JobPage,
     JobPlanned,
+    JobProgress,
     JobRead,
     JobSubmit,
     Obstacle,
@@ -157,19 +157,15 @@ def show(
         version = repository.version(session, project_id, job_id)
         if version is not None and (etag := _etag(version, obstacle(version))) in known_etags:
             return Shown(etag, None)
-    job = repository.get_with_plan(session, project_id, job_id)
-    if job is None:
+    rows = repository.get_whole(session, project_id, job_id)
+    if not rows:
         raise _not_found(job_id)
+    job = rows[0]
     version = Version(*(getattr(job, name) for name in Version._fields))
     seen = obstacle(version)
-    attempts = repository.attempts(session, job_id) if job.attempts_made else ()
-    details = {
-        b"obstacle": to_json(seen),
-        b"plan": job.plan_json.encode(),  # it may be large: not read to be written again
-        b"attempts": to_json([AttemptRead.model_validate(attempt) for attempt in attempts]),
-    }
-    fields = b"".join(b',"%s":%s' % detail for detail in details.items())
-    return Shown(_etag(version, seen), to_json(JobRead.of(job)).removesuffix(b"}") + fields + b"}")
+    progress = to_json(JobProgress.of_whole(rows, seen)).removesuffix(b"}")
+    plan = job.plan_json.encode()  # it may be large: not read to be written again
+    return Shown(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
 
 
 def _obstacle(

@@ -86,7 +86,7 @@ def seqs_in(database: Database) -> ReadSeqs:
     """Reads them from there."""
 
     def read(job_ids: Sequence[str]) -> Mapping[str, int]:
-        with database.read() as session:
+        with database.look() as session:
             return repository.event_seqs(session, job_ids)
 
     return read

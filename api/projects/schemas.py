@@ -71,8 +71,10 @@ class KeyCreate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: Name = Field(examples=["nightly builds"])
-    scopes: set[Scope] = Field(
-        min_length=1, description="submit may also read; admin may everything, keys included."
+    scopes: list[Scope] = Field(
+        min_length=1,
+        max_length=len(Scope),
+        description="submit may also read; admin may everything, keys included.",
     )
     expires_at: AwareDatetime | None = Field(default=None, description="From then on the key is refused.")
 

@@ -34,7 +34,7 @@ from api.settings import Settings
 from compression.errors import Problem
 
 FIRST_PROJECT = "default"
-FIRST_KEY = KeyCreate(name="first key", scopes={Scope.ADMIN})
+FIRST_KEY = KeyCreate(name="first key", scopes=[Scope.ADMIN])
 NOTED_FOR = timedelta(hours=1)
 """How late last_used_at may be: a write an hour for a key, not one a request."""
 
@@ -153,7 +153,7 @@ def create_key(session: Session, hasher: KeyHasher, project_id: str, asked: KeyC
         hint = "Give a later one, or none."
         raise Unprocessable(Problem("already_expired", "This time is past.", hint, "/expires_at"))
     key = new_key()
-    digest, scopes = hasher.digest(key), sorted(asked.scopes)
+    digest, scopes = hasher.digest(key), sorted(set(asked.scopes))
     row = repository.add_key(session, project_id, asked.name, digest, scopes, asked.expires_at)
     return KeyCreated(**KeyRead.model_validate(row).model_dump(), key=key)
 

@@ -33,7 +33,9 @@ class WebhookCreate(BaseModel):
         default=_ENDINGS, description="Which events of a job are told; by default the four that end it."
     )
     all_jobs: bool = Field(
-        default=True, description="false: told only of jobs that name this webhook as their `callback`."
+        default=True,
+        strict=True,
+        description="false: told only of jobs that name this webhook as their `callback`.",
     )
     description: str | None = Field(default=None, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
 

@@ -38,7 +38,7 @@ async def measure(api: Api, middle: str) -> None:
         for query, wanted in _FILTERS.items():
             cells = []
             for cursor in (None, _at(api, middle), _before_the_last(api, wanted, limit)):
-                parts = [f"limit={limit}", query, cursor and f"cursor={cursor.to_cursor()}"]
+                parts = [f"limit={limit}", query, f"cursor={cursor.to_cursor()}" if cursor else ""]
                 target = gets(["/v1/jobs?" + "&".join(filter(None, parts))], api.key)
                 times = await as_fast_as_it_goes(api.port, target, connections=1, count=REQUESTS)
                 cells.append(f"{times.milliseconds(50):.1f}, {times.milliseconds(99):.1f}")

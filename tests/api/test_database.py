@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from psycopg.pq import TransactionStatus
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -135,3 +136,51 @@ def test_an_unwritable_folder_says_so(tmp_path: Path) -> None:
 def test_one_transaction_at_a_time_has_a_name(database: Database) -> None:
     """Both would read the old number, without a lock on PostgreSQL."""
     assert counted_together(database, lambda session: clock.lock(session, "projects")) == "40"
+
+
+def test_who_only_looks_sees_what_others_write_meanwhile(database: Database) -> None:
+    with database.look() as session:
+        assert session.scalars(select(Project.id)).all() == []
+        add_project(database, "a")
+        session.rollback()
+        assert session.scalars(select(Project.id)).all() == ["a"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_look_is_no_transaction(database: Database) -> None:
+    with database.look() as session:
+        first, second = (session.scalar(select(func.pg_current_xact_id())) for _ in range(2))
+        assert first != second
+        assert (
+            session.connection().connection.driver_connection.info.transaction_status
+            == TransactionStatus.IDLE
+        )
+    with database.read() as session:
+        assert session.scalar(text("SHOW transaction_isolation")) == "repeatable read"
+    with database.write() as session:
+        assert session.scalar(text("SHOW transaction_isolation")) == "read committed"
+        first, second = (session.scalar(select(func.pg_current_xact_id())) for _ in range(2))
+        assert first == second
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_connection_that_lay_idle_is_asked_whether_it_stands(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = text(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with database.look() as one, database.look() as two:
+        one.execute(select(1))
+        two.execute(select(1))
+    outside = Database(database.engine.url.render_as_string(hide_password=False))
+    with outside.look() as session:
+        session.execute(others)
+    outside.close()
+    monkeypatch.setattr(clock, "_FRESH_SECONDS", 0)
+    with database.look() as session:
+        assert session.scalar(select(1)) == 1
+    monkeypatch.undo()
+    with database.look() as one, database.look() as two:  # the others of its time went with it
+        assert one.scalar(select(1)) == two.scalar(select(1)) == 1

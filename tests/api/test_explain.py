@@ -60,10 +60,10 @@ def settle(session: Session) -> None:
 QUERIES: dict[str, tuple[Query, str]] = {
     "a key": (lambda s: projects.find_key(s, job_id(5)), "uq_api_keys_digest"),
     "keys": (lambda s: projects.list_keys(s, "p", MIDDLE, 21), "ix_api_keys_project_id"),
-    "a job": (lambda s: repository.get_with_plan(s, "p", job_id(5)), "pk_jobs"),
+    "a job": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_jobs"),
     "its version": (lambda s: repository.version(s, "p", job_id(5)), "pk_jobs"),
     "its row, held": (lambda s: repository.get_for_update(s, "p", job_id(5)), "pk_jobs"),
-    "its attempts": (lambda s: repository.attempts(s, job_id(5)), "pk_attempts"),
+    "its attempts": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_attempts"),
     "its events": (lambda s: events.page(s, job_id(5), 1, 100), "pk_job_events"),
     "jobs that are watched": (
         lambda s: repository.event_seqs(s, [job_id(n) for n in range(1, 101)]),

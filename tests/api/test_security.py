@@ -29,7 +29,7 @@ from tests.api.conftest import Server
 def new_server_key(server: Server, project: str, *scopes: Scope) -> dict[str, str]:
     with server.database.write() as session:
         owner = get_or_create_project(session, project)
-        asked = KeyCreate(name="test", scopes=set(scopes))
+        asked = KeyCreate(name="test", scopes=list(scopes))
         made = create_key(session, KeyHasher.from_settings(server.settings), owner.id, asked)
     return {"Authorization": f"Bearer {made.key}"}
 

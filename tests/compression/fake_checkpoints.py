@@ -126,7 +126,7 @@ def fake_llama(
         write_fake(folder / "model.safetensors", tensors, dtypes)
         return folder
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"

@@ -142,16 +142,21 @@ def tiny_model(
 def new_model(model_type: str, settings: Mapping[str, Any], **kwargs: Any) -> PreTrainedModel:
     """An untrained model; settings are those of its decoder."""
     if model_type not in TOWERS:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), **kwargs)
+        config = AutoConfig.for_model(model_type, **settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
+        return model
     parts = {"text_config": dict(settings), "vision_config": dict(TOWERS[model_type])}
     config = AutoConfig.for_model(model_type, **parts)
-    return AutoModelForImageTextToText.from_config(config, **kwargs)
+    model = AutoModelForImageTextToText.from_config(config, **kwargs)
+    return model
 
 
 def load_model(folder: Path, **kwargs: Any) -> PreTrainedModel:
     """A checkpoint as Transformers loads it whole, in evaluation mode."""
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-    return getattr(transformers, architecture).from_pretrained(folder, **kwargs).eval()
+    model: PreTrainedModel = getattr(transformers, architecture).from_pretrained(folder, **kwargs)
+    model.eval()
+    return model
 
 
 def tiny_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
