@@ -63,13 +63,26 @@ def _where(condition: str) -> dict[str, Any]:
     return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
+class StoredPlan(Base):
+    """What was decided of jobs (`Plan.to_dict`, without the seed). A row for all that were decided alike: a
+    plan of a large model is long, and a sweep has hundreds of jobs. It goes with the last of them.
+
+    id: SHA-256 of the document.
+    """
+
+    __tablename__ = "plans"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    document: Mapped[dict[str, Any]]
+
+
 class Job(Base):
     """One compression, as asked for and as far as it came.
 
     model: as the caller wrote it; source: the folder or the commit it resolved to.
     recipe, dataset, calibration, evaluation: JSON of the classes in `compression.recipe`.
     quality_gate: {"max_perplexity_ratio": float}, held against the report by the worker.
-    plan: what submission found out (`Plan.to_dict`).
+    plan_id: what submission found out.
     resolved_plan: the first line of the engine's journal, obeyed by later attempts.
     device_class: cpu, cuda or any; fixed by the first attempt.
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
@@ -112,7 +125,7 @@ class Job(Base):
     callback: Mapped[str | None] = mapped_column(String(40))
     output: Mapped[str | None] = mapped_column(Text)
     max_attempts: Mapped[int]
-    plan: Mapped[dict[str, Any]] = mapped_column(deferred=True)
+    plan_id: Mapped[str] = mapped_column(ForeignKey(StoredPlan.id), nullable=True)  # see migration 0010
 
     device_class: Mapped[str] = mapped_column(String(8))
     required_host_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -158,8 +171,8 @@ class Job(Base):
         Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
         Index("ix_jobs_twin", "status", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
         Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
-        # The last four are all that the sweep and metrics ask for beside: a row is long, and they lie behind
-        # the plan.
+        # The last four are all that the sweep and metrics ask for beside: a row is long, and they may lie
+        # behind a long report.
         Index(
             "ix_jobs_claim",
             "status",
@@ -187,6 +200,7 @@ class Job(Base):
         # All that counts and pages of a batch ask for, as above.
         Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
         Index("ix_jobs_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
+        Index("ix_jobs_plan_id", "plan_id"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -21,13 +21,14 @@ from sqlalchemy import (
     tuple_,
     type_coerce,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
 from api import database
 from api.cursors import Position
 from api.database import Columns
-from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, IdempotencyKey, Job, JobStatus
+from api.jobs.models import ACTIVE, Attempt, AttemptOutcome, IdempotencyKey, Job, JobStatus, StoredPlan
 from api.jobs.schemas import SHOWN, AttemptRead
 
 IDEMPOTENCY_HOURS = 24
@@ -90,6 +91,17 @@ def get(
     """A project's job, with these of the columns that are left out otherwise."""
     query = select(Job).where(*_is(project_id, job_id))
     return session.scalars(query.options(*map(undefer, deferred))).one_or_none()
+
+
+def keep_plans(session: Session, documents: Mapping[str, dict[str, Any]]) -> None:
+    """Keep plans by their SHA-256, and let nobody remove those that are there before this transaction ends.
+    In the order of their names, so that two who keep the same ones wait for each other in a line."""
+    if not documents:
+        return
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    keeping = dialect.insert(StoredPlan)
+    holding = keeping.on_conflict_do_update(index_elements=["id"], set_={"id": keeping.excluded.id})
+    session.execute(holding, [{"id": id, "document": documents[id]} for id in sorted(documents)])
 
 
 def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None:
@@ -194,16 +206,17 @@ def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
 
 # What is read to be shown is read as columns of tables: objects take several times as long. The queries of
 # the call that clients make most are put together once, since that takes longer than to answer them.
-_JOBS, _OF_ATTEMPTS = Job.__table__.c, Attempt.__table__.c
+_JOBS, _PLANS, _OF_ATTEMPTS = Job.__table__.c, StoredPlan.__table__.c, Attempt.__table__.c
 _SHOWN = [column for column in _JOBS if column.name in SHOWN | {*Version._fields}]
 _NUMBER = func.coalesce(_OF_ATTEMPTS.number, 1)
 _WHOLE = (
     select(
         *_SHOWN,
-        case((_NUMBER == 1, cast(_JOBS.plan, Text))).label("plan_json"),  # it may be large: not once for each
+        case((_NUMBER == 1, cast(_PLANS.document, Text))).label("plan_json"),  # not once for each attempt
         *(_OF_ATTEMPTS[name].label(f"attempt_{name}") for name in AttemptRead.model_fields),
     )
-    .join_from(Job.__table__, Attempt.__table__, isouter=True)
+    .join_from(Job.__table__, StoredPlan.__table__)
+    .join(Attempt.__table__, _OF_ATTEMPTS.job_id == _JOBS.id, isouter=True)
     .where(_JOBS.id == bindparam("job"), _JOBS.project_id == bindparam("project"), _JOBS.deleted_at.is_(None))
     .order_by(_NUMBER)
 )

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.jobs import twins
-from api.jobs.models import RETRYABLE, TERMINAL, Job, JobLayer
+from api.jobs.models import RETRYABLE, TERMINAL, Job, JobLayer, StoredPlan
 
 
 class Ended(NamedTuple):
@@ -47,5 +47,12 @@ def deleted(session: Session, limit: int) -> Sequence[str]:
 
 
 def remove(session: Session, job_id: str) -> None:
-    """Remove a deleted job's row, with its attempts, events and layers."""
-    session.execute(delete(Job).where(Job.id == job_id, Job.deleted_at.is_not(None)))
+    """Remove a deleted job's row, with its attempts, events and layers, and its plan if no other job has it.
+    Who keeps that plan for a new job meanwhile holds its row: it is looked for jobs after that."""
+    removed = delete(Job).where(Job.id == job_id, Job.deleted_at.is_not(None)).returning(Job.plan_id)
+    plan_id = session.execute(removed).scalar_one_or_none()
+    if plan_id is None:
+        return
+    session.execute(select(StoredPlan.id).where(StoredPlan.id == plan_id).with_for_update())
+    unused = ~select(Job.id).where(Job.plan_id == StoredPlan.id).exists()
+    session.execute(delete(StoredPlan).where(StoredPlan.id == plan_id, unused))

@@ -162,7 +162,7 @@ def estimate_job(
     settings: CurrentSettings,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return Estimate.model_validate(plan_job(body, settings, access).document)
+    return Estimate.model_validate(plan_job(body, settings, access).decided.document)
 
 
 @router.get("", response_model=JobPage, responses=documented({422: ["bad_cursor"]}))

@@ -62,19 +62,19 @@ def find_repeated(session: Session, project_id: str, key: str | None, body: JobS
 
 def outline(planned: PlannedJob) -> JobOutline:
     """What a planned job would be, in short."""
-    recipe = planned.plan.recipe
+    plan = planned.decided.plan
     return JobOutline(
         model=planned.body.model,
-        scheme=recipe.representation,
-        method=recipe.methods,
-        layers_total=len(planned.plan.layers),
+        scheme=plan.recipe.representation,
+        method=plan.recipe.methods,
+        layers_total=len(plan.layers),
         device_class=planned.body.resources.device_class,
     )
 
 
 def preview(planned: PlannedJob) -> JobPlanned:
     """What a planned job would be."""
-    return JobPlanned(**outline(planned).model_dump(), plan=planned.document)
+    return JobPlanned(**outline(planned).model_dump(), plan=planned.decided.document)
 
 
 def create(
@@ -108,15 +108,16 @@ def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dic
 
     origin: what the first event says of where a job comes from.
     """
+    repository.keep_plans(session, {each.decided.sha256: each.decided.document for _, each in planned})
     twins.identify(session, planned)
     jobs = [job for job, _ in planned]
     reused = twins.attach_new(session, jobs)
     told = []
-    for job in jobs:
+    for job, each in planned:
         first = ("job_queued", {"device_class": job.device_class, **origin})
         warnings = [
-            ("warning", {"code": warning["code"], "message": warning["message"]})
-            for warning in job.plan["warnings"]
+            ("warning", {"code": warning.code, "message": warning.message})
+            for warning in each.decided.plan.warnings
         ]
         told += events.numbered(job, [first, *warnings], job.created_at)
     session.add_all(jobs)
@@ -327,7 +328,7 @@ def delete(session: Session, project_id: str, job_id: str) -> None:
 
 def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
     """The row of a planned job, which is for the caller to `add`."""
-    body, plan, memory = planned.body, planned.plan, planned.document["memory"]["exact"]
+    body, plan = planned.body, planned.decided.plan
     return Job(
         id=job_id,
         project_id=project_id,
@@ -351,10 +352,10 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         callback=body.callback,
         output=body.output,
         max_attempts=settings.max_attempts,
-        plan=planned.document,
+        plan_id=planned.decided.sha256,
         device_class=body.resources.device_class,
-        required_host_bytes=memory["host_bytes"],
-        required_gpu_bytes=memory["gpu_bytes"],
+        required_host_bytes=plan.memory.host_bytes,
+        required_gpu_bytes=plan.memory.gpu_bytes,
         status=JobStatus.QUEUED,
         layers_done=0,
         layers_total=len(plan.layers),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from compression.plans import Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 SHORT_FORM: frozenset[str] = frozenset(get_args(ShortForm))
+_ANY_SEED = 0
 _STEP = re.compile(r"/recipe/steps/\d+/")
 
 Asked = TypeVar("Asked")
@@ -38,17 +41,27 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What jobs share that differ in nothing that a plan depends on: not in the seed, for example.
+
+    document: the plan as JSON, and its SHA-256. stamps: of the files that it depends on, by name; None where
+    one is gone.
+    """
+
+    plan: Plan
+    document: dict[str, Any]
+    sha256: str
+    stamps: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
 class PlannedJob:
-    """What a submission became. source: what the worker is told. dataset: with path or revision resolved.
-    document: the plan as JSON. stamps: of the files that it depends on, by name; None where one is gone. Jobs
-    of the same work share these."""
+    """What a submission became. source: what the worker is told. dataset: with path or revision resolved."""
 
     body: JobSubmit
     source: str
     dataset: DatasetSpec | None
-    plan: Plan
-    document: dict[str, Any]
-    stamps: Mapping[str, str] | None
+    decided: Decided
 
 
 class _Work(NamedTuple):
@@ -107,14 +120,15 @@ class Planner:
         problems += _gate_problems(body) + output_problems(body.output, self._access)
         if recipe is None or source is None or problems:
             raise Unprocessable(*problems)
-        work = _Work(source, recipe, dataset, body.calibration, body.evaluation, body.require)
+        calibration = body.calibration.model_copy(update={"seed": _ANY_SEED})
+        work = _Work(source, recipe, dataset, calibration, body.evaluation, body.require)
         try:
-            planned, document, stamps = self._work(work)
+            decided = self._work(work)
         except PlanError as error:
             raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
-        return PlannedJob(body, source.source, dataset, planned, document, stamps)
+        return PlannedJob(body, source.source, dataset, decided)
 
-    def _plan_work(self, work: _Work) -> tuple[Plan, dict[str, Any], Mapping[str, str] | None]:
+    def _plan_work(self, work: _Work) -> Decided:
         planned = plan(
             work.source.folder,
             work.recipe,
@@ -131,7 +145,11 @@ class Planner:
             stamps = identity.stamps_of(identity.files_of(checkpoint, work.dataset))
         except OSError:
             stamps = None
-        return planned, planned.to_dict(), stamps
+        document = planned.to_dict()
+        if document["calibration"] is not None:
+            del document["calibration"]["seed"]
+        text = json.dumps(document, sort_keys=True)
+        return Decided(planned, document, hashlib.sha256(text.encode()).hexdigest(), stamps)
 
 
 def plan_job(body: JobSubmit, settings: Settings, access: S3Access) -> PlannedJob:

@@ -36,11 +36,13 @@ def hold(session: Session, project_id: str) -> None:
 
 def identify(session: Session, planned: Sequence[tuple[Job, PlannedJob]]) -> None:
     """Say which work each job is, where the digests of all its files are known; else its worker says it."""
-    known = digests.known(session, {each for _, plan in planned for each in (plan.stamps or {}).values()})
-    for job, plan in planned:
-        if plan.stamps is not None and known.keys() >= set(plan.stamps.values()):
-            of_files = {name: known[stamp] for name, stamp in plan.stamps.items()}
-            job.cache_key = cache_key(job, plan.dataset, of_files)
+    wanted = {stamp for _, each in planned for stamp in (each.decided.stamps or {}).values()}
+    known = digests.known(session, wanted)
+    for job, each in planned:
+        stamps = each.decided.stamps
+        if stamps is not None and known.keys() >= set(stamps.values()):
+            of_files = {name: known[stamp] for name, stamp in stamps.items()}
+            job.cache_key = cache_key(job, each.dataset, of_files)
 
 
 def attach_new(session: Session, jobs: Sequence[Job]) -> list[tuple[Job, Job]]:

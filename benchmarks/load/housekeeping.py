@@ -22,7 +22,7 @@ from api.settings import Settings
 from benchmarks.console import say
 from benchmarks.load.client import at_rate, gets
 from benchmarks.load.machine import Api
-from tests.support.jobs import job_id, multiply, new_job
+from tests.support.jobs import job_id, multiply, new_job, new_plan
 from worker.context import WorkerContext
 from worker.reaper import Reaper, forget_old, remove_deleted, sweep
 
@@ -113,7 +113,7 @@ def filled_sqlite(folder: Path, jobs: int) -> Database:
     database = Database(url)
     with database.write() as session:
         now = clock.now(session)
-        session.add(Project(id="p", name="p", created_at=now))
+        session.add_all([Project(id="p", name="p", created_at=now), new_plan()])
         session.flush()
         session.add(new_job("job", now))
         session.flush()

@@ -39,17 +39,17 @@ def main(core: int, port: int) -> None:
     configure_logging(settings)
     app = create_app(settings)
 
-    @app.get(EMPTY)
+    @app.get(EMPTY, include_in_schema=False)
     async def empty() -> Response:
         """Nothing."""
         return Response(b"{}", media_type="application/json")
 
-    @app.get(ROW + "{project_id}/{job_id}")
+    @app.get(ROW + "{project_id}/{job_id}", include_in_schema=False)
     def row(project_id: str, job_id: str, session: Annotated[Session, Depends(_session)]) -> Response:
         """The row, in the session that the route asks for."""
         return _row(session, project_id, job_id)
 
-    @app.get(BARE + "{project_id}/{job_id}")
+    @app.get(BARE + "{project_id}/{job_id}", include_in_schema=False)
     def bare(project_id: str, job_id: str, context: Context) -> Response:
         """The row, in a session that the route opens itself, as GET /v1/jobs/{job_id} does."""
         with context.database.look() as session:

@@ -30,7 +30,7 @@ from api.webhooks.outbox import Answer, Message
 from api.webhooks.repository import DeliveryFilter
 from api.workers import repository as workers
 from tests.api.jobs.leasing import CPU, LEASE, layer, must_claim
-from tests.support.jobs import job_id, multiply, new_job
+from tests.support.jobs import job_id, multiply, new_job, new_plan
 from tests.support.postgres import new_database
 
 JOBS = 20_000
@@ -131,7 +131,8 @@ QUERIES: dict[str, tuple[Query, str]] = {
     "digests of long ago": (lambda s: digests.forget_old(s, 10), "ix_file_digests_at"),
     "layers to be forgotten": (lambda s: retention.forget_layers(s, job_id(97)), "pk_job_layers"),
     "deleted jobs": (lambda s: retention.deleted(s, 100), "ix_jobs_deleted_at"),
-    "a deleted job's row": (lambda s: retention.remove(s, job_id(5)), "pk_jobs"),
+    "a deleted job's row": (lambda s: retention.remove(s, job_id(94)), "pk_jobs"),
+    "jobs with its plan": (lambda s: retention.remove(s, job_id(94)), "ix_jobs_plan_id"),
     "Idempotency-Keys of long ago": (
         lambda s: repository.forget_old_idempotency_keys(s, 10),
         "ix_idempotency_keys_created_at",
@@ -223,7 +224,7 @@ OF_JOBS = (
 def fill(database: Database) -> None:
     with database.write() as session:
         now = clock.now(session)
-        session.add(Project(id="p", name="p", created_at=now))
+        session.add_all([Project(id="p", name="p", created_at=now), new_plan()])
         session.flush()
         session.add(new_job("original", now, work_key="w", fingerprint="f"))
         session.flush()
@@ -289,7 +290,7 @@ def test_an_index_finds(crowded: Database, name: str) -> None:
 def test_what_happens_while_a_job_runs_changes_no_index(database: Database) -> None:
     with database.write() as session:
         now = clock.now(session)
-        session.add(Project(id="p", name="p", created_at=now))
+        session.add_all([Project(id="p", name="p", created_at=now), new_plan()])
         session.flush()
         session.add(new_job("job", now))
     lease = must_claim(database)

@@ -22,6 +22,7 @@ from api.jobs.leases import Lease, WorkerIdentity
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
 from api.projects.repository import get_or_create_project
 from tests.chaos.invariants import Deaths, check
+from tests.support.jobs import PLAN_ID, new_plan
 from worker.upload import publish
 
 LAYERS = 2
@@ -74,6 +75,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def _live(session: Session, store: LocalStore, output: Path) -> None:
+    session.add(new_plan())
     session.add(_job(get_or_create_project(session, "p").id, session))
     session.flush()
     first = _claim(session, 60)
@@ -91,9 +93,9 @@ def _job(project_id: str, session: Session) -> Job:
     moment = now(session)
     return Job(
         id="job", project_id=project_id, labels={}, priority=0, model="m", source="/m", scheme="W4A16",
-        method="rtn", recipe={}, calibration={}, evaluation={}, plan={}, max_attempts=9, device_class="any",
-        required_host_bytes=0, required_gpu_bytes=0, status=JobStatus.QUEUED, layers_total=LAYERS,
-        created_at=moment, available_at=moment,
+        method="rtn", recipe={}, calibration={}, evaluation={}, plan_id=PLAN_ID, max_attempts=9,
+        device_class="any", required_host_bytes=0, required_gpu_bytes=0, status=JobStatus.QUEUED,
+        layers_total=LAYERS, created_at=moment, available_at=moment,
     )  # fmt: skip
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from api.jobs.models import Job, JobStatus
+from api.jobs.models import Job, JobStatus, StoredPlan
 
-TEAMS, MODELS = 50, 500
-"""Labels `team:t0` to `team:t49` and as many models are shared out evenly; `run:<number>` is of one job."""
+TEAMS, MODELS, PLANS = 50, 500, 2000
+"""Labels `team:t0` to `team:t49` and as many models and plans are shared out evenly; `run:<number>` is of one
+job."""
+PLAN_ID = "0" * 64
 _BASE = 10**9
 
 
@@ -40,8 +42,13 @@ _DIALECTS = {
 }
 
 
+def new_plan() -> StoredPlan:
+    """The plan of all that `new_job` makes."""
+    return StoredPlan(id=PLAN_ID, document={})
+
+
 def new_job(id: str, now: datetime, **columns: Any) -> Job:
-    """The row of a queued job of the project `p`; keywords change its columns."""
+    """The row of a queued job of project `p` with the plan of `new_plan`; keywords change its columns."""
     defaults: dict[str, Any] = {
         "project_id": "p",
         "labels": {},
@@ -53,7 +60,7 @@ def new_job(id: str, now: datetime, **columns: Any) -> Job:
         "recipe": {},
         "calibration": {},
         "evaluation": {},
-        "plan": {},
+        "plan_id": PLAN_ID,
         "max_attempts": 3,
         "device_class": "any",
         "required_host_bytes": 100,
@@ -75,7 +82,7 @@ def multiply(session: Session, original_id: str, count: int, *, events_each: int
     """Add copies of a job, submitted a second after one another from the beginning of 2026, and let the
     database's planner know. Of a hundred 90 succeeded, seven failed, two wait, and one runs.
 
-    Each has its first events, and an attempt unless it waits. Plans are left out, for the disk's sake.
+    Each has its first events, and an attempt unless it waits. Plans are the original's, as many times.
     """
     name = session.get_bind().dialect.name
     dialect = _DIALECTS[name]
@@ -86,7 +93,7 @@ def multiply(session: Session, original_id: str, count: int, *, events_each: int
         "id": f"'job_' || ({_BASE} + i)",
         "model": f"'/models/' || (i % {MODELS})",
         "labels": dialect.json.format(label),
-        "plan": dialect.json.format("""'{"modules": [], "warnings": []}'"""),
+        "plan_id": f"'plan_' || (1 + i % {PLANS})",
         "status": "CASE WHEN i % 100 < 90 THEN 'succeeded' WHEN i % 100 < 97 THEN 'failed'"
         " WHEN i % 100 < 99 THEN 'queued' ELSE 'running' END",
         "event_seq": str(events_each),
@@ -103,6 +110,13 @@ def multiply(session: Session, original_id: str, count: int, *, events_each: int
     copies = f"jobs WHERE id BETWEEN '{job_id(1)}' AND '{job_id(count)}'"
     if name == "postgresql":  # what the rows refer to is there: it is not looked up for each
         session.execute(text("SET LOCAL session_replication_role = replica"))
+    session.execute(
+        text(
+            "INSERT INTO plans (id, document) SELECT 'plan_' || i, document"
+            f" FROM plans, ({dialect.numbers.format(PLANS)}) AS n WHERE id = :original"
+        ),
+        {"original": session.get_one(Job, original_id).plan_id},
+    )
     session.execute(
         text(
             f"INSERT INTO jobs ({', '.join(columns)}) SELECT {picked}"

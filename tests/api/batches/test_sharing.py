@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from api.errors import Unprocessable
 from api.jobs.schemas import JobSubmit
-from api.jobs.submission import Planner
+from api.jobs.submission import PlannedJob, Planner
 from api.main import create_app
 from api.projects.prefixes import S3Access
 from tests.api.conftest import Server
@@ -24,32 +24,36 @@ def planner_of(server: Server) -> Planner:
     return Planner(server.settings, S3Access(server.settings.store_url))
 
 
-def planned(planner: Planner, server: Server, **changes: Any) -> Any:
+def planned(planner: Planner, server: Server, **changes: Any) -> PlannedJob:
     return planner.plan(JobSubmit.model_validate(server.body(**changes)))
 
 
 def test_the_same_work_is_planned_once(server: Server) -> None:
     planner = planner_of(server)
     first, second = planned(planner, server, name="a"), planned(planner, server, name="b", priority=1)
-    assert first.document is second.document
-    assert first.plan is second.plan
+    assert first.decided is second.decided
     assert (first.body.name, second.body.name) == ("a", "b")
+    other_seed = planned(planner, server, calibration={**server.body()["calibration"], "seed": 1})
+    assert first.decided is other_seed.decided
+    assert (first.body.calibration.seed, other_seed.body.calibration.seed) == (0, 1)
     for changes in (
         {"scheme": "W8A16"},
-        {"calibration": {"seed": 1}},
+        {"calibration": {"num_calibration_samples": 3}},
         {"evaluation": {"enabled": False}},
         {"dataset": None, "method": "rtn"},
         {"require": "vllm"},
     ):
         other = planned(planner, server, **changes)
-        assert other.plan is not first.plan
+        assert other.decided is not first.decided
         alone = planned(planner_of(server), server, **changes)
-        assert other.document == alone.document
+        assert other.decided.document == alone.decided.document
+        assert other.decided.sha256 == alone.decided.sha256
 
 
 def test_headers_are_read_once_for_all_recipes(server: Server) -> None:
     planner = planner_of(server)
-    one, other = (planned(planner, server, scheme=scheme).plan.checkpoint for scheme in ("W4A16", "W8A8"))
+    decided = [planned(planner, server, scheme=scheme).decided for scheme in ("W4A16", "W8A8")]
+    one, other = (each.plan.checkpoint for each in decided)
     assert one.tensors.keys() == other.tensors.keys()
     assert all(one.tensors[name] is other.tensors[name] for name in one.tensors)
 

@@ -86,7 +86,7 @@ class TestJobs:
         assert first["data"]["batch"] == of_batch["batch"]["id"]
         with server.database.read() as session:
             one, other = (session.get_one(Job, each["id"]) for each in (alone, of_batch))
-            for name in ("source", "dataset", "plan", "required_host_bytes", "required_gpu_bytes"):
+            for name in ("source", "dataset", "plan_id", "required_host_bytes", "required_gpu_bytes"):
                 assert getattr(one, name) == getattr(other, name), name
             assert one.queue_deadline is not None
             assert other.queue_deadline is not None

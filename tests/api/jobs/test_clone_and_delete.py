@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
-from api.jobs import leases, retention
-from api.jobs.models import Job, JobEvent
+from api.jobs import leases, repository, retention
+from api.jobs.models import Job, JobEvent, StoredPlan
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import start
+from tests.support.jobs import new_job
 
 
 def clone(server: Server, job_id: str, **overrides: Any) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class TestClone:
         assert first["data"] == {"device_class": "cpu", "clone_of": job["id"]}
         with server.database.read() as session:
             one, other = (session.get_one(Job, each["id"]) for each in (job, same))
-            for name in ("source", "dataset", "require", "plan"):
+            for name in ("source", "dataset", "require", "plan_id"):
                 assert getattr(one, name) == getattr(other, name), name
 
     def test_what_is_given_takes_the_place(self, server: Server) -> None:
@@ -157,6 +159,40 @@ class TestDelete:
                 job = session.get_one(Job, job_id)
                 job.deleted_at = job.created_at
             assert stream.result(10).status_code == 200
+
+    def test_its_plan_goes_with_the_last_job_that_has_it(self, server: Server) -> None:
+        calibrations = [{**server.body()["calibration"], "seed": seed} for seed in range(2)]
+        alike = [server.submit(calibration=calibration)["id"] for calibration in calibrations]
+        other = server.submit(scheme="W8A16")["id"]
+        for job_id, left in ((alike[0], 2), (other, 1), (alike[1], 0)):
+            server.http.post(f"/v1/jobs/{job_id}/cancel")
+            server.http.delete(f"/v1/jobs/{job_id}")
+            with server.database.write() as session:
+                retention.remove(session, job_id)
+                assert session.scalar(select(func.count()).select_from(StoredPlan)) == left
+
+    def test_a_plan_that_a_new_job_takes_meanwhile_stays(self, server: Server) -> None:
+        job_id = server.submit()["id"]
+        server.http.post(f"/v1/jobs/{job_id}/cancel")
+        server.http.delete(f"/v1/jobs/{job_id}")
+        with server.database.read() as session:
+            kept = {plan.id: plan.document for plan in session.scalars(select(StoredPlan))}
+
+        def remove() -> None:
+            with server.database.write() as session:
+                retention.remove(session, job_id)
+
+        with ThreadPoolExecutor() as pool:
+            with server.database.write() as session:
+                repository.keep_plans(session, kept)
+                removing = pool.submit(remove)
+                time.sleep(0.5)
+                assert not removing.done()
+                job = session.get_one(Job, job_id)
+                new = new_job("new", job.created_at, project_id=job.project_id, plan_id=job.plan_id)
+                session.add(new)
+            removing.result(10)
+        assert server.http.get("/v1/jobs/new").json()["plan"] == next(iter(kept.values()))
 
     def test_only_what_was_deleted_is_removed(self, server: Server) -> None:
         job_id = server.submit()["id"]

@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 
 from api.database import now
 from api.jobs import leases
-from api.jobs.models import AttemptOutcome, Job
+from api.jobs.models import AttemptOutcome, StoredPlan
 from api.jobs.schemas import JobDetail
 from api.workers.models import Worker
 from compression.recipe import Calibration, Evaluation, Recipe
@@ -215,7 +215,7 @@ class TestProgress:
         for name, kind in (("recipe", Recipe), ("calibration", Calibration), ("evaluation", Evaluation)):
             assert shown[name] == kind.model_validate(shown[name]).model_dump(mode="json")
         with server.database.read() as session:
-            assert shown["plan"] == session.scalar(select(Job.plan))
+            assert shown["plan"] == session.scalar(select(StoredPlan.document))
 
     def test_a_failure_says_why(self, server: Server) -> None:
         job_id = server.submit()["id"]
