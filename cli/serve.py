@@ -95,11 +95,12 @@ def _serve_api(settings: Settings) -> None:
     """The API alone; workers are processes of their own."""
     import uvicorn
 
-    from api.main import GRACE_SECONDS, create_app
+    from api.main import GRACE_SECONDS, create_app, settle
     from api.observability import configure_logging
 
     configure_logging(settings)
     app = create_app(settings)
+    settle(app)
     uvicorn.run(
         app,
         host=settings.host,

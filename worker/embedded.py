@@ -16,7 +16,7 @@ from sqlalchemy import make_url
 
 import migrations
 from api.jobs import leases
-from api.main import GRACE_SECONDS, create_app
+from api.main import GRACE_SECONDS, create_app, settle
 from api.observability import configure_logging
 from api.settings import Settings
 from worker.celery_app import CeleryThread, make_app
@@ -55,8 +55,10 @@ def run_embedded(settings: Settings) -> None:
         )
     with _only_one(settings.data_dir):
         migrations.upgrade(settings.database_url)
+        app = create_app(settings)
+        settle(app)
         api = uvicorn.Config(
-            create_app(settings),
+            app,
             host=settings.host,
             port=settings.port,
             log_config=None,

@@ -329,6 +329,7 @@ def delete(session: Session, project_id: str, job_id: str) -> None:
 def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
     """The row of a planned job, which is for the caller to `add`."""
     body, plan = planned.body, planned.decided.plan
+    memory = planned.decided.document["memory"]["exact"]
     return Job(
         id=job_id,
         project_id=project_id,
@@ -354,8 +355,8 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         max_attempts=settings.max_attempts,
         plan_id=planned.decided.sha256,
         device_class=body.resources.device_class,
-        required_host_bytes=plan.memory.host_bytes,
-        required_gpu_bytes=plan.memory.gpu_bytes,
+        required_host_bytes=memory["host_bytes"],
+        required_gpu_bytes=memory["gpu_bytes"],
         status=JobStatus.QUEUED,
         layers_done=0,
         layers_total=len(plan.layers),

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from api.dependencies import Context
 from api.jobs import repository
-from api.main import create_app
+from api.main import create_app, settle
 from api.observability import configure_logging
 from api.settings import get_settings
 
@@ -55,6 +55,7 @@ def main(core: int, port: int) -> None:
         with context.database.look() as session:
             return _row(session, project_id, job_id)
 
+    settle(app)
     uvicorn.run(app, port=port, log_config=None, access_log=False)
 
 
