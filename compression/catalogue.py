@@ -52,25 +52,28 @@ def methods() -> Sequence[Method]:
         _method(
             "rtn",
             "Rounds every weight to the nearest code.",
-            "Moderate recovery; the cheapest, and without data.",
+            "Moderate recovery in most cases; computationally cheap and fast, and without data.",
             needs_calibration=False,
         ),
         _method(
             "gptq",
             "Rounds column by column, and moves the error of each into those that follow.",
-            "High recovery; slower, for the statistics of every input and a walk over its columns.",
+            "High recovery, but more expensive and slower to run: statistics of every input, and a "
+            "walk over its columns.",
             source="https://arxiv.org/abs/2210.17323",
         ),
         _method(
             "awq",
             "Scales up the channels that matter, and down in the norm or linear in front.",
-            "High recovery of few bits with zero points; a search of scales, and more passes of the data.",
+            "Better recovery with a faster runtime than GPTQ, says LLM Compressor's guide; here "
+            "its search of scales takes more passes of the data.",
             source="https://arxiv.org/abs/2306.00978",
         ),
         _method(
             "smoothquant",
             "Moves outliers of activations into the weights, by folding scales into the norms.",
-            "Good recovery where activations are quantized too; hardly any time.",
+            "Good recovery where activations are quantized too, with minimal calibration time; to "
+            "be composed with other methods.",
             source="https://arxiv.org/abs/2211.10438",
         ),
         _method(

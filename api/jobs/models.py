@@ -67,13 +67,13 @@ class StoredPlan(Base):
     """What was decided of jobs (`Plan.to_dict`, without the seed). A row for all that were decided alike: a
     plan of a large model is long, and a sweep has hundreds of jobs. It goes with the last of them.
 
-    id: SHA-256 of the document.
+    document: JSON, as text since nothing of it is asked for. id: its SHA-256.
     """
 
     __tablename__ = "plans"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    document: Mapped[dict[str, Any]]
+    document: Mapped[str] = mapped_column(Text)
 
 
 class Job(Base):

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
-    Text,
     bindparam,
     case,
-    cast,
     delete,
     exists,
     func,
@@ -93,7 +91,7 @@ def get(
     return session.scalars(query.options(*map(undefer, deferred))).one_or_none()
 
 
-def keep_plans(session: Session, documents: Mapping[str, dict[str, Any]]) -> None:
+def keep_plans(session: Session, documents: Mapping[str, str]) -> None:
     """Keep plans by their SHA-256, and let nobody remove those that are there before this transaction ends.
     In the order of their names, so that two who keep the same ones wait for each other in a line."""
     if not documents:
@@ -113,7 +111,7 @@ def get_whole(session: Session, project_id: str, job_id: str) -> Sequence[Column
     """A project's job to be shown, by one statement: a row for each attempt, in order, or one for none.
 
     Each has what is shown of the job, and of the attempt under `attempt_` and the column's name; the first
-    has the plan, as text, in `plan_json`.
+    has the plan, as JSON, in `plan_text`.
     """
     return session.execute(_WHOLE, {"project": project_id, "job": job_id}).all()
 
@@ -212,7 +210,7 @@ _NUMBER = func.coalesce(_OF_ATTEMPTS.number, 1)
 _WHOLE = (
     select(
         *_SHOWN,
-        case((_NUMBER == 1, cast(_PLANS.document, Text))).label("plan_json"),  # not once for each attempt
+        case((_NUMBER == 1, _PLANS.document)).label("plan_text"),  # not once for each attempt
         *(_OF_ATTEMPTS[name].label(f"attempt_{name}") for name in AttemptRead.model_fields),
     )
     .join_from(Job.__table__, StoredPlan.__table__)

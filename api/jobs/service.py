@@ -108,7 +108,7 @@ def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dic
 
     origin: what the first event says of where a job comes from.
     """
-    repository.keep_plans(session, {each.decided.sha256: each.decided.document for _, each in planned})
+    repository.keep_plans(session, {each.decided.sha256: each.decided.text for _, each in planned})
     twins.identify(session, planned)
     jobs = [job for job, _ in planned]
     reused = twins.attach_new(session, jobs)
@@ -165,7 +165,7 @@ def show(
     version = Version(*(getattr(job, name) for name in Version._fields))
     seen = obstacle(version)
     progress = to_json(JobProgress.of_whole(rows, seen)).removesuffix(b"}")
-    plan = job.plan_json.encode()  # it may be large: not read to be written again
+    plan = job.plan_text.encode()  # it may be large: not read to be written again
     return Shown(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
 
 

@@ -44,12 +44,13 @@ Found = TypeVar("Found")
 class Decided:
     """What jobs share that differ in nothing that a plan depends on: not in the seed, for example.
 
-    document: the plan as JSON, and its SHA-256. stamps: of the files that it depends on, by name; None where
-    one is gone.
+    document: the plan for JSON. text: as it is kept, and its SHA-256. stamps: of the files that it depends
+    on, by name; None where one is gone.
     """
 
     plan: Plan
     document: dict[str, Any]
+    text: str
     sha256: str
     stamps: Mapping[str, str] | None
 
@@ -148,8 +149,8 @@ class Planner:
         document = planned.to_dict()
         if document["calibration"] is not None:
             del document["calibration"]["seed"]
-        text = json.dumps(document, sort_keys=True)
-        return Decided(planned, document, hashlib.sha256(text.encode()).hexdigest(), stamps)
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return Decided(planned, document, text, hashlib.sha256(text.encode()).hexdigest(), stamps)
 
 
 def plan_job(body: JobSubmit, settings: Settings, access: S3Access) -> PlannedJob:

@@ -18,14 +18,14 @@ depends_on = None
 _JSONB = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 _AT_ONCE = 500
 _jobs = sa.table("jobs", sa.column("id"), sa.column("plan", _JSONB), sa.column("plan_id"))
-_plans = sa.table("plans", sa.column("id"), sa.column("document", _JSONB))
+_plans = sa.table("plans", sa.column("id"), sa.column("document", sa.Text))
 
 
 def upgrade() -> None:
     op.create_table(
         "plans",
         sa.Column("id", sa.String(64), primary_key=True),
-        sa.Column("document", _JSONB, nullable=False),
+        sa.Column("document", sa.Text, nullable=False),
     )
     # May be null, since SQLite takes no new column that refers to a table and may not. No row is.
     key = sa.ForeignKey("plans.id", name="fk_jobs_plan_id_plans")
@@ -38,7 +38,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.add_column("jobs", sa.Column("plan", _JSONB, nullable=False, server_default="{}"))
     document = sa.select(_plans.c.document).where(_plans.c.id == _jobs.c.plan_id).scalar_subquery()
-    op.execute(_jobs.update().values(plan=document))
+    kind = postgresql.JSONB() if op.get_bind().dialect.name == "postgresql" else sa.Text()
+    op.execute(_jobs.update().values(plan=sa.cast(document, kind)))
     op.drop_index("ix_jobs_plan_id", "jobs")
     op.drop_column("jobs", "plan_id")
     op.drop_table("plans")
@@ -49,8 +50,8 @@ def _share() -> None:
     page = sa.select(_jobs.c.id, _jobs.c.plan).order_by(_jobs.c.id).limit(_AT_ONCE)
     while rows := connection.execute(page.where(_jobs.c.id > last)).all():
         last = rows[-1].id
-        plans = {job_id: _without_seed(plan) for job_id, plan in rows}
-        names = {job_id: _sha256(plan) for job_id, plan in plans.items()}
+        plans = {job_id: _text(plan) for job_id, plan in rows}
+        names = {job_id: hashlib.sha256(plan.encode()).hexdigest() for job_id, plan in plans.items()}
         new = {names[job_id]: plan for job_id, plan in plans.items() if names[job_id] not in kept}
         if new:
             connection.execute(_plans.insert(), [{"id": name, "document": new[name]} for name in new])
@@ -62,12 +63,8 @@ def _share() -> None:
         )
 
 
-def _without_seed(plan: dict[str, Any]) -> dict[str, Any]:
-    calibration = plan.get("calibration")
-    if calibration is None:
-        return plan
-    return plan | {"calibration": {name: calibration[name] for name in calibration if name != "seed"}}
-
-
-def _sha256(plan: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def _text(plan: dict[str, Any]) -> str:
+    """As it is kept: without the seed."""
+    if plan.get("calibration") is not None:
+        plan["calibration"].pop("seed", None)
+    return json.dumps(plan, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -61,6 +61,23 @@ def test_the_page_has_every_method(server: Server) -> None:
     assert lines[start : start + len(rows) + 1] == [*rows, ""]
 
 
+@pytest.mark.parametrize(
+    ("method", "recovery", "cost"),
+    [
+        ("gptq", "High recovery", "more expensive and slower to run"),
+        ("awq", "Better recovery", "a faster runtime than GPTQ"),
+        ("smoothquant", "Good recovery", "minimal calibration time"),
+        ("rtn", "Moderate recovery", "computationally cheap and fast"),
+    ],
+)
+def test_methods_say_what_the_guide_says_of_them(
+    server: Server, method: str, recovery: str, cost: str
+) -> None:
+    (said,) = [row["recovery"] for row in items(server, "/v1/methods") if row["name"] == method]
+    assert said.startswith(recovery)
+    assert cost in said
+
+
 def test_the_page_has_every_scheme(server: Server) -> None:
     lines = [*PAGE.read_text().splitlines(), ""]
     names = ("weights", "activations", "format", "needs_calibration", "composes_with", "recovery")

@@ -44,7 +44,7 @@ _DIALECTS = {
 
 def new_plan() -> StoredPlan:
     """The plan of all that `new_job` makes."""
-    return StoredPlan(id=PLAN_ID, document={})
+    return StoredPlan(id=PLAN_ID, document="{}")
 
 
 def new_job(id: str, now: datetime, **columns: Any) -> Job:

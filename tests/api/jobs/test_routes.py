@@ -215,7 +215,7 @@ class TestProgress:
         for name, kind in (("recipe", Recipe), ("calibration", Calibration), ("evaluation", Evaluation)):
             assert shown[name] == kind.model_validate(shown[name]).model_dump(mode="json")
         with server.database.read() as session:
-            assert shown["plan"] == session.scalar(select(StoredPlan.document))
+            assert shown["plan"] == json.loads(session.scalars(select(StoredPlan.document)).one())
 
     def test_a_failure_says_why(self, server: Server) -> None:
         job_id = server.submit()["id"]
