@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch_submit
 
-The server and SQLite are real, in this process; the models are tiny. Equal work is planned once, so there are
-two figures: for 10 schemes in 10 priorities, and for 100 seeds.
+The server and SQLite are real, in this process; the models are tiny. `python -m benchmarks.load` does the same
+on PostgreSQL, and with larger models.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import migrations
 from api.main import create_app
 from api.settings import Settings
 from benchmarks.console import say
+from benchmarks.load.batches import VARIANTS
 from tests.support.models import tiny_dataset, tiny_model
 
 MODELS = 10
-SCHEMES = ("W4A16", "W4A16_ASYM", "W8A16", "W4A8", "W4AFP8", "W8A8", "FP8_DYNAMIC", "FP8", "MXFP4", "MXFP8")
 
 
 def main() -> None:
@@ -35,12 +35,10 @@ def main() -> None:
         dataset = tiny_dataset(root / "texts.jsonl")
         settings = Settings(data_dir=Path(scratch, "data"), local_roots=(root,))
         migrations.upgrade(settings.database_url)
-        equal = [{"scheme": scheme, "priority": n} for scheme in SCHEMES for n in range(10)]
-        different = [{"scheme": "W4A16", "calibration": {"seed": n}} for n in range(100)]
         with TestClient(create_app(settings)) as http:
             key = json.loads(settings.credentials_file.read_text())["api_key"]
             http.headers["Authorization"] = f"Bearer {key}"
-            for plans, variants in (("100", equal), ("1,000", different)):
+            for plans, variants in VARIANTS.items():
                 jobs = [
                     {"model": str(model), "dataset": str(dataset), **variant}
                     for model in models
