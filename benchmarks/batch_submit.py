@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch_submit
 
-The server and SQLite are real, in this process; the models are tiny. `python -m benchmarks.load` does the same
-on PostgreSQL, and with larger models.
+The server and SQLite are real, in this process; the models are tiny. `python -m benchmarks.load` does it on
+PostgreSQL, and with larger models.
 """
 
 from __future__ import annotations
