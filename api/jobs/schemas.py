@@ -290,7 +290,8 @@ class JobDetail(JobProgress):
     """A job with its attempts and its plan."""
 
     plan: dict[str, Any] = Field(
-        description="What was decided at submission: every module's treatment, memory, disk, warnings."
+        description="What was decided at submission: every module's treatment, memory, disk, warnings. "
+        "The same whatever the seed."
     )
 
 
