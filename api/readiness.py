@@ -43,7 +43,7 @@ class Readiness:
 
     def __init__(self, settings: Settings, engine: Engine, store: Store) -> None:
         self._probes = (
-            Probe("database", lambda: _check_schema(engine)),
+            Probe("database", lambda: check_schema(engine)),
             Probe("store", lambda: _check_store(store)),
         )
         self._broker = (
@@ -76,7 +76,12 @@ async def _ask(probe: Probe[str], otherwise: Literal["warning", "failed"]) -> Ch
     return Check(name=probe.name, status=otherwise, code=found.code, message=found.message, hint=found.hint)
 
 
-def _check_schema(engine: Engine) -> str:
+def check_schema(engine: Engine) -> str:
+    """Say which revision the schema is at.
+
+    Raises:
+        Unavailable: `database_unavailable`; `schema_stale`, `schema_newer` for one that is not this code's.
+    """
     try:
         current = migrations.current(engine)
     except SQLAlchemyError as error:

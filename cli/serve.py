@@ -74,12 +74,15 @@ def worker(as_json: JsonOption = False) -> None:
     settings = load_settings(as_json=as_json)
     _check_urls(settings, as_json=as_json)
     _start_tracing(settings, "bitmill-worker", as_json=as_json)
+    from api.errors import Unavailable
     from worker.celery_app import WorkerRefused, run_worker
 
     try:
         run_worker(settings)
     except WorkerRefused as error:
         fail(Exit.USAGE, "broker_is_embedded", str(error), as_json=as_json)
+    except Unavailable as error:
+        fail(Exit.FAILED, error.code, error.message, as_json=as_json, hint=error.hint)
 
 
 def _start_tracing(settings: Settings, service: str, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from celery import Celery, signals
 from celery.worker import state
 
 from api.observability import configure_logging
+from api.readiness import check_schema
 from api.settings import Settings
 from api.wake import LOOK, queue_name
 from worker import metrics
@@ -67,6 +68,7 @@ def run_worker(settings: Settings) -> None:
 
     Raises:
         WorkerRefused: the broker is the embedded one, which no other process can reach.
+        Unavailable: what `check_schema` raises.
     """
     if settings.embedded:
         raise WorkerRefused(
@@ -75,6 +77,7 @@ def run_worker(settings: Settings) -> None:
         )
     configure_logging(settings)
     worker = WorkerContext.open(settings)
+    check_schema(worker.database.engine)
     presence = Presence(worker)
     app = make_app(worker, presence)
 

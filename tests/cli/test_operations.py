@@ -72,6 +72,17 @@ def test_db_upgrade_makes_the_schema_and_can_be_repeated(tmp_path: Path) -> None
     engine.dispose()
 
 
+def test_a_worker_does_not_begin_on_a_schema_that_is_not_its_own(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    migrations.upgrade(url, "0009")
+    settings = {"DATABASE_URL": url, "BROKER_URL": "redis://127.0.0.1:1/0"}
+    result = bitmill(tmp_path, "worker", "--json", **settings)
+    assert (result.code, result.json["error"]["code"]) == (1, "schema_stale")
+    settings["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
+    result = bitmill(tmp_path, "worker", "--json", **settings)
+    assert (result.code, result.json["error"]["code"]) == (1, "database_unavailable")
+
+
 def test_a_schema_that_is_newer_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / ".local" / "share" / "bitmill" / "bitmill.db"
     migrations.upgrade(f"sqlite:///{file}")
