@@ -68,7 +68,7 @@ def run_worker(settings: Settings) -> None:
 
     Raises:
         WorkerRefused: the broker is the embedded one, which no other process can reach.
-        Unavailable: what `check_schema` raises.
+        Unavailable: what `check_schema` and `metrics.shown` raise.
     """
     if settings.embedded:
         raise WorkerRefused(

@@ -9,6 +9,7 @@ from typing import get_args
 
 from prometheus_client import Counter, Gauge, start_http_server
 
+from api.errors import Unavailable
 from api.jobs.models import AttemptOutcome
 from api.settings import Settings
 from compression.events import Phase
@@ -31,11 +32,20 @@ for _phase in get_args(Phase):
 
 @contextmanager
 def shown(settings: Settings) -> Iterator[None]:
-    """Answer Prometheus while the block runs, if a port is set."""
+    """Answer Prometheus while the block runs, if a port is set.
+
+    Raises:
+        Unavailable: `metrics_port_unavailable`.
+    """
     if settings.worker_metrics_port is None:
         yield
         return
-    server, thread = start_http_server(settings.worker_metrics_port, settings.host)
+    try:
+        server, thread = start_http_server(settings.worker_metrics_port, settings.host)
+    except OSError as error:
+        message = f"Metrics cannot be shown on port {settings.worker_metrics_port}: {error.strerror}."
+        hint = "Set BITMILL_WORKER_METRICS_PORT to a port that is free, or leave it out."
+        raise Unavailable("metrics_port_unavailable", message, hint) from error
     try:
         yield
     finally:

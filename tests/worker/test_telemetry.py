@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
+import pytest
 import structlog
 from prometheus_client import REGISTRY
 
+from api.errors import Unavailable
 from compression.recipe import Recipe
 from tests.integration.service import free_port
 from tests.support.logs import Logged
@@ -117,6 +119,9 @@ def test_a_worker_shows_its_metrics_on_a_port_of_its_own(worker: WorkerContext) 
     url = f"http://127.0.0.1:{settings.worker_metrics_port}/metrics"
     with metrics.shown(settings):
         told = httpx.get(url, trust_env=False).text
+        with pytest.raises(Unavailable) as taken, metrics.shown(settings):
+            pass
+    assert taken.value.code == "metrics_port_unavailable"
     assert 'bitmill_worker_attempts_total{outcome="crashed"}' in told
     assert 'bitmill_worker_phase_seconds_total{phase="compress"}' in told
     with metrics.shown(worker.settings):  # no port, no server
