@@ -35,7 +35,7 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         "too_many_files",
         *("dataset_format_unsupported", "dataset_required"),
         *("hub_access_denied", "hub_answer_invalid", "hub_offline", "hub_repository_not_found"),
-        "hub_revision_not_found",
+        *("hub_revision_not_found", "s3_access_denied", "s3_object_not_found", "model_changed"),
         # the checkpoint
         *("config_missing", "config_invalid", "weights_missing", "pickle_only", "index_invalid"),
         *("invalid_safetensors", "source_unreadable", "source_changed", "unsafe_link", "unsupported_dtype"),
@@ -47,7 +47,7 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         *("too_few_outputs", "mask_structure_does_not_divide", "experts_need_dynamic_activations"),
         *("experts_not_smoothed", "nothing_to_smooth", "kv_cache_not_supported", "not_served_by_vllm"),
     ),
-    503: ("hub_unreachable",),
+    503: ("hub_unreachable", "s3_unreachable"),
 }
 """Of what is planned: jobs, estimates, clones, and each item of a batch."""
 

@@ -9,7 +9,7 @@ ApiError            status, code, message, hint, problems
 ├── BadRange        416  range_not_satisfiable
 ├── Unprocessable   422  everything that is wrong with a submission, all at once
 ├── TooManyRequests 429  quota_queued, rate_limited
-└── Unavailable     503  schema_stale, schema_newer, store_unavailable, hub_unreachable, ...
+└── Unavailable     503  schema_stale, schema_newer, store_unavailable, hub_unreachable, s3_unreachable, ...
 
 Of other kinds, answered all the same: PlanError 422, StoreUnavailable 503 (store_denied, store_unreachable),
 a database that is away 503 (database_unavailable).

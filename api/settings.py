@@ -34,8 +34,8 @@ class Settings(BaseSettings):
     local_roots: folders that models and datasets may lie in, separated by the path separator (`:`).
     store_url: `file://` and a folder, or `s3://bucket/folder`, where finished files are kept.
     download_url_seconds: how long an address in S3 is good that a download is sent to.
-    s3_prefixes: `s3://bucket` or `s3://bucket/folder` that datasets may lie in, separated by commas; for
-        projects without their own.
+    s3_prefixes: `s3://bucket` or `s3://bucket/folder` that models and datasets may lie in, separated by
+        commas; for projects without their own.
     lease_seconds, heartbeat_seconds: a worker renews a lease every heartbeat; a lease that ran out is reaped.
     sweep_seconds: how often workers look for lost leases and unclaimed jobs (2 embedded, else 30).
     max_attempts: counted attempts (crashes, lost leases) after which a job fails.

@@ -26,7 +26,7 @@ def submit(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder below one of the server's local roots, or owner/name[@revision] on the Hub."
+            help="Folder below one of the server's local roots, owner/name[@revision] on the Hub, or s3://bucket/folder."
         ),
     ],
     scheme: Annotated[

@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder with config.json and safetensors files, or owner/name[@revision] on the Hub",
+        help="folder with config.json and safetensors files, here or s3://bucket/folder, or "
+        "owner/name[@revision] on the Hub",
     )
     result.add_argument("--output-dir", required=True, help="folder to make; must not exist yet")
     what = result.add_mutually_exclusive_group(required=True)

@@ -72,8 +72,9 @@ def compress(
 ) -> Report:
     """Compress the checkpoint in folder `source` into `output_dir`, which must not exist yet.
 
-    `source` may also be the name of a model on the Hub, `owner/name` or `owner/name@revision`; it is planned
-    from its headers, and downloaded if it can be compressed. The text comes from there as `dataset` says.
+    `source` may also be the name of a model on the Hub, `owner/name` or `owner/name@revision`, or a folder in
+    S3, `s3://bucket/folder` or `s3://bucket/folder@revision`; it is planned from its headers, and downloaded
+    if it can be compressed. The text comes from there as `dataset` says.
 
     A run that was interrupted is taken up at its first unfinished layer when it is called again with the same
     arguments. `activation_budget_bytes` bounds what batches hold in memory between layers: above it they lie

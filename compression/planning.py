@@ -47,13 +47,13 @@ def plan(
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
 
-    source: a folder, or a model's name on the Hub, of which only headers are fetched. name: what the model is
-    called; by default as its folder, or as on the Hub. require "vllm": what its kernels do not take is a
+    source: a folder, or a model on the Hub or in S3, of which only headers are fetched. name: what the model
+    is called; by default as its folder, or as on the Hub. require "vllm": what its kernels do not take is a
     problem, otherwise a warning. read: reads a folder's headers; who plans many jobs reads each folder once.
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
-            checkpoint has the codes of `read_checkpoint` and `dequantized`; on the Hub, of `HubClient` too.
+            checkpoint has the codes of `read_checkpoint` and `dequantized`; elsewhere, of `headers_of` too.
     """
     has_data = dataset is not None
     recipe = checks.with_observers(recipe, has_data)

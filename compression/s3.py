@@ -98,7 +98,7 @@ def fetch_object(
         path = _place(ref, etag, home)
         if path.exists():
             return path, S3Object(ref, etag, version_id, path.stat().st_size)
-    with _told(ref):
+    with explained(ref):
         wanted = {"Bucket": ref.bucket, "Key": ref.key, **({"VersionId": version_id} if version_id else {})}
         answer = client().get_object(**wanted)
         with closing(answer["Body"]) as body:
@@ -111,7 +111,7 @@ def fetch_object(
                 )
             path = _place(ref, found.etag, home)
             if not path.exists():
-                _save(path, body, found.size, on_bytes)
+                save(path, body, found.size, on_bytes, building=path.parent)
     return path, found
 
 
@@ -121,18 +121,21 @@ def _place(ref: S3Ref, etag: str, home: Path) -> Path:
     return home / "bitmill" / "s3" / ref.bucket / f"{key}{ref.path.suffix.lower()}"
 
 
-def _save(path: Path, body: Any, size: int, on_bytes: OnBytes) -> None:
-    """The file appears whole or not at all; botocore holds a body's length against what was announced."""
+def save(path: Path, body: Any, size: int, on_bytes: OnBytes, *, building: Path) -> None:
+    """The file appears whole or not at all; botocore holds a body's length against what was announced.
+
+    size: bytes, for `on_bytes`. building: the folder, on the same file system, that it is written in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, building = tempfile.mkstemp(dir=path.parent)
+    descriptor, unfinished = tempfile.mkstemp(dir=building)
     try:
         with open(descriptor, "wb") as file:
             for chunk in body.iter_chunks(_CHUNK_BYTES):
                 file.write(chunk)
                 on_bytes(file.tell(), size)
-        os.replace(building, path)
+        os.replace(unfinished, path)
     finally:
-        Path(building).unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def client(
@@ -203,8 +206,8 @@ def _refusal(response: dict[str, Any]) -> S3Failure:
 
 
 @contextmanager
-def _told(ref: S3Ref) -> Iterator[None]:
-    """What goes wrong with a dataset, in words and codes of ours."""
+def explained(ref: S3Ref) -> Iterator[None]:
+    """What goes wrong with a source, in words and codes of ours: SourceError."""
     try:
         with failures():
             yield
@@ -217,13 +220,13 @@ def _source_error(ref: S3Ref, failure: S3Failure) -> SourceError:
         return SourceError(
             "s3_object_not_found",
             f"There is no {ref}, or not in this version ({failure.reason}).",
-            "Check bucket and key, and which endpoint the worker asks (AWS_ENDPOINT_URL).",
+            "Check bucket and key, and which endpoint is asked (AWS_ENDPOINT_URL).",
         )
     if failure.kind == "denied":
         return SourceError(
             "s3_access_denied",
-            f"The worker may not read {ref}: {failure.reason}.",
-            "Start it with credentials that may: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
+            f"There is no permission to read {ref}: {failure.reason}.",
+            "Set credentials that may: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
         )
     return SourceError(
         "s3_unreachable",

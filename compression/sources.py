@@ -16,13 +16,15 @@ from compression.hub.rows import fetch_rows
 from compression.hub.snapshots import fetch_model
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.s3 import S3Ref, fetch_object
+from compression.s3_models import S3ModelRef, fetch_s3_model, s3_header_folder
 
 
 @dataclass(frozen=True)
 class Sources:
     """What a run works on. name: what the model is called. origins: where that is from which was fetched, by
-    "model" and "dataset": {"hub", "revision"} or {"s3", "etag", "version_id", "size"}. pinned: the dataset as
-    a later run has to ask for it to get the same; None where nothing has to be added."""
+    "model" and "dataset": {"hub", "revision"}, {"s3", "revision"} of a model, or {"s3", "etag", "version_id",
+    "size"} of a dataset. pinned: the dataset as a later run has to ask for it to get the same; None where
+    nothing has to be added."""
 
     folder: Path
     name: str
@@ -31,29 +33,40 @@ class Sources:
     pinned: DatasetSpec | None = None
 
 
-def hub_reference(source: str | Path) -> HubRef | None:
-    """The model on the Hub that a source names; None for a folder. A folder that exists comes first."""
-    if isinstance(source, Path) or Path(source).is_dir():
+def remote_model(source: str | Path) -> HubRef | S3ModelRef | None:
+    """The model in S3 or on the Hub that a source names; None for a folder. A folder that exists comes before
+    one on the Hub."""
+    if isinstance(source, Path):
         return None
-    return HubRef.parse(source)
+    if ref := S3ModelRef.parse(source):
+        return ref
+    return None if Path(source).is_dir() else HubRef.parse(source)
+
+
+def asks_s3(source: str | Path, dataset: DatasetSpec | None) -> bool:
+    """Whether something of a job is in S3."""
+    in_s3 = dataset is not None and dataset.s3 is not None
+    return in_s3 or isinstance(remote_model(source), S3ModelRef)
 
 
 def local(source: str | Path, dataset: DatasetSpec | None) -> Sources | None:
     """The sources of a job that has nothing to fetch, else None."""
-    if hub_reference(source) is not None or (dataset is not None and dataset.is_remote):
+    if remote_model(source) is not None or (dataset is not None and dataset.is_remote):
         return None
     return Sources(Path(source), Path(source).name, dataset, {})
 
 
 def headers_of(source: str | Path) -> tuple[Path, str]:
-    """A folder to plan from, the model's own or one with the headers of a model on the Hub; the model's name.
+    """A folder to plan from, the model's own or one with the headers of a model elsewhere; the model's name.
 
-    Raises SourceError: what HubClient and `wanted_files` raise.
+    Raises SourceError: what HubClient, `wanted_files` and `s3_header_folder` raise.
     """
-    ref = hub_reference(source)
+    ref = remote_model(source)
     if ref is None:
         return Path(source), Path(source).name
     environment = HubEnvironment.read()
+    if isinstance(ref, S3ModelRef):
+        return s3_header_folder(ref, environment.home)[0], ref.name
     if environment.offline:
         return fetch_model(ref, environment, lambda _done, _total: None), ref.name
     with HubClient(environment) as client:
@@ -69,14 +82,19 @@ def fetch(
 ) -> Sources:
     """Have everything on this machine. `on_event` hears of it now and then; what it raises ends the fetching.
 
-    Raises SourceError: what `fetch_model`, `fetch_rows` and `fetch_object` raise.
+    Raises SourceError: what `fetch_model`, `fetch_s3_model`, `fetch_rows` and `fetch_object` raise.
     """
     environment = HubEnvironment.read()
     origins: dict[str, dict[str, Any]] = {}
     folder, name, pinned = Path(source), Path(source).name, None
-    if ref := hub_reference(source):
+    ref = remote_model(source)
+    if isinstance(ref, HubRef):
         folder, name = fetch_model(ref, environment, _told(on_event, "model", str(ref))), ref.name
         origins["model"] = {"hub": ref.id, "revision": folder.name}
+    elif ref is not None:
+        told = _told(on_event, "model", str(ref.folder))
+        (folder, state), name = fetch_s3_model(ref, environment.home, told), ref.name
+        origins["model"] = {"s3": str(ref.folder), "revision": state.revision}
     if dataset is not None and dataset.hub is not None:
         told = _told(on_event, "dataset", dataset.hub)
         dataset, found = fetch_rows(dataset, calibration, evaluation, environment, told)

@@ -33,8 +33,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class EngineSpec(BaseModel):
-    """One compression. `source` is a checkpoint folder or, like `dataset.hub`, a name on the Hub at a commit;
-    what is there or in S3, `worker.fetcher` has put into the cache before."""
+    """One compression. `source` is a checkpoint folder or, like `dataset.hub`, a name on the Hub at a commit,
+    or a folder in S3 at a revision; what is there, `worker.fetcher` has put into the cache before."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

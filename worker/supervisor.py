@@ -30,7 +30,7 @@ from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
-from compression.sources import local
+from compression.sources import asks_s3, local
 from worker import endings, upload
 from worker.context import ShuttingDown, WorkerContext
 from worker.endings import AttemptFailed, Ending
@@ -169,8 +169,7 @@ class _Attempt:
             self._restore(self._job.resolved_plan, layers)
         dataset = self._spec.dataset
         if local(self._spec.source, dataset) is None:
-            s3 = dataset is not None and dataset.s3 is not None
-            environment = fetcher_environment(self._folder, s3=s3)
+            environment = fetcher_environment(self._folder, s3=asks_s3(self._spec.source, dataset))
             found = self._run(EngineProcess(self._spec, self._folder, FETCHER, environment))
             if found["dataset"] is not None:
                 self._pin(found["dataset"])

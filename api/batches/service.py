@@ -49,7 +49,8 @@ def plan_items(
     """Plan every item on its own.
 
     Raises:
-        Unavailable: `hub_unreachable`; whether the item that names the Hub can succeed is then not known.
+        Unavailable: `hub_unreachable`, `s3_unreachable`; whether the item that names what
+            is there can succeed is then not known.
     """
     planner = Planner(settings, access)
 

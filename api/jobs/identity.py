@@ -1,7 +1,7 @@
 """Which work a job is. Two jobs of one project with the same key get one result.
 
-    model      its commit on the Hub, or the digests of the files that are read and copied; its name, which
-               the model card has
+    model      its commit on the Hub, its revision in S3, or the digests of the files that are read and
+               copied; its name, which the model card has
     dataset    its commit on the Hub, its etag in S3, its texts, or the digest of its file; which column
     recipe, calibration, evaluation, quality gate    as they are stored, every default written out
     engine     its version
@@ -28,7 +28,7 @@ _CONFIG = "config.json"
 
 
 def is_local(source: str) -> bool:
-    """Whether a job's model is a folder on this machine, and not a commit on the Hub."""
+    """Whether a job's model is a folder on this machine, and not on the Hub or in S3."""
     return source.startswith("/")
 
 

@@ -90,7 +90,8 @@ class JobSubmit(BaseModel):
     model: str = Field(
         min_length=1,
         max_length=4096,
-        description="A folder below one of the server's local roots, or owner/name[@revision] on the Hub.",
+        description="A folder below one of the server's local roots, owner/name[@revision] on the Hub, or "
+        "s3://bucket/folder below one of the project's prefixes.",
     )
     dataset: DatasetSpec | None = Field(default=None, description="Calibration text.")
     scheme: str | None = Field(default=None, max_length=100)

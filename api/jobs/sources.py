@@ -19,9 +19,11 @@ from compression.hub.snapshots import cached_commit, fetch_model
 from compression.hub.streaming import HubDataset
 from compression.recipe import DATASET_SUFFIXES, DatasetSpec
 from compression.s3 import S3Ref
+from compression.s3_models import S3ModelRef, s3_header_folder
 
 _NAME = re.compile(r"\w[\w.-]*")
-_HUB_RETRY_SECONDS = 30
+_RETRY_SECONDS = 30
+_UNREACHABLE = ("hub_unreachable", "s3_unreachable")
 _MAX_ENTRIES = 10_000
 _MAX_MODEL_BYTES = 2000  # more does not go into an index of PostgreSQL
 _KINDS = f"a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file"
@@ -29,8 +31,9 @@ _KINDS = f"a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """source: what the worker is told, a real path or a name on the Hub at a commit. folder: what is planned
-    from; for a model on the Hub it has the headers only. name: what the model is called."""
+    """source: what the worker is told, a real path, a name on the Hub at a commit, or a folder in S3 at a
+    revision. folder: what is planned from; of a model elsewhere it may have the headers only. name: what the
+    model is called."""
 
     source: str
     folder: Path
@@ -53,20 +56,23 @@ class LocalFolders:
         return any(path.is_relative_to(root) for root in self.roots)
 
 
-def resolve_model(model: str, folders: LocalFolders, hub: HubEnvironment) -> ModelSource:
-    """Where a model is.
+def resolve_model(model: str, folders: LocalFolders, access: S3Access, hub: HubEnvironment) -> ModelSource:
+    """Where a model is, pinned if that is elsewhere.
 
     Raises:
-        PlanError: `model_name_too_long`; `path_not_allowed` for what is not below a root, whether or not it
-            exists, or has a link inside that leaves the roots; `model_not_found` for what is not there;
-            `hub_...` for what the Hub does not give.
-        Unavailable: `hub_unreachable`.
+        PlanError: `model_name_too_long`; `path_not_allowed` for what is not below a root or the
+            project's prefixes, whether or not it exists, or has a link inside that leaves the roots;
+            `model_not_found` for what is not there; `hub_...` for what the Hub does not give; `s3_...` and
+            `model_changed` for what S3 does not give.
+        Unavailable: `hub_unreachable`, `s3_unreachable`.
     """
     pointer = "/model"
     if len(model.encode()) > _MAX_MODEL_BYTES:
         hint = "Move the folder, or link to it from a shorter path."
         message = f"The model's name is longer than {_MAX_MODEL_BYTES} bytes."
         raise PlanError(Problem("model_name_too_long", message, hint, pointer))
+    if model.startswith("s3://"):
+        return _model_in_s3(model, access, hub)
     if ref := HubRef.parse(model):
         return _model_on_hub(ref, hub)
     if not model.startswith("/"):
@@ -91,6 +97,19 @@ def _model_on_hub(ref: HubRef, hub: HubEnvironment) -> ModelSource:
         raise _refusal(error, "/model") from error
 
 
+def _model_in_s3(model: str, access: S3Access, hub: HubEnvironment) -> ModelSource:
+    ref = S3ModelRef.parse(model)
+    if ref is None:
+        hint = "Give s3://bucket/folder, the folder that holds config.json and the safetensors files."
+        raise PlanError(_not_allowed(model, hint, "/model"))
+    _check_prefix(ref.folder, access, "/model")
+    try:
+        folder, pinned = s3_header_folder(ref, hub.home)
+    except SourceError as error:
+        raise _refusal(error, "/model") from error
+    return ModelSource(str(pinned), folder, ref.name)
+
+
 def resolve_dataset(
     dataset: DatasetSpec,
     folders: LocalFolders,
@@ -108,7 +127,9 @@ def resolve_dataset(
     if dataset.hub is not None:
         return _dataset_on_hub(dataset, hub)
     if dataset.s3 is not None:
-        _check_prefix(dataset.s3, access)
+        ref = S3Ref.parse(dataset.s3)
+        assert ref is not None  # DatasetSpec has seen to that
+        _check_prefix(ref, access, "/dataset")
         return dataset
     if dataset.path is None:
         return dataset
@@ -123,14 +144,13 @@ def resolve_dataset(
     return dataset.model_copy(update={"path": str(file)})
 
 
-def _check_prefix(s3: str, access: S3Access) -> None:
-    ref = S3Ref.parse(s3)
-    if ref is not None and ref.is_below(access.store_url):
-        hint = "The server keeps its own files there. Copy the text elsewhere."
-        raise PlanError(_not_allowed(s3, hint, "/dataset"))
-    if ref is None or not access.may_read(ref):
-        hint = "Text may lie below the project's own prefixes, or without such below BITMILL_S3_PREFIXES."
-        raise PlanError(_not_allowed(s3, hint, "/dataset"))
+def _check_prefix(ref: S3Ref, access: S3Access, pointer: str) -> None:
+    if ref.is_below(access.store_url):
+        hint = "The server keeps its own files there. Copy it elsewhere."
+        raise PlanError(_not_allowed(str(ref), hint, pointer))
+    if not access.may_read(ref):
+        hint = "It may lie below the project's own prefixes, or without such below BITMILL_S3_PREFIXES."
+        raise PlanError(_not_allowed(str(ref), hint, pointer))
 
 
 def output_problems(output: str | None, access: S3Access) -> list[Problem]:
@@ -157,9 +177,9 @@ def _dataset_on_hub(dataset: DatasetSpec, hub: HubEnvironment) -> DatasetSpec:
 
 
 def _refusal(error: SourceError, pointer: str) -> PlanError | Unavailable:
-    """What a submission is answered when the Hub does not give what it names."""
-    if error.code == "hub_unreachable":
-        headers = {"Retry-After": str(_HUB_RETRY_SECONDS)}
+    """What a submission is answered when the Hub or S3 does not give what it names."""
+    if error.code in _UNREACHABLE:
+        headers = {"Retry-After": str(_RETRY_SECONDS)}
         return Unavailable(error.code, error.message, error.hint, headers=headers)
     return PlanError(Problem(error.code, error.message, error.hint, pointer))
 

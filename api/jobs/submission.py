@@ -87,7 +87,7 @@ class Planner:
         self._activation_budget_bytes = settings.activation_budget_bytes
 
         def model(name: str) -> ModelSource:
-            return resolve_model(name, folders, hub)
+            return resolve_model(name, folders, access, hub)
 
         def dataset(asked: DatasetSpec) -> DatasetSpec:
             return resolve_dataset(asked, folders, access, hub)
@@ -98,11 +98,11 @@ class Planner:
         self._work = _once(self._plan_work)
 
     def plan(self, body: JobSubmit) -> PlannedJob:
-        """Plan a submission. Reads headers only, for a model on the Hub over the network; takes no database.
+        """Plan a submission. Reads headers only, of models elsewhere over the network; takes no database.
 
         Raises:
             Unprocessable: it cannot succeed; with every problem that could be found.
-            Unavailable: `hub_unreachable`.
+            Unavailable: `hub_unreachable`, `s3_unreachable`.
         """
         problems: list[Problem] = []
         recipe = source = dataset = None

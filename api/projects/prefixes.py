@@ -1,4 +1,4 @@
-"""Where in S3 a project may read text and write checkpoints."""
+"""Where in S3 a project may read models and text, and write checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class S3Access:
         return (self.store_url, *self.others)
 
     def may_read(self, ref: S3Ref) -> bool:
-        """Whether the project may name this object as text."""
+        """Whether the project may name this object as text, or this folder as a model."""
         return _is_in(str(ref), self.reads) and not _is_in(str(ref), self._closed)
 
     def may_write(self, prefix: str) -> bool:

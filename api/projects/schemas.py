@@ -60,7 +60,7 @@ class ProjectRead(BaseModel):
     name: str
     created_at: datetime
     limits: LimitsRead
-    s3_prefixes: list[str] = Field(description="Where in S3 its jobs may name text.")
+    s3_prefixes: list[str] = Field(description="Where in S3 its jobs may name models and text.")
     output_prefixes: list[str] = Field(description="Where in S3 its jobs may have their files copied to.")
     use: ProjectUse
 

@@ -11,20 +11,25 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from compression.checkpoint.headers import INDEX_FILE, MAX_CONFIG_BYTES, MAX_HEADER_BYTES
 from compression.errors import SourceError
-from compression.hub.client import HubClient, HubCommit, HubFile
+from compression.hub.client import HubClient, HubCommit
 from compression.hub.environment import HubEnvironment
-from compression.hub.selection import wanted_files
+from compression.hub.selection import RemoteFile, wanted_files
 
 _FIRST_BYTES = 64 << 10
 """Holds most headers, so that most take one request."""
 _THREADS = 16
 _MAX_FILES = 2_000
 """Of weights. More would keep a request waiting for minutes."""
+
+Read = Callable[[str, int, int], bytes]
+"""Gives bytes [begin, end) of the file of that name, fewer where it is shorter."""
 
 
 def header_folder(client: HubClient, commit: HubCommit, environment: HubEnvironment) -> Path:
@@ -34,12 +39,23 @@ def header_folder(client: HubClient, commit: HubCommit, environment: HubEnvironm
     """
     owner, _, name = commit.ref.id.partition("/")
     folder = environment.home / "bitmill" / "headers" / f"{owner}--{name}" / commit.ref.revision
+    read = partial(client.read, commit)
+
+    def fill(building: Path) -> None:
+        files = wanted_files(commit.ref.id, commit.files, lambda: read(INDEX_FILE, 0, MAX_HEADER_BYTES))
+        write_headers(building, commit.ref.id, files, read)
+
+    return kept(folder, fill)
+
+
+def kept(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder that is there already, or appears whole once it is filled."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        _fill(building, client, commit)
+        fill(building)
         building.rename(folder)
     except OSError:
         if not folder.is_dir():  # another process was first
@@ -49,37 +65,38 @@ def header_folder(client: HubClient, commit: HubCommit, environment: HubEnvironm
     return folder
 
 
-def _fill(folder: Path, client: HubClient, commit: HubCommit) -> None:
-    def read_index() -> bytes:
-        return client.read(commit, INDEX_FILE, 0, MAX_HEADER_BYTES)
+def write_headers(folder: Path, model: str, files: Sequence[RemoteFile], read: Read) -> None:
+    """Write what planning reads of a model's files. model: what errors call it.
 
-    def fetch(file: HubFile) -> None:
-        _write(folder / file.name, file.size, _beginning(client, commit, file))
+    Raises SourceError: too_many_files, and what `read` raises.
+    """
 
-    files = wanted_files(commit, read_index)
+    def write(file: RemoteFile) -> None:
+        _write(folder / file.name, file.size, _beginning(file, read))
+
     if len(files) > _MAX_FILES:
         raise SourceError(
             "too_many_files",
-            f"{commit.ref.id!r} has {len(files)} files; at most {_MAX_FILES} are planned from the Hub.",
+            f"{model!r} has {len(files)} files; at most {_MAX_FILES} are planned before a download.",
             "Download the model, and give its folder.",
         )
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(fetch, files))
+        list(pool.map(write, files))
 
 
-def _beginning(client: HubClient, commit: HubCommit, file: HubFile) -> bytes:
+def _beginning(file: RemoteFile, read: Read) -> bytes:
     """What planning reads of a file."""
     if file.name == "config.json":
-        return client.read(commit, file.name, 0, MAX_CONFIG_BYTES)
+        return read(file.name, 0, MAX_CONFIG_BYTES)
     if file.name == INDEX_FILE:
-        return client.read(commit, file.name, 0, MAX_HEADER_BYTES)
+        return read(file.name, 0, MAX_HEADER_BYTES)
     if not file.name.endswith(".safetensors") or file.size < 8:
         return b""
-    begin = client.read(commit, file.name, 0, min(file.size, _FIRST_BYTES))
+    begin = read(file.name, 0, min(file.size, _FIRST_BYTES))
     header = 8 + struct.unpack("<Q", begin[:8].ljust(8, b"\0"))[0]
     end = min(header, file.size, 8 + MAX_HEADER_BYTES)
     if end > len(begin):
-        begin += client.read(commit, file.name, len(begin), end)
+        begin += read(file.name, len(begin), end)
     return begin[:end]
 
 

@@ -35,7 +35,11 @@ def fetch_model(ref: HubRef, environment: HubEnvironment, on_bytes: OnBytes) -> 
         return _cached(ref, environment)
     with HubClient(environment) as client:
         commit = client.commit("model", ref)
-        files = wanted_files(commit, lambda: _download(commit, INDEX_FILE, environment, None).read_bytes())
+        files = wanted_files(
+            commit.ref.id,
+            commit.files,
+            lambda: _download(commit, INDEX_FILE, environment, None).read_bytes(),
+        )
     _download_all(commit, files, environment, on_bytes)
     remember_ref("model", ref, commit.ref.revision, environment)
     return repository_folder("model", ref, environment) / "snapshots" / commit.ref.revision

@@ -21,8 +21,8 @@ from tests.integration.service import free_port
 
 START_SECONDS = 60
 ADMIN, READER, KEEPER = (("admin", "admin-secret"), ("reader", "reader-secret"), ("keeper", "keeper-secret"))
-"""Access key and secret of who may do everything, who may only read `texts` and `versioned`, and who may use
-`store` and nothing else."""
+"""Access key and secret of who may do everything, who may only read and list `texts` and `versioned`, and
+who may use `store` and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class S3Server:
     def put(self, key: str, content: bytes, bucket: str = "texts") -> None:
         self.client.put_object(Bucket=bucket, Key=key, Body=content)
 
+    def put_folder(self, folder: Path, key: str, bucket: str = "texts") -> None:
+        """Every file in a folder as an object below a key."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{key}/{path.relative_to(folder).as_posix()}", path.read_bytes(), bucket)
+
     def variables(self, key: str, secret: str) -> dict[str, str]:
         """What a user sets to read from here."""
         return {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
@@ -59,7 +65,7 @@ class SeaweedFS:
     """The server's process on free ports; it can be killed and started again on the same data and ports."""
 
     def __init__(self, folder: Path) -> None:
-        reads = [f"Read:{bucket}" for bucket in ("texts", "versioned")]
+        reads = [f"{action}:{bucket}" for bucket in ("texts", "versioned") for action in ("Read", "List")]
         keeps = [f"{action}:store" for action in ("Read", "Write", "List")]
         identities = [
             _identity(*ADMIN, ["Admin", "Read", "Write", "List"]),

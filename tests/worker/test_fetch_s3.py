@@ -1,4 +1,4 @@
-"""Jobs whose text is in S3: the fetching process has the credentials, and the first attempt pins the text."""
+"""Jobs whose text or model is in S3: the fetcher has the credentials, and the first attempt pins the text."""
 
 from __future__ import annotations
 
@@ -105,3 +105,40 @@ def test_credentials_reach_the_fetcher_of_such_jobs_and_not_the_engine(tmp_path:
     assert fetcher_environment(tmp_path, given, s3=True).items() >= given.items()
     assert not fetcher_environment(tmp_path, given).keys() & given.keys()
     assert not engine_environment(tmp_path, given).keys() & given.keys()
+
+
+class TestModels:
+    """A model in S3 is pinned when the job is submitted."""
+
+    @pytest.fixture
+    def model(self, s3: S3Server, tiny_llama: Path, tmp_path: Path) -> str:
+        key = f"models/{tmp_path.name}/tiny"
+        s3.put_folder(tiny_llama, key)
+        return f"s3://texts/{key}"
+
+    def test_a_job_succeeds_and_says_which_model_it_was(
+        self, worker: WorkerContext, submit: Submit, model: str
+    ) -> None:
+        job = run(worker, submit(**BODY, model=model))
+        assert (job.status, job.error_message) == (JobStatus.SUCCEEDED, None)
+        assert job.resolved_plan is not None
+        revision = job.source.removeprefix(f"{model}@")
+        assert job.resolved_plan["origins"] == {"model": {"s3": model, "revision": revision}}
+        assert job.cache_key is not None
+        assert READER[1] not in json.dumps(job.resolved_plan)
+
+    def test_a_model_that_changed_meanwhile_fails_the_job(
+        self, worker: WorkerContext, submit: Submit, s3: S3Server, model: str
+    ) -> None:
+        job_id = submit(**BODY, model=model)
+        s3.put(f"{model.removeprefix('s3://texts/')}/README.md", b"A card.")
+        job = run(worker, job_id)
+        assert (job.status, job.error_code, job.attempts_made) == (JobStatus.FAILED, "model_changed", 1)
+
+    def test_a_store_that_does_not_answer_is_asked_again(
+        self, worker: WorkerContext, submit: Submit, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = submit(**BODY, model=model)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        job = run(worker, job_id)
+        assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 1)
