@@ -134,11 +134,3 @@ class TestModels:
         s3.put(f"{model.removeprefix('s3://texts/')}/README.md", b"A card.")
         job = run(worker, job_id)
         assert (job.status, job.error_code, job.attempts_made) == (JobStatus.FAILED, "model_changed", 1)
-
-    def test_a_store_that_does_not_answer_is_asked_again(
-        self, worker: WorkerContext, submit: Submit, model: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        job_id = submit(**BODY, model=model)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        job = run(worker, job_id)
-        assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 1)
