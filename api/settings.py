@@ -1,5 +1,5 @@
 """All configuration, read once. Nothing else in Bitmill reads the environment, but for the variables of the
-Hub (compression/hub/environment.py), of S3 (compression/s3.py) and of OpenTelemetry's SDK."""
+Hub (compression/hub/environment.py), of S3 (compression/s3/client.py) and of OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from compression.s3 import S3Ref
+from compression.s3.client import S3Ref
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         oneshot,
     )
     from compression.pipeline import compress
-    from compression.planning import plan
-    from compression.plans import Plan
+    from compression.planning.planner import plan
+    from compression.planning.plans import Plan
     from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
     from compression.report import Report
     from compression.schemes import SCHEMES, Scheme, get_scheme
@@ -94,8 +94,8 @@ _HOME = {
         "WandaPruningModifier", "oneshot",
     ),
     "compression.pipeline": ("compress",),
-    "compression.planning": ("plan",),
-    "compression.plans": ("Plan",),
+    "compression.planning.planner": ("plan",),
+    "compression.planning.plans": ("Plan",),
     "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "Recipe"),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compression.errors import CompressionError
+from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
 from compression.events import (
     Event,
     FetchProgress,
@@ -22,7 +23,6 @@ from compression.events import (
     PhaseChanged,
     WarningRaised,
 )
-from compression.memory import ACTIVATION_BUDGET_BYTES
 from compression.peer_recipe import load_recipe_yaml
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report

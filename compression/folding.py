@@ -18,11 +18,11 @@ from compression.finite import all_finite
 from compression.gram import Gram, Precision, accumulate_gram, require_finite_gram
 from compression.methods.awq import Rounded, SharedChannels, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.model import StreamedModel
-from compression.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
+from compression.planning.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import Recipe
+from compression.running.model import StreamedModel
+from compression.running.streams import Group, Streams
 from compression.steps import SmoothQuantStep
-from compression.streams import Group, Streams
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Rounding of a group's input, in parts of its largest magnitude: a fold that changes more is not one."""

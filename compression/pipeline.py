@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from compression import device as machine
-from compression import host_memory
-from compression.calibration import dataset_digest, load_blocks
-from compression.checkpoint.formats import decode, encode
+from compression.architectures.naming import on_disk
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
-from compression.clock import Clock
 from compression.device import DTYPES, Arithmetic
+from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
 from compression.events import (
     GenerationProgress,
     LayerReplayed,
@@ -38,22 +36,24 @@ from compression.events import (
     WarningRaised,
 )
 from compression.folding import fold, fold_linears
-from compression.generation import written_by_model
 from compression.gram import require_finite_gram
-from compression.identity import resolve, source_digests
-from compression.journal import FinishedLayer, Journal
-from compression.memory import ACTIVATION_BUDGET_BYTES
-from compression.model import StreamedModel
-from compression.naming import on_disk
-from compression.planning import plan as make_plan
-from compression.plans import LayerPlan, ModulePlan, Plan
-from compression.publish import publish
+from compression.output.formats import decode, encode
+from compression.output.identity import resolve, source_digests
+from compression.output.journal import FinishedLayer, Journal
+from compression.output.publish import publish
+from compression.output.selfcheck import check_against_model, check_files
+from compression.planning.planner import plan as make_plan
+from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
-from compression.selfcheck import check_against_model, check_files
+from compression.running import host_memory
+from compression.running.clock import Clock
+from compression.running.generation import written_by_model
+from compression.running.model import StreamedModel
+from compression.running.streams import Streams
 from compression.solve import solve
 from compression.sources import Sources, fetch, local
-from compression.streams import Streams
+from compression.text.calibration import dataset_digest, load_blocks
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from compression.errors import PlanError, Problem
 from compression.hub.presets import PRESETS
 from compression.hub.references import HubRef
 from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
-from compression.s3 import S3Ref
+from compression.s3.client import S3Ref
 from compression.schemes import get_scheme, sparse_fields
 from compression.steps import (
     PRUNING,

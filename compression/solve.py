@@ -18,7 +18,7 @@ from compression.methods.masks import magnitude_keep, wanda_keep
 from compression.methods.rtn import rtn
 from compression.methods.sparsegpt import sparsegpt
 from compression.observers import observe, stack_by_row
-from compression.plans import ModulePlan
+from compression.planning.plans import ModulePlan
 from compression.quantizer import (
     QuantizedWeight,
     fixed_input_scale,

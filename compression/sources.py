@@ -15,8 +15,8 @@ from compression.hub.references import HubRef
 from compression.hub.rows import fetch_rows
 from compression.hub.snapshots import fetch_model
 from compression.recipe import Calibration, DatasetSpec, Evaluation
-from compression.s3 import S3Ref, fetch_object
-from compression.s3_models import S3ModelRef, fetch_s3_model, s3_header_folder
+from compression.s3.client import S3Ref, fetch_object
+from compression.s3.models import S3ModelRef, fetch_s3_model, s3_header_folder
 
 
 @dataclass(frozen=True)

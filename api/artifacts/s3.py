@@ -1,6 +1,6 @@
 """The store in a bucket of S3, or of storage that speaks its protocol.
 
-Where it is and who asks is what every AWS library reads from its surroundings (compression/s3.py).
+Where it is and who asks is what every AWS library reads from its surroundings (compression/s3/client.py).
 
 The server checks what arrives: every object, and every part of a large one, is sent with its SHA-256, and
 refused where that does not fit. So nothing that was put is read back.
@@ -31,7 +31,7 @@ from api.artifacts.store import (
     room_for,
     sha256_of,
 )
-from compression import s3
+from compression.s3 import client as s3
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -22,7 +22,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from compression.errors import CompressionError, ResourceError
-from compression.s3 import S3Ref
+from compression.s3.client import S3Ref
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -18,8 +18,8 @@ from compression.hub.references import HubRef
 from compression.hub.snapshots import cached_commit, fetch_model
 from compression.hub.streaming import HubDataset
 from compression.recipe import DATASET_SUFFIXES, DatasetSpec
-from compression.s3 import S3Ref
-from compression.s3_models import S3ModelRef, s3_header_folder
+from compression.s3.client import S3Ref
+from compression.s3.models import S3ModelRef, s3_header_folder
 
 _NAME = re.compile(r"\w[\w.-]*")
 _RETRY_SECONDS = 30

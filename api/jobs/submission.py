@@ -28,8 +28,8 @@ from api.settings import Settings
 from compression.checkpoint.headers import read_checkpoint
 from compression.errors import CompressionError, PlanError, Problem
 from compression.hub.environment import HubEnvironment
-from compression.planning import plan
-from compression.plans import Plan
+from compression.planning.planner import plan
+from compression.planning.plans import Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 SHORT_FORM: frozenset[str] = frozenset(get_args(ShortForm))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from compression.s3 import S3Ref
+from compression.s3.client import S3Ref
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression.columns import Document
 from compression.errors import SourceError
 from compression.hub.client import HubClient
 from compression.hub.environment import HubEnvironment
@@ -25,6 +24,7 @@ from compression.hub.references import HubRef
 from compression.hub.snapshots import cached_commit, remember_ref
 from compression.hub.streaming import HubDataset, stream_documents
 from compression.recipe import Calibration, DatasetSpec, Evaluation
+from compression.text.columns import Document
 
 CHARACTERS_PER_TOKEN = 16
 """Text that is fetched for a token that is needed. A token is 2 to 6 characters: documents are drawn

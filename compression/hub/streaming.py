@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compression.columns import Column, Document, without_nulls
 from compression.errors import SourceError
 from compression.hub.client import access_denied, unreachable
 from compression.hub.environment import HubEnvironment
 from compression.hub.presets import PRESETS, DatasetPreset
 from compression.hub.references import DEFAULT_REVISION, HubRef
 from compression.recipe import DatasetSpec
+from compression.text.columns import Column, Document, without_nulls
 
 
 @dataclass(frozen=True)

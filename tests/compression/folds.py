@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, plan
 from compression import device as machine
-from compression.calibration import load_blocks
-from compression.clock import Clock
 from compression.folding import fold, fold_linears
 from compression.gram import accumulate_gram
-from compression.model import StreamedModel
-from compression.plans import Plan
+from compression.planning.plans import Plan
 from compression.report import EvaluationReport
-from compression.streams import Streams
+from compression.running.clock import Clock
+from compression.running.model import StreamedModel
+from compression.running.streams import Streams
+from compression.text.calibration import load_blocks
 
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
 FEW = Evaluation(num_samples=8)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compression.errors import PlanError, Problem
-from compression.planning import plan
+from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Recipe
 
 DATA = DatasetSpec(texts=("some text",))

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
-from compression.calibration import load_blocks
-from compression.decoder import Decoder, read_decoder
-from compression.families import FAMILIES
+from compression.architectures.decoder import Decoder, read_decoder
+from compression.architectures.families import FAMILIES
+from compression.text.calibration import load_blocks
 from tests.support.models import single_experts, tiny_model
 from tests.support.readers import perplexity
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compression import compress
-from compression.duration import SPEEDS, Duration
-from compression.planning import plan
+from compression.estimates.duration import SPEEDS, Duration
+from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from tests.compression.fake_checkpoints import LLAMA_3_8B, TINY, fake_llama
 from tests.support.models import tiny_model

@@ -17,15 +17,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from compression.checkpoint.formats import encode
+from compression.architectures.decoder import Decoder, read_decoder
+from compression.architectures.families import FAMILIES
+from compression.architectures.naming import on_disk
+from compression.architectures.native_models import NATIVE_MODEL_TYPES
 from compression.checkpoint.reader import TORCH_DTYPES, read_tensors
 from compression.checkpoint.writer import write_shard
-from compression.decoder import Decoder, read_decoder
-from compression.families import FAMILIES
 from compression.methods.rtn import rtn
-from compression.naming import on_disk
-from compression.native_models import NATIVE_MODEL_TYPES
-from compression.planning import plan
+from compression.output.formats import encode
+from compression.planning.planner import plan
 from compression.quantizer import minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES

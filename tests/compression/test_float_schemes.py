@@ -12,13 +12,13 @@ from torch import Tensor
 
 from compression.gram import Gram
 from compression.methods.gptq import gptq
-from compression.planning import plan
-from compression.plans import ModulePlan
+from compression.planning.planner import plan
+from compression.planning.plans import ModulePlan
 from compression.quantizer import QuantizedWeight, fake_quantize, fixed_input_scale, minmax_params
 from compression.recipe import Recipe
+from compression.running.streams import Group
 from compression.schemes import get_scheme
 from compression.solve import solve
-from compression.streams import Group
 from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
 from tests.compression.grids import correlated_inputs, library_args
 from tests.compression.plans import DATA, FEW, problem_of, recipe

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from compression.calibration import make_batches
-from compression.decoder import Decoder, read_decoder
+from compression.architectures.decoder import Decoder, read_decoder
+from compression.architectures.families import FAMILIES
 from compression.errors import PlanError
-from compression.families import FAMILIES
-from compression.forward import Forwards, Stream
-from compression.model import StreamedModel
-from compression.planning import plan
-from compression.plans import Plan
+from compression.planning.planner import plan
+from compression.planning.plans import Plan
 from compression.recipe import Recipe
+from compression.running.forward import Forwards, Stream
+from compression.running.model import StreamedModel
+from compression.text.calibration import make_batches
 from tests.support.models import load_model, tiny_model
 
 

@@ -22,12 +22,12 @@ from compression import (
     generation,
     plan,
 )
+from compression.architectures.families import FAMILIES
+from compression.estimates.memory import estimate
 from compression.events import Event, GenerationProgress, PhaseChanged
-from compression.families import FAMILIES
-from compression.generation import LIKELIEST, written_by_model
-from compression.memory import estimate
-from compression.model import StreamedModel
-from compression.plans import Plan
+from compression.planning.plans import Plan
+from compression.running.generation import LIKELIEST, written_by_model
+from compression.running.model import StreamedModel
 from tests.support.interruption import interrupted
 from tests.support.models import load_model, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 from compression.checkpoint.headers import read_checkpoint
 from compression.checkpoint.sizes import layers, stored_bytes, vision_tower
 from compression.checkpoint.tensors import StoredTensor
-from compression.guide import GuideEstimate, GuideModel, Method, gigabytes, guide_estimate
-from compression.planning import plan
+from compression.estimates.guide import GuideEstimate, GuideModel, Method, gigabytes, guide_estimate
+from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Recipe
 from tests.compression.fake_checkpoints import TINY, fake_llama, llama_shapes
 from tests.compression.seed_models import deepseek_r1, llama_3_8b, qwen_2_5_vl_7b

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compression import host_memory
+from compression.running import host_memory
 
 
 def resident():

@@ -19,7 +19,7 @@ from compression.hub.headers import header_folder
 from compression.hub.references import HubRef
 from compression.hub.snapshots import fetch_model
 from compression.pipeline import compress
-from compression.planning import plan
+from compression.planning.planner import plan
 from compression.recipe import Recipe
 from tests.support.hub import Hub, Repository, online, running_hub
 from tests.support.models import tiny_model

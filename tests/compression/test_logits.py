@@ -17,14 +17,14 @@ from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression import device as machine
-from compression.calibration import load_blocks
-from compression.checkpoint.formats import decode
-from compression.clock import Clock
 from compression.evaluate import Comparison
-from compression.model import StreamedModel
-from compression.plans import Plan
+from compression.output.formats import decode
+from compression.planning.plans import Plan
 from compression.report import EvaluationReport
-from compression.streams import Streams
+from compression.running.clock import Clock
+from compression.running.model import StreamedModel
+from compression.running.streams import Streams
+from compression.text.calibration import load_blocks
 from tests.support import readers
 from tests.support.models import tiny_model
 from tests.support.recipes import RECIPES

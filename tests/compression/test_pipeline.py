@@ -26,11 +26,11 @@ from compression import (
     oneshot,
     plan,
 )
-from compression.calibration import load_blocks
 from compression.events import JOURNAL_FILE, Event, LayerReplayed, LayerSolved, WarningRaised
-from compression.model import StreamedModel
+from compression.output.selfcheck import check_against_model, check_files
 from compression.report import Report
-from compression.selfcheck import check_against_model, check_files
+from compression.running.model import StreamedModel
+from compression.text.calibration import load_blocks
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 

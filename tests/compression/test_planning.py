@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from compression.planning import plan
-from compression.plans import Plan
+from compression.planning.planner import plan
+from compression.planning.plans import Plan
 from compression.recipe import Calibration, Evaluation
 from tests.compression.fake_checkpoints import (
     LLAMA_3_8B,

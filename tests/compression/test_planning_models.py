@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compression.planning import plan
+from compression.planning.planner import plan
 from tests.compression.fake_checkpoints import (
     TINY,
     fake_llama,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from compression import PlanError, Recipe, SourceError, compress, plan
-from compression import s3 as s3_module
 from compression.checkpoint.headers import read_checkpoint
 from compression.hub.environment import HubEnvironment
-from compression.s3 import OnBytes, S3Ref
-from compression.s3_models import MAX_OBJECTS, S3ModelRef, fetch_s3_model, s3_header_folder
+from compression.s3 import client as s3_module
+from compression.s3.client import OnBytes, S3Ref
+from compression.s3.models import MAX_OBJECTS, S3ModelRef, fetch_s3_model, s3_header_folder
 from tests.support.models import tiny_model
 from tests.support.s3 import S3Server
 
@@ -93,7 +93,7 @@ def gets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         client.meta.events.register("provide-client-params.s3.GetObject", note)
         return client
 
-    monkeypatch.setattr("compression.s3_models.client", listening)
+    monkeypatch.setattr("compression.s3.models.client", listening)
     return asked
 
 
@@ -217,13 +217,13 @@ def test_names_that_are_no_files_are_left_out(
     before = planned(place)
     for name in ("a\\b.json", f"{'n' * 60}.json"):
         put(s3, place, name, b"{}")
-    monkeypatch.setattr("compression.s3_models._MAX_NAME_BYTES", 60)  # this server's own limit is 255
+    monkeypatch.setattr("compression.s3.models._MAX_NAME_BYTES", 60)  # this server's own limit is 255
     assert planned(place) == before
 
 
 def test_an_unending_folder_is_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_OBJECTS > 1000
-    monkeypatch.setattr("compression.s3_models.MAX_OBJECTS", 3)
+    monkeypatch.setattr("compression.s3.models.MAX_OBJECTS", 3)
     assert refused(place) == "too_many_files"
 
 

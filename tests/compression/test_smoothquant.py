@@ -26,9 +26,9 @@ from compression import (
     plan,
 )
 from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.model import StreamedModel
+from compression.output.selfcheck import check_against_model
 from compression.report import Report
-from compression.selfcheck import check_against_model
+from compression.running.model import StreamedModel
 from tests.compression import folds
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.utils.match import is_match
 
-from compression.targets import matcher, pattern_problem
+from compression.planning.targets import matcher, pattern_problem
 
 NAMES = [
     f"model.layers.{layer}.{name}"

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
-from compression.calibration import load_blocks
-from compression.checkpoint.formats import decode
-from compression.plans import Plan
+from compression.output.formats import decode
+from compression.planning.plans import Plan
+from compression.text.calibration import load_blocks
 from tests.conformance.peer import in_peer
 from tests.support import readers
 from tests.support.models import tiny_model

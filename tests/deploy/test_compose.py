@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 
 from api.main import create_app
 from api.settings import Settings
-from compression.s3 import S3Ref
+from compression.s3.client import S3Ref
 from tests.deploy.compose import ROOT, environment, lines, load, variables
 from tests.deploy.dockerfile import parse
 from tests.deploy.names import commands, setting_variables
