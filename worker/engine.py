@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from api.artifacts.store import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
 from worker.runner import EngineSpec
 
@@ -134,16 +135,19 @@ class EngineProcess:
     def terminate(self) -> None:
         """Cancel: SIGTERM to the group, SIGKILL after a grace. Returns when none of the group is left."""
         self._signal_group(signal.SIGTERM)
-        self._await_exit(CANCEL_GRACE_SECONDS)
+        self._await_exit(CANCEL_GRACE_SECONDS, go_on)
         self._reap()
 
     def kill(self) -> None:
         """SIGKILL to the group, now."""
         self._reap()
 
-    def finish(self) -> int:
-        """Wait for an engine that has no more messages. Returns its exit code, or minus a signal's number."""
-        self._await_exit(EXIT_GRACE_SECONDS)
+    def finish(self, check: Check = go_on) -> int:
+        """Wait for an engine that has no more messages. Returns its exit code, or minus a signal's number.
+
+        check: whatever it raises ends the wait, and leaves the engine as it is.
+        """
+        self._await_exit(EXIT_GRACE_SECONDS, check)
         return self._reap()
 
     def _reap(self) -> int:
@@ -164,7 +168,7 @@ class EngineProcess:
         if not self._exited:
             os.killpg(self._process.pid, number)
 
-    def _await_exit(self, seconds: float) -> None:
+    def _await_exit(self, seconds: float, check: Check) -> None:
         """Wait for the leader without collecting it, so that the group's id stays its own."""
         deadline = time.monotonic() + seconds
         options = os.WEXITED | os.WNOWAIT | os.WNOHANG
@@ -173,6 +177,7 @@ class EngineProcess:
             and os.waitid(os.P_PID, self._process.pid, options) is None
             and time.monotonic() < deadline
         ):
+            check()
             time.sleep(0.02)
 
     def _read(self) -> None:

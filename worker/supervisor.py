@@ -228,7 +228,7 @@ class _Attempt:
             if message is None:
                 continue
             if message["type"] in _TERMINAL:
-                engine.finish()
+                engine.finish(self._check)
                 return self._result(message)
             self._unkept = message
             self._handle(message, lambda: self._check_engine(engine))
@@ -316,7 +316,7 @@ class _Attempt:
             )
 
     def _crash(self, engine: EngineProcess) -> AttemptFailed:
-        code = engine.finish()
+        code = engine.finish(self._check)
         log.error("engine_crashed", exit_code=code, log_tail=engine.log_tail())
         if code >= 0:
             how = f"ended with exit code {code} and said nothing"

@@ -44,7 +44,7 @@ _THREADS = 8
 """Requests that move bytes at one time, of all transfers of a process."""
 _BUFFERED_CHUNKS = 64  # of 256 KiB, between the network and the disk
 _CHECK_SECONDS = 0.2
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.5
 _PROBE_SECONDS = 2.0
 _DELETED_AT_ONCE = 1000  # what S3 takes
 _CHECKED = {"ChecksumAlgorithm": "SHA256"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from api.artifacts import s3 as module
 from api.artifacts.store import open_store
 from api.jobs import events, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
-from tests.integration.service import eventually
+from tests.integration.service import commands, eventually
 from tests.support.gate import Gate
 from tests.support.s3 import READER, S3Server
 from tests.worker.conftest import Submit
@@ -98,9 +100,11 @@ def test_a_store_that_goes_away_for_long_counts_no_attempt(
     assert job.layers_done == 0
 
 
+@pytest.mark.parametrize("deaf", [False, True])
 def test_a_cancel_does_not_wait_for_a_store_that_hangs(
-    remote: WorkerContext, submit: Submit, gate: Gate
+    remote: WorkerContext, submit: Submit, gate: Gate, deaf: bool
 ) -> None:
+    """deaf: the engine does not hear that it should end either."""
     job_id = submit()
     gate.hold_after = 2_000
     cancelled: list[float] = []
@@ -108,6 +112,9 @@ def test_a_cancel_does_not_wait_for_a_store_that_hangs(
     def cancel() -> None:
         while not gate.is_held:
             time.sleep(0.01)
+        if deaf:
+            (engine,) = [pid for pid, line in commands() if "worker.runner" in line and job_id in line]
+            os.kill(engine, signal.SIGSTOP)
         with remote.database.write() as session:
             service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
         cancelled.append(time.monotonic())

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from structlog.testing import capture_logs
 
 from api.artifacts.store import go_on
-from api.jobs import events, leases
+from api.jobs import events, leases, service
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.settings import Settings
 from compression.events import JOURNAL_FILE
@@ -27,6 +28,12 @@ from worker.tasks import look
 CANCEL_AT_UPLOAD = """
 CREATE TRIGGER cancel_at_upload AFTER UPDATE OF phase ON jobs WHEN NEW.phase = 'upload'
 BEGIN UPDATE jobs SET status = 'cancelling' WHERE id = NEW.id; END
+"""
+
+SLOW_TO_EXIT = """
+import atexit, sys, time
+if "worker.runner" in sys.orig_argv:
+    atexit.register(time.sleep, 60)
 """
 
 
@@ -68,6 +75,32 @@ def test_an_engine_past_its_memory_limit_is_ended(worker: WorkerContext, submit:
     assert attempt.peak_host_bytes is not None
     assert attempt.peak_host_bytes > 64 << 20
     assert attempt_folders(worker) == []
+
+
+def test_a_cancel_does_not_wait_for_an_engine_that_is_done_and_stays(
+    worker: WorkerContext, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_EXIT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job_id = submit()
+    cancelled: list[float] = []
+
+    def cancel() -> None:
+        while not any((folder / "output").exists() for folder in attempt_folders(worker)):
+            time.sleep(0.01)
+        time.sleep(1)  # it says its last word meanwhile
+        with worker.database.write() as session:
+            service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
+        cancelled.append(time.monotonic())
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    run(worker)
+    ended = time.monotonic()
+    thread.join()
+    assert ended - cancelled[0] < 4
+    job, attempt = job_of(worker, job_id)
+    assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
 
 
 def test_a_worker_that_lost_its_lease_writes_nothing_more(worker: WorkerContext, submit: Submit) -> None:
