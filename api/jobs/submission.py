@@ -25,11 +25,11 @@ from api.jobs.sources import (
 )
 from api.projects.prefixes import S3Access
 from api.settings import Settings
-from compression.checkpoint.headers import read_checkpoint
 from compression.errors import CompressionError, PlanError, Problem
 from compression.hub.environment import HubEnvironment
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
+from compression.planning.survey import survey
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 SHORT_FORM: frozenset[str] = frozenset(get_args(ShortForm))
@@ -77,8 +77,8 @@ class _Work(NamedTuple):
 
 
 class Planner:
-    """Plans submissions that come in one request: sources are looked up once, a model's headers are read
-    once, and the same work is planned once."""
+    """Plans submissions that come in one request: sources are looked up once, a model is surveyed once, and
+    the same work is planned once."""
 
     def __init__(self, settings: Settings, access: S3Access) -> None:
         hub = HubEnvironment.read()
@@ -94,7 +94,7 @@ class Planner:
 
         self._model = _once(model)
         self._dataset = _once(dataset)
-        self._headers = _once(read_checkpoint)
+        self._survey = _once(survey)
         self._work = _once(self._plan_work)
 
     def plan(self, body: JobSubmit) -> PlannedJob:
@@ -139,7 +139,7 @@ class Planner:
             evaluation=work.evaluation,
             activation_budget_bytes=self._activation_budget_bytes,
             require=work.require,
-            read=self._headers,
+            look=self._survey,
         )
         checkpoint = planned.checkpoint if identity.is_local(work.source.source) else None
         try:
