@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,16 @@ class TestFromHeaders:
         assert more.host_bytes > less.host_bytes
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """gc.get_objects finds no object that was there before the test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_suspended_forward_holds_what_the_plan_counts(
     model_type: str, tiny_texts: Path, tmp_path: Path
@@ -213,14 +223,13 @@ def test_a_suspended_forward_holds_what_the_plan_counts(
     assert made.workload.parked is not None
     tokens = made.workload.parked.calibration
     beside = 8 * tokens * 8 + 4 * 2 * 64 * made.workload.rotary_width * 2 + 4 * 64 * 64 * 6
-    others = _tensors()  # of tests before this one; held, so that their places are not used again
     with torch.no_grad(), closing(_streams(made, model, tiny_texts)) as streams:
         for layer in made.layers:
             model.load_layer(layer.index)
             for group in streams.groups(layer):
                 if layer.index == index:
                     width = decoder.parked_width(specs[group.name])
-                    held = _activation_bytes(model, others)
+                    held = _activation_bytes(model)
                     assert held <= 4 * tokens * width + beside, group.name
             streams.pass_calibration(layer)
             model.drop_layer(layer.index)
@@ -233,14 +242,14 @@ def _streams(made: Plan, model: StreamedModel, texts: Path) -> Streams:
 
 
 def _tensors() -> list[torch.Tensor]:
-    """All that are alive and have storage."""
+    """All new ones that are alive and have storage."""
     gc.collect()
     return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and not each.is_meta]
 
 
-def _activation_bytes(model: StreamedModel, others: list[torch.Tensor]) -> int:
-    """Storage of all tensors that are alive, and are no part of the model and none of the others."""
-    known = [*model.module.state_dict().values(), *model.module.buffers(), *others]
+def _activation_bytes(model: StreamedModel) -> int:
+    """Storage of all new tensors that are alive, and are no part of the model."""
+    known = [*model.module.state_dict().values(), *model.module.buffers()]
     places = {tensor.untyped_storage().data_ptr() for tensor in known}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors()}
     return sum(size for place, size in storages.items() if place not in places)
