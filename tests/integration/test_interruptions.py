@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
     yield machine
     for process in started:
         process.end()
+        sys.stderr.write(process.log.read_text()[-5000:])  # pytest shows it where the test failed
 
 
 def was_there(cluster: Cluster, worker: Process, seconds: float) -> bool:
