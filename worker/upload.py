@@ -82,6 +82,7 @@ def remove(store: Store, folder: str, token: int) -> None:
 
 def remove_older(store: Store, folder: str, token: int) -> None:
     """Remove what earlier attempts, killed in their upload, have left: never the work of a later one."""
+    store.probe()  # an upload's first request: one that hangs would keep a cancel waiting
     for older in (other for other in tokens(store, folder) if other < token):
         remove(store, folder, older)
 

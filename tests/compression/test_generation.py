@@ -19,13 +19,13 @@ from compression import (
     Evaluation,
     Recipe,
     compress,
-    generation,
     plan,
 )
 from compression.architectures.families import FAMILIES
 from compression.estimates.memory import estimate
 from compression.events import Event, GenerationProgress, PhaseChanged
 from compression.planning.plans import Plan
+from compression.running import generation
 from compression.running.generation import LIKELIEST, written_by_model
 from compression.running.model import StreamedModel
 from tests.support.interruption import interrupted

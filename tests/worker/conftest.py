@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,24 @@ def submit(worker: WorkerContext, tiny_llama: Path) -> Submit:
         return queue(worker, **{"model": str(tiny_llama), "scheme": "W8A8", **fields})
 
     return submit
+
+
+@pytest.fixture
+def slow_to_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Makes engines stay for so many seconds after their last word."""
+
+    def stay(seconds: float) -> None:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import atexit, sys, time\n"
+            f'if "worker.runner" in sys.orig_argv: atexit.register(time.sleep, {seconds})\n'
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return stay
+
+
+def until_an_engine_is_done(worker: WorkerContext) -> None:
+    """Until the result of the running attempt is in its folder, and the engine has said its last word."""
+    while not any(worker.scratch.folder.glob("*/output")):
+        time.sleep(0.01)
+    time.sleep(1)

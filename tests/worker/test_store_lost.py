@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
 from tests.integration.service import commands, eventually
 from tests.support.gate import Gate
 from tests.support.s3 import READER, S3Server
-from tests.worker.conftest import Submit
+from tests.worker.conftest import Submit, until_an_engine_is_done
 from worker import patience
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
@@ -124,6 +125,35 @@ def test_a_cancel_does_not_wait_for_a_store_that_hangs(
     job, attempt = run(remote, job_id)
     assert time.monotonic() - cancelled[0] < 5
     thread.join()
+    assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
+
+
+def test_a_cancel_does_not_wait_for_a_store_that_hangs_when_the_upload_begins(
+    remote: WorkerContext, submit: Submit, gate: Gate, slow_to_exit: Callable[[float], None]
+) -> None:
+    slow_to_exit(3)
+    job_id = submit()
+    cancelled: list[float] = []
+
+    def phase() -> str | None:
+        with remote.database.read() as session:
+            return session.get_one(Job, job_id).phase
+
+    def cancel() -> None:
+        until_an_engine_is_done(remote)
+        gate.hold()
+        while phase() != "upload":
+            time.sleep(0.01)
+        with remote.database.write() as session:
+            service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
+        cancelled.append(time.monotonic())
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    job, attempt = run(remote, job_id)
+    ended = time.monotonic()
+    thread.join()
+    assert ended - cancelled[0] < 5
     assert (job.status, attempt.outcome) == (JobStatus.CANCELLED, AttemptOutcome.CANCELLED)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from structlog.testing import capture_logs
 
 from api.artifacts.store import go_on
@@ -19,7 +18,7 @@ from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.settings import Settings
 from compression.events import JOURNAL_FILE
 from tests.support.postgres import PostgresServer, new_database
-from tests.worker.conftest import Submit, queue
+from tests.worker.conftest import Submit, queue, until_an_engine_is_done
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.resume import restore
@@ -28,12 +27,6 @@ from worker.tasks import look
 CANCEL_AT_UPLOAD = """
 CREATE TRIGGER cancel_at_upload AFTER UPDATE OF phase ON jobs WHEN NEW.phase = 'upload'
 BEGIN UPDATE jobs SET status = 'cancelling' WHERE id = NEW.id; END
-"""
-
-SLOW_TO_EXIT = """
-import atexit, sys, time
-if "worker.runner" in sys.orig_argv:
-    atexit.register(time.sleep, 60)
 """
 
 
@@ -78,17 +71,14 @@ def test_an_engine_past_its_memory_limit_is_ended(worker: WorkerContext, submit:
 
 
 def test_a_cancel_does_not_wait_for_an_engine_that_is_done_and_stays(
-    worker: WorkerContext, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerContext, submit: Submit, slow_to_exit: Callable[[float], None]
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_EXIT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow_to_exit(60)
     job_id = submit()
     cancelled: list[float] = []
 
     def cancel() -> None:
-        while not any((folder / "output").exists() for folder in attempt_folders(worker)):
-            time.sleep(0.01)
-        time.sleep(1)  # it says its last word meanwhile
+        until_an_engine_is_done(worker)
         with worker.database.write() as session:
             service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
         cancelled.append(time.monotonic())
