@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,9 +66,8 @@ def run_embedded(settings: Settings) -> None:
             access_log=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        socket = api.bind_socket()
         server = uvicorn.Server(api)
-        listening = threading.Thread(target=server.run, args=([socket],), name="api", daemon=True)
+        listening = threading.Thread(target=server.run, args=([bound(api)],), name="api", daemon=True)
         with _worker(settings) as celery, _until_signalled() as ending:
             listening.start()
             while not ending.wait(_LIVENESS_SECONDS) and listening.is_alive() and celery.is_alive():
@@ -77,6 +77,14 @@ def run_embedded(settings: Settings) -> None:
         listening.join()
     if died:
         raise RuntimeError("The API or the worker ended by itself.")
+
+
+def bound(api: uvicorn.Config) -> socket.socket:
+    """The server's socket. Its connections send at once: asyncio sees to that only for sockets that were made
+    with a protocol, and uvicorn makes this one without, so that every answer would take 40 ms longer."""
+    made = api.bind_socket()
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
 
 
 @contextmanager
