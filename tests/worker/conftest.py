@@ -75,3 +75,10 @@ def until_an_engine_is_done(worker: WorkerContext) -> None:
     while not any(worker.scratch.folder.glob("*/output")):
         time.sleep(0.01)
     time.sleep(1)
+
+
+def cancel(worker: WorkerContext, job_id: str) -> float:
+    """Ask for a job's cancellation; the time.monotonic() of that."""
+    with worker.database.write() as session:
+        service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
+    return time.monotonic()

@@ -13,12 +13,12 @@ from pathlib import Path
 from structlog.testing import capture_logs
 
 from api.artifacts.store import go_on
-from api.jobs import events, leases, service
+from api.jobs import events, leases
 from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.settings import Settings
 from compression.events import JOURNAL_FILE
 from tests.support.postgres import PostgresServer, new_database
-from tests.worker.conftest import Submit, queue, until_an_engine_is_done
+from tests.worker.conftest import Submit, cancel, queue, until_an_engine_is_done
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.resume import restore
@@ -77,13 +77,11 @@ def test_a_cancel_does_not_wait_for_an_engine_that_is_done_and_stays(
     job_id = submit()
     cancelled: list[float] = []
 
-    def cancel() -> None:
+    def cancel_then() -> None:
         until_an_engine_is_done(worker)
-        with worker.database.write() as session:
-            service.cancel(session, session.get_one(Job, job_id).project_id, job_id)
-        cancelled.append(time.monotonic())
+        cancelled.append(cancel(worker, job_id))
 
-    thread = threading.Thread(target=cancel)
+    thread = threading.Thread(target=cancel_then)
     thread.start()
     run(worker)
     ended = time.monotonic()
