@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compression import device as machine
-from compression.architectures.naming import on_disk
+from compression.checkpoint.formats import decode, encode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
-from compression.device import DTYPES, Arithmetic
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
+from compression.data.calibration import dataset_digest, load_blocks
+from compression.data.sources import Sources, fetch, local
 from compression.events import (
     GenerationProgress,
     LayerReplayed,
@@ -35,25 +34,26 @@ from compression.events import (
     Teller,
     WarningRaised,
 )
-from compression.folding import fold, fold_linears
+from compression.families.naming import on_disk
 from compression.gram import require_finite_gram
-from compression.output.formats import decode, encode
-from compression.output.identity import resolve, source_digests
-from compression.output.journal import FinishedLayer, Journal
-from compression.output.publish import publish
-from compression.output.selfcheck import check_against_model, check_files
+from compression.machine import arithmetic as machine
+from compression.machine import host_memory
+from compression.machine.arithmetic import DTYPES, Arithmetic
+from compression.machine.clock import Clock
+from compression.model.fold import fold, fold_linears
+from compression.model.generate import written_by_model
+from compression.model.streamed import StreamedModel
+from compression.model.streams import Streams
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.planning.planner import plan as make_plan
 from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
-from compression.running import host_memory
-from compression.running.clock import Clock
-from compression.running.generation import written_by_model
-from compression.running.model import StreamedModel
-from compression.running.streams import Streams
+from compression.run.fingerprint import resolve, source_digests
+from compression.run.journal import FinishedLayer, Journal
+from compression.run.publish import publish
+from compression.run.verify import check_against_model, check_files
 from compression.solve import solve
-from compression.sources import Sources, fetch, local
-from compression.text.calibration import dataset_digest, load_blocks
 
 
 @torch.no_grad()

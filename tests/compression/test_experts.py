@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from compression import DatasetSpec, Evaluation, Recipe, plan
-from compression.architectures.families import FAMILIES
-from compression.architectures.structure import ExpertsSpec, GroupSpec
 from compression.errors import PlanError
-from compression.estimates.memory import ParkedTokens, expert_gram_bytes
 from compression.events import Event, LayerSolved
+from compression.families.families import FAMILIES
+from compression.families.structure import ExpertsSpec, GroupSpec
 from compression.gram import Gram, fill_up
-from compression.running.expert_grams import ExpertGrams
-from compression.running.experts import Experts, Routed, unfuse
-from compression.running.forward import ExpertsInputs, Forwards
-from compression.running.model import StreamedModel
+from compression.model.expert_grams import ExpertGrams
+from compression.model.experts import Experts, Routed, unfuse
+from compression.model.forward import ExpertsInputs, Forwards
+from compression.model.streamed import StreamedModel
+from compression.planning.memory import ParkedTokens, expert_gram_bytes
 from tests.compression.expert_runs import GPTQ, SMALL, run
 from tests.compression.plans import codes, problems_of
 from tests.support.models import tiny_model

@@ -10,8 +10,8 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
+from compression.checkpoint.formats import decode, encode, quantization_config
 from compression.methods.rtn import rtn
-from compression.output.formats import decode, encode, quantization_config
 from compression.params import QuantizationParams
 from compression.planning.planner import plan
 from compression.planning.shards import stored_tensors

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from compression.architectures.decoder import Decoder, read_decoder
-from compression.architectures.families import FAMILIES
+from compression.data.calibration import make_batches
 from compression.errors import PlanError
+from compression.families.decoder import Decoder, read_decoder
+from compression.families.families import FAMILIES
+from compression.model.forward import Forwards, Stream
+from compression.model.streamed import StreamedModel
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
 from compression.recipe import Recipe
-from compression.running.forward import Forwards, Stream
-from compression.running.model import StreamedModel
-from compression.text.calibration import make_batches
 from tests.support.models import load_model, tiny_model
 
 

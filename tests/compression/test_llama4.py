@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextDecoderLayer
 
 from compression import DatasetSpec, Recipe, plan
-from compression.architectures.families import FAMILIES
 from compression.checkpoint.reader import read_tensors
 from compression.errors import PlanError
 from compression.events import Event, LayerSolved
-from compression.running.expert_grams import ExpertGrams
-from compression.running.experts import Experts, Routed, unfuse
-from compression.running.forward import ExpertsInputs, Forwards
-from compression.running.model import StreamedModel
+from compression.families.families import FAMILIES
+from compression.model.expert_grams import ExpertGrams
+from compression.model.experts import Experts, Routed, unfuse
+from compression.model.forward import ExpertsInputs, Forwards
+from compression.model.streamed import StreamedModel
 from tests.compression.expert_runs import GPTQ, run
 from tests.compression.plans import codes, problem_of, problems_of
 from tests.support.models import single_experts, tiny_model

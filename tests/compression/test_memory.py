@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from compression import compress
-from compression.architectures.decoder import Decoder, read_decoder
-from compression.architectures.families import FAMILIES
 from compression.checkpoint.headers import read_checkpoint
-from compression.device import DTYPES, choose
-from compression.estimates.memory import CUDA_CONTEXT_BYTES, MemoryEstimate, Phase, estimate
+from compression.data.calibration import load_blocks
+from compression.families.decoder import Decoder, read_decoder
+from compression.families.families import FAMILIES
+from compression.machine.arithmetic import DTYPES, choose
+from compression.machine.clock import Clock
+from compression.model.streamed import StreamedModel
+from compression.model.streams import Streams
+from compression.planning.memory import CUDA_CONTEXT_BYTES, MemoryEstimate, Phase, estimate
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.running.clock import Clock
-from compression.running.model import StreamedModel
-from compression.running.streams import Streams
-from compression.text.calibration import load_blocks
 from tests.compression.fake_checkpoints import LLAMA_3_8B, TINY, fake_llama, llama_shapes
 from tests.compression.seed_models import deepseek_r1
 from tests.support.allocations import tensor_peak

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, ResourceError, compress, plan
-from compression.architectures.families import FAMILIES
 from compression.events import Event, LayerSolved
+from compression.families.families import FAMILIES
+from compression.model.forward import ExpertsInputs, Forwards, Stream
+from compression.model.spill import Spill
+from compression.model.streamed import StreamedModel
 from compression.report import Report
-from compression.running.forward import ExpertsInputs, Forwards, Stream
-from compression.running.model import StreamedModel
-from compression.running.spill import Spill
 from tests.support.models import load_model, tiny_model
 
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
