@@ -245,12 +245,15 @@ class Calibration(Frozen):
 
     With packing, one sample is one block of max_seq_length tokens; without, one sample is one document,
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
+    max_dropped_share: of the documents that are read, how many may be unusable: conversations that the chat
+    template refuses, text that is no Unicode. They are dropped, counted and named; more are an error.
     """
 
     num_calibration_samples: int = Field(default=512, strict=True, ge=1, le=1_000_000)
     max_seq_length: int = Field(default=2048, strict=True, ge=2, le=1 << 20)
     packing: bool = Field(default=True, strict=True)
     seed: int = Field(default=0, strict=True, ge=0, lt=1 << 63)
+    max_dropped_share: float = Field(default=0.05, strict=True, ge=0, le=1, allow_inf_nan=False)
 
 
 class Evaluation(Frozen):
