@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationConfig
 
-from compression.checkpoint.formats import decode, quantization_config
+from compression.checkpoint.formats import decode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.layout import TensorSpec
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
@@ -19,6 +19,7 @@ from compression.model.streamed import StreamedModel
 from compression.planning.plans import ModulePlan, Plan
 from compression.planning.shards import stored_layer, stored_tensors
 from compression.report import ModuleReport
+from compression.run.config import quantization_config
 from compression.solve import sha256_of
 
 _FAULT = "This is a fault of Bitmill's tables; please report it with the model's config.json."

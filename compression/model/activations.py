@@ -1,4 +1,5 @@
-"""The roles in which batches pass through the model, layer by layer.
+"""The activations of a run: all batches, held between layers, in the roles in which they pass the model.
+Others call this the calibration cache.
 
 calibration   what statistics are taken from: it sees the compressed weights of all that came before it
 original      held-out text through the weights of the checkpoint
@@ -22,9 +23,10 @@ from compression.gram import Gram, Precision, accumulate_gram
 from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
+from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
-from compression.model.forward import ExpertsInputs, Forwards, Stream
+from compression.model.hooks import ForwardHooks
 from compression.model.kv_cache import KVCache
 from compression.model.spill import Spill
 from compression.model.streamed import StreamedModel
@@ -82,8 +84,8 @@ class _Timed(Iterable[T]):
             yield here
 
 
-class Streams:
-    """All batches of a run, parked between layers. Without data there are none, and every pass is empty."""
+class Activations:
+    """All batches of a run, suspended between layers. Without data there are none; every pass is empty."""
 
     def __init__(
         self,
@@ -98,17 +100,26 @@ class Streams:
         self._model = model
         self._experts_at_once = plan.experts_at_once
         self._split = ""
-        self._calibration: Stream | None = None
-        self._original: Stream | None = None
-        self._compressed: Stream | None = None
+        self._calibration: SuspendedBatches | None = None
+        self._original: SuspendedBatches | None = None
+        self._compressed: SuspendedBatches | None = None
         self._spill: Spill | None = None
-        self._forwards: Forwards | None = None
+        self._hooks: ForwardHooks | None = None
         self._cache: KVCache | None = None
         if blocks is None:
             return
+        try:
+            self._begin(plan, blocks, arithmetic, scratch)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, plan: Plan, blocks: TokenBlocks, arithmetic: Arithmetic, scratch: Path) -> None:
+        """Run every batch up to the entry of layer 0."""
+        model = self._model
         if plan.spill_bytes:
             self._spill = Spill(scratch)
-        with clock.phase("read"):
+        with self._clock.phase("read"):
             model.load_embeddings()
         modules = [module for layer in plan.layers for module in layer.modules]
         activations = {
@@ -116,21 +127,21 @@ class Streams:
         }
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
         experts = {m.group: m.experts for m in modules if m.experts}
-        self._forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
+        self._hooks = ForwardHooks(model, {m.name: m.group for m in modules}, activations, norms, experts)
         if attentions := [layer.cache.attention for layer in plan.layers if layer.cache]:
             self._cache = KVCache(map(model.module.get_submodule, attentions))
-        stream = partial(self._forwards.stream, spill=self._spill)
+        suspended = partial(SuspendedBatches, self._hooks, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
-            self._calibration = stream(batches, quantize_activations=False)
+            self._calibration = suspended(batches, quantize_activations=False)
             if self._cache:
-                self._cache.learns_from = self._calibration
+                self._cache.learns_from = self._calibration.role
         if blocks.evaluation:
             self._split = blocks.split
             vocabulary = model.module.config.get_text_config().vocab_size
             batches = make_batches(blocks.evaluation, LOGITS_IN_A_BATCH // vocabulary)
-            self._original = stream(batches, quantize_activations=False)
-            self._compressed = stream(batches, quantize_activations=True)
+            self._original = suspended(batches, quantize_activations=False)
+            self._compressed = suspended(batches, quantize_activations=True)
         model.drop_embeddings()
 
     def pass_original(self, layer: int) -> None:
@@ -203,10 +214,10 @@ class Streams:
         stored: the layer's tensors as they are on disk, which also say how its activations are quantized.
         """
         with self._clock.phase("evaluate"):
-            if self._compressed and self._forwards:
+            if self._compressed and self._hooks:
                 if self._cache and layer.cache:
                     self._cache.use(layer.cache, stored)
-                self._forwards.fixed_inputs = {
+                self._hooks.fixed_inputs = {
                     m.name: stored[f"{m.name}.{m.scheme.fixed_input}"].to(self._model.device)
                     for m in layer.modules
                     if m.scheme and m.scheme.fixed_input
