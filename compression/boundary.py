@@ -201,8 +201,9 @@ def reason(error: BaseException) -> str:
         text = str(error)
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = "".join(character for character in text if character.isprintable())
-    short = shown if len(shown) <= _LONGEST_REASON else shown[:_LONGEST_REASON] + " ..."
-    return short.rstrip(". ") or type(error).__name__
+    if len(shown) > _LONGEST_REASON:
+        return f"{shown[:_LONGEST_REASON]} (shortened)"
+    return shown.rstrip(". ") or type(error).__name__
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -81,7 +81,7 @@ def check_output(output_dir: Path) -> None:
 
 def _unwritable(output_dir: Path) -> str:
     """Why a folder cannot be made beside which a run works, or nothing."""
-    if output_dir.name in ("", ".."):
+    if output_dir.name in ("", "..") or "\0" in str(output_dir):
         return "it is no name for a new folder"
     above = next(parent for parent in output_dir.absolute().parents if parent.exists())
     if not above.is_dir():
