@@ -354,7 +354,7 @@ class TestDropped:
 
     def test_beyond_the_share_the_rows_are_named(self, strict: Path, tmp_path: Path) -> None:
         conversations = [
-            [{"role": "user", "content": "x"} | ({"zero": 0} if number % 10 == 3 else {})]
+            [{"role": "user", "content": "some words"} | ({"zero": 0} if number % 10 == 3 else {})]
             for number in range(200)
         ]
         dataset = rows(tmp_path / "chats.jsonl", *conversations)
@@ -425,8 +425,8 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path: Path) -> None:
     sentences = [" ".join(f"word{number % 7} and more" for number in range(20))] * 50
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=file, vocab_size=300, model_type="bpe",
-            byte_fallback=True, minloglevel=2,
+            sentence_iterator=iter(sentences), model_writer=file, model_type="bpe", byte_fallback=True,
+            vocab_size=300, hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     text = sentences[0]
