@@ -23,9 +23,9 @@ from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from compression.quantizer import QuantizedWeight
+from compression.math.grid import QuantizedWeight
 from compression.schemes import KV_CACHE, QuantizationArgs, Scheme
-from compression.steps import GPTQStep, QuantizingStep
+from compression.steps import QuantizingStep
 
 if TYPE_CHECKING:
     from compression.planning.plans import Plan
@@ -136,7 +136,7 @@ _SCALE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "E8M0": torch.uint8}
 
 def _weights_dict(args: QuantizationArgs, step: QuantizingStep) -> dict[str, Any]:
     observer = _OBSERVER_NAMES.get(step.observer or "")
-    return _args_dict(args, observer, step.actorder if isinstance(step, GPTQStep) else None)
+    return _args_dict(args, observer, step.options.get("actorder"))
 
 
 def _activations_dict(args: QuantizationArgs | None) -> dict[str, Any] | None:

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from compression.errors import PlanError, Problem
+from compression.math.grid import fake_quantize
 from compression.model.experts import Routed
 from compression.model.passes import Batch, Entry, Pass, Rehearsal, SharedInput
 from compression.model.spill import Spill, release
 from compression.model.streamed import StreamedModel
-from compression.quantizer import fake_quantize
 from compression.schemes import QuantizationArgs
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compression.checkpoint.reader import TORCH_DTYPES
+from compression.math.finite import require_finite_input_scale
+from compression.math.grid import fake_quantize, fixed_input_scale
 from compression.model.forward import Stream, running_stream
 from compression.planning.plans import CachePlan
-from compression.quantizer import fake_quantize, fixed_input_scale, require_finite_input_scale
 from compression.schemes import KV_CACHE
 
 
