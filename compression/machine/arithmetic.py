@@ -30,8 +30,8 @@ class Arithmetic:
     """What decides the bits of a run, besides the data and the code.
 
     device: "cpu" or "cuda:N". capability: the instruction set or GPU architecture that kernels dispatch on.
-    compute_dtype: of the forward pass. gram_precision: see `compression.gram`. batch_tokens: tokens in one
-    forward pass.
+    compute_dtype: of the forward pass. gram_precision: see `compression.math.gram`. batch_tokens: tokens
+    in one forward pass.
     """
 
     device: str

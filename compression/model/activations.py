@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from compression.data.calibration import TokenBlocks, make_batches
-from compression.gram import Gram, Precision, accumulate_gram
 from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
+from compression.math.gram import Gram, Precision, accumulate_gram
 from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
