@@ -1,8 +1,13 @@
-"""What routes ask for: sessions, the store, the settings, and who calls, within the limits of its project."""
+"""What routes ask for: the app's context, and who calls, within the limits of its project.
+
+No dependency is a session. FastAPI ends a dependency after it has validated the route's answer, and for that
+it may wait for a free thread: a transaction would keep its locks all that time (docs/adr/0033).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,22 +25,49 @@ from api.errors import Forbidden
 from api.jobs.watch import JobWatch
 from api.limits import RequestLimits
 from api.projects import repository as projects
-from api.projects.prefixes import S3Access
 from api.projects.rates import Rates, admit
-from api.projects.service import identify, s3_access
+from api.projects.service import identify
 from api.readiness import Readiness
 from api.security import KeyHasher, Principal, Scope
 from api.settings import Settings
+from api.threads import ThreadLimit
+
+
+class KeyUses:
+    """Notes when a key was used last, after the answer. Of requests at once with the same key, one does."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._mutex = threading.Lock()
+        self._being_noted: set[str] = set()
+
+    def note(self, key_id: str) -> None:
+        """Note that the key was used now. Where the database is away, the next request notes it."""
+        with self._mutex:
+            if key_id in self._being_noted:
+                return
+            self._being_noted.add(key_id)
+        try:
+            with suppress(*AWAY), self._database.write() as session:
+                projects.note_use(session, key_id)
+        finally:
+            with self._mutex:
+                self._being_noted.discard(key_id)
 
 
 @dataclass(frozen=True)
 class AppContext:
-    """What an app was made with; lives in `app.state.context`."""
+    """What an app was made with; lives in `app.state.context`.
+
+    submitting: for routes that plan jobs, which may wait for the Hub or S3.
+    """
 
     settings: Settings
     database: Database
     store: Store
     hasher: KeyHasher
+    key_uses: KeyUses
+    submitting: ThreadLimit
     watch: JobWatch
     rates: Rates
     readiness: Readiness
@@ -53,30 +85,7 @@ async def _context(request: Request) -> AppContext:
     return _context_of(request)
 
 
-async def _settings(context: Annotated[AppContext, Depends(_context)]) -> Settings:
-    return context.settings
-
-
-async def _store(context: Annotated[AppContext, Depends(_context)]) -> Store:
-    return context.store
-
-
-def _read_session(context: Annotated[AppContext, Depends(_context)]) -> Iterator[Session]:
-    with context.database.read() as session:
-        yield session
-
-
-def _write_session(context: Annotated[AppContext, Depends(_context)]) -> Iterator[Session]:
-    with context.database.write() as session:
-        yield session
-
-
 Context = Annotated[AppContext, Depends(_context)]
-CurrentSettings = Annotated[Settings, Depends(_settings)]
-ArtifactStore = Annotated[Store, Depends(_store)]
-# scope="function": the transaction ends before the answer is sent, so what was answered is committed.
-ReadSession = Annotated[Session, Depends(_read_session, scope="function")]
-WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
 
 
 class Access:
@@ -117,7 +126,7 @@ class Access:
         if caller.limits.requests_per_minute is not None:
             self._limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
         if not caller.use_is_noted:
-            self._background.add_task(_note_use, context.database, caller.key_id)
+            self._background.add_task(context.key_uses.note, caller.key_id)
         return caller
 
 
@@ -136,11 +145,6 @@ class _WithKey(SecurityBase):
 Accessing = Annotated[Access, Depends(_WithKey())]
 
 
-def _note_use(database: Database, key_id: str) -> None:
-    with suppress(*AWAY), database.write() as session:  # else the next request notes it
-        projects.note_use(session, key_id)
-
-
 def _requires(scope: Scope) -> Callable[..., Principal]:
     def principal(access: Accessing) -> Principal:
         with access.context.database.look() as session:
@@ -152,11 +156,3 @@ def _requires(scope: Scope) -> Callable[..., Principal]:
 Reader = Annotated[Principal, Depends(_requires(Scope.READ))]
 Submitter = Annotated[Principal, Depends(_requires(Scope.SUBMIT))]
 Admin = Annotated[Principal, Depends(_requires(Scope.ADMIN))]
-
-
-def _s3_access(caller: Submitter, context: Context) -> S3Access:
-    with context.database.read() as session:  # not the request's: planning may wait for the Hub
-        return s3_access(session, caller.project_id, context.settings)
-
-
-CurrentS3Access = Annotated[S3Access, Depends(_s3_access)]

@@ -18,7 +18,7 @@ from api.artifacts.store import open_store
 from api.batches import routes as batches
 from api.catalogue import routes as catalogue
 from api.database import Database
-from api.dependencies import AppContext
+from api.dependencies import AppContext, KeyUses
 from api.jobs import routes as jobs
 from api.jobs.watch import JobWatch, seqs_in
 from api.limits import LimitRequests
@@ -35,12 +35,16 @@ from api.projects.service import ensure_first_key
 from api.readiness import Readiness
 from api.security import KeyHasher
 from api.settings import Settings
+from api.threads import ThreadLimit
 from api.tracing import request_spans
 from api.webhooks import routes as webhooks
 from api.workers import routes as workers
 
 GRACE_SECONDS = 5
 """For requests that are being answered, and streams that are being read, when the process shall end."""
+
+SUBMITTING_THREADS = 8
+"""Submissions that are planned at once. More would not be faster, as planning is work for the processor."""
 
 _NEW_OBJECTS = 50_000  # those that a request leaves die young: Python looks for them after 700
 
@@ -56,6 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
         database=database,
         store=store,
         hasher=KeyHasher.from_settings(settings),
+        key_uses=KeyUses(database),
+        submitting=ThreadLimit(SUBMITTING_THREADS),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
         readiness=Readiness(settings, database.engine, store),

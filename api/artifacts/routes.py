@@ -14,7 +14,7 @@ from api.artifacts.ranges import ByteRange, parse_range
 from api.artifacts.schemas import ArtifactList
 from api.artifacts.store import ObjectNotFound, Store, disposition
 from api.codes import EVERYWHERE, documented
-from api.dependencies import ArtifactStore, CurrentSettings, Reader, ReadSession
+from api.dependencies import Context, Reader
 from api.errors import NotFound
 
 CHUNK_BYTES = 1 << 20
@@ -29,9 +29,9 @@ _BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string",
 
 
 @router.get("", response_model=ArtifactList)
-def list_artifacts(job_id: str, caller: Reader, session: ReadSession, store: ArtifactStore) -> ArtifactList:
+def list_artifacts(job_id: str, caller: Reader, context: Context) -> ArtifactList:
     """The files that a succeeded job published, with size and sha256."""
-    return service.list_artifacts(session, store, caller.project_id, job_id)
+    return service.list_artifacts(context.database, context.store, caller.project_id, job_id)
 
 
 @router.head("/{name:path}", include_in_schema=False)
@@ -63,9 +63,7 @@ def download_artifact(
     name: str,
     request: Request,
     caller: Reader,
-    session: ReadSession,
-    store: ArtifactStore,
-    settings: CurrentSettings,
+    context: Context,
     range_header: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
     if_range: Annotated[str | None, Header(max_length=200)] = None,
     if_none_match: Annotated[str | None, Header(max_length=1000)] = None,
@@ -74,7 +72,8 @@ def download_artifact(
 
     Where files are in S3, GET redirects there, and HEAD tells size and sha256.
     """
-    artifact = service.find_artifact(session, store, caller.project_id, job_id, name)
+    store, settings = context.store, context.settings
+    artifact = service.find_artifact(context.database, store, caller.project_id, job_id, name)
     etag = f'"{artifact.file.sha256}"'
     headers = {
         "ETag": etag,

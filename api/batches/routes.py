@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Depends, Query, Request, Response
-from fastapi.responses import JSONResponse
 
 from api.batches import service
 from api.batches.schemas import (
@@ -21,10 +20,11 @@ from api.batches.schemas import (
     check_count,
 )
 from api.codes import EVERYWHERE, SUBMISSION, WITH_BODY, documented
-from api.dependencies import CurrentS3Access, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import AppContext, Context, Reader, Submitter
 from api.errors import WrongMediaType
 from api.jobs.routes import IdempotencyKeyHeader
 from api.jobs.schemas import Name
+from api.security import Principal
 from api.wake import wake_all
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
@@ -65,70 +65,73 @@ async def _check_body(request: Request) -> None:
     | _PLANNED,
     openapi_extra=_LINES_TOO,
 )
-def submit_batch(
+async def submit_batch(
     body: Annotated[BatchSubmit, Body(openapi_examples=BATCH_EXAMPLES)],
     caller: Submitter,
     _: Annotated[None, Depends(_check_body)],
-    settings: CurrentSettings,
-    access: CurrentS3Access,
-    reading: ReadSession,
-    writing: WriteSession,
+    context: Context,
     background: BackgroundTasks,
-    response: Response,
     name: Annotated[Name | None, Query(description="Of the batch, instead of the body's.")] = None,
     dry_run: Annotated[bool, Query(description="Answer what would become of it, 200.")] = False,
     idempotency_key: IdempotencyKeyHeader = None,
-) -> BatchDetail | JSONResponse:
+) -> Response:
     """Submit up to 1,000 jobs together, as `jobs`, as a `sweep` or as JSON Lines. Each is accepted or refused
     on its own; if all are refused, that is a batch too, which says why."""
     if name is not None:
         body.name = name
-    items = body.items()
     if dry_run:
-        planned = service.preview(service.plan_items(reading, caller.project_id, items, settings, access))
-        return JSONResponse(planned.model_dump(mode="json"))
-    request = service.repeatable(caller.project_id, idempotency_key, body, items)
-    batch = service.find_repeated(reading, request)
-    if batch is None:
-        # before the write session's first statement: no lock yet
-        outcomes = service.plan_items(reading, caller.project_id, items, settings, access)
-        batch = service.create(
-            writing, request, body, outcomes, settings, max_queued=caller.limits.max_queued
-        )
-        counts = service.wake_ups(writing, outcomes, lease_seconds=settings.lease_seconds)
+        return await context.submitting.run(_previewed, context, caller, body)
+    return await context.submitting.run(_accepted, context, caller, body, idempotency_key, background)
+
+
+def _previewed(context: AppContext, caller: Principal, body: BatchSubmit) -> Response:
+    planned = service.preview(context.database, context.settings, caller, body)
+    return Response(planned.model_dump_json(), media_type="application/json")
+
+
+def _accepted(
+    context: AppContext,
+    caller: Principal,
+    body: BatchSubmit,
+    idempotency_key: str | None,
+    background: BackgroundTasks,
+) -> Response:
+    """The answer, made here: it may be long, and the event loop is for all requests."""
+    made = service.submit(context.database, context.settings, caller, body, idempotency_key)
+    batch = made.batch
+    if made.wake_ups is not None:
+        counts = batch.counts
         background.add_task(
-            log.info,
-            "batch_accepted",
-            batch_id=batch.id,
-            accepted=batch.counts.accepted,
-            refused=batch.counts.refused,
+            log.info, "batch_accepted", batch_id=batch.id, accepted=counts.accepted, refused=counts.refused
         )
-        background.add_task(wake_all, counts, broker_url=settings.broker_url)
-    response.headers["Location"] = f"/v1/batches/{batch.id}"
-    return batch
+        background.add_task(wake_all, made.wake_ups, broker_url=context.settings.broker_url)
+    headers = {"Location": f"/v1/batches/{batch.id}"}
+    return Response(batch.model_dump_json(), 202, headers, "application/json")
 
 
 @router.get("", response_model=BatchPage, responses=documented({422: ["bad_cursor"]}))
 def list_batches(
     caller: Reader,
-    session: ReadSession,
+    context: Context,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> BatchPage:
     """List batches a page at a time, the newest first."""
-    return service.list_batches(session, caller.project_id, cursor, limit)
+    with context.database.read() as session:
+        return service.list_batches(session, caller.project_id, cursor, limit)
 
 
 @router.get("/{batch_id}", response_model=BatchDetail, responses=documented({404: ["batch_not_found"]}))
 def get_batch(
     batch_id: str,
     caller: Reader,
-    session: ReadSession,
+    context: Context,
     cursor: Annotated[int, Query(ge=-1, le=MAX_ITEMS, description="Only items behind this index.")] = -1,
     limit: Annotated[int, Query(ge=1, le=MAX_ITEMS, description="Of items.")] = 100,
 ) -> BatchDetail:
     """A batch as it stands, with a page of its items. Its jobs are listed by `GET /v1/jobs?batch=`."""
-    return service.describe(session, caller.project_id, batch_id, cursor, limit)
+    with context.database.read() as session:
+        return service.describe(session, caller.project_id, batch_id, cursor, limit)
 
 
 @router.post(
@@ -137,6 +140,7 @@ def get_batch(
     response_model=BatchRead,
     responses=documented({404: ["batch_not_found"]}),
 )
-def cancel_batch(batch_id: str, caller: Submitter, session: WriteSession) -> BatchRead:
+def cancel_batch(batch_id: str, caller: Submitter, context: Context) -> BatchRead:
     """Cancel all jobs of a batch that wait or run. Cancelling twice is no error."""
-    return service.cancel(session, caller.project_id, batch_id)
+    with context.database.write() as session:
+        return service.cancel(session, caller.project_id, batch_id)

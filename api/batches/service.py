@@ -1,15 +1,16 @@
-"""What can be done with batches. Nothing here commits: the request's dependency does."""
+"""What can be done with batches. A function that takes a session works in the caller's transaction. `submit`
+and `preview` open their own, because models are looked up in between, with none open."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
 from itertools import accumulate
 
 from sqlalchemy.orm import Session
 
-from api import database
+from api import database as clock
 from api.batches import repository
 from api.batches.models import Batch
 from api.batches.schemas import (
@@ -26,13 +27,15 @@ from api.batches.schemas import (
     RefusedItem,
 )
 from api.cursors import Position, next_cursor
+from api.database import Database
 from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
 from api.jobs import idempotency, quotas
 from api.jobs import service as jobs
 from api.jobs.idempotency import Repeatable
 from api.jobs.submission import PlannedJob, Planner
-from api.projects.prefixes import S3Access
+from api.projects.service import s3_access
+from api.security import Principal
 from api.settings import Settings
 from api.webhooks.service import check_callback
 from api.workers import repository as workers
@@ -43,52 +46,39 @@ Outcome = PlannedJob | Refusal
 """What becomes of an item."""
 
 
-def plan_items(
-    session: Session, project_id: str, items: Sequence[Item], settings: Settings, access: S3Access
-) -> list[Outcome]:
-    """Plan every item on its own.
+@dataclass(frozen=True)
+class SubmittedBatch:
+    """The batch that a submission made. wake_ups: how many workers of each device class are to look for its
+    jobs; None where an earlier request with the same key made it."""
 
-    Raises:
-        Unavailable: `hub_unreachable`, `s3_unreachable`; whether the item that names what
-            is there can succeed is then not known.
-    """
-    planner = Planner(settings, access)
-
-    @cache
-    def check(callback: str | None) -> None:
-        check_callback(session, project_id, callback)
-
-    def outcome(item: Item) -> Outcome:
-        if isinstance(item, Refusal):
-            return item
-        try:
-            check(item.callback)
-            return planner.plan(item)
-        except Unprocessable as error:
-            return Refusal.of(error)
-
-    return [outcome(item) for item in items]
+    batch: BatchDetail
+    wake_ups: Mapping[str, int] | None
 
 
-def repeatable(project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]) -> Repeatable:
-    """The request; a sweep asks for the same as the jobs that it stands for."""
-    return Repeatable(
-        project_id, SUBMIT_ROUTE, key, {"name": body.name, "labels": body.labels, "items": items}
-    )
-
-
-def find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
-    """The batch that an earlier request with the same Idempotency-Key made, if there was one.
+def submit(
+    database: Database, settings: Settings, caller: Principal, body: BatchSubmit, idempotency_key: str | None
+) -> SubmittedBatch:
+    """Plan and store a batch, or find the one that an earlier request with the same Idempotency-Key made.
 
     Raises:
         Unprocessable: `idempotency_key_reused`, for the same key with another body.
+        Unavailable: `hub_unreachable`, `s3_unreachable`.
     """
-    batch_id = idempotency.find(session, request)
-    return None if batch_id is None else describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+    items = body.items()
+    request = _repeatable(caller.project_id, idempotency_key, body, items)
+    with database.read() as session:
+        earlier = _find_repeated(session, request)
+    if earlier is not None:
+        return SubmittedBatch(earlier, None)
+    outcomes = _plan_items(database, settings, caller.project_id, items)
+    with database.write() as session:
+        batch = _create(session, request, body, outcomes, settings, max_queued=caller.limits.max_queued)
+        return SubmittedBatch(batch, _wake_ups(session, outcomes, lease_seconds=settings.lease_seconds))
 
 
-def preview(outcomes: Sequence[Outcome]) -> BatchPlanned:
-    """What a batch would be."""
+def preview(database: Database, settings: Settings, caller: Principal, body: BatchSubmit) -> BatchPlanned:
+    """What a batch would be. Raises what `submit` raises of its plans."""
+    outcomes = _plan_items(database, settings, caller.project_id, body.items())
     items = [
         RefusedItem(index=index, error=outcome)
         if isinstance(outcome, Refusal)
@@ -99,7 +89,62 @@ def preview(outcomes: Sequence[Outcome]) -> BatchPlanned:
     return BatchPlanned(total=len(items), accepted=len(items) - refused, refused=refused, items=items)
 
 
-def create(
+def _plan_items(
+    database: Database, settings: Settings, project_id: str, items: Sequence[Item]
+) -> list[Outcome]:
+    """Plan every item on its own.
+
+    Raises:
+        Unavailable: `hub_unreachable`, `s3_unreachable`; whether the item that names what
+            is there can succeed is then not known.
+    """
+    with database.read() as session:
+        access = s3_access(session, project_id, settings)
+        callbacks = {item.callback for item in items if not isinstance(item, Refusal)}
+        refused = {callback: _callback_refusal(session, project_id, callback) for callback in callbacks}
+    planner = Planner(settings, access)
+
+    def outcome(item: Item) -> Outcome:
+        if isinstance(item, Refusal):
+            return item
+        refusal = refused[item.callback]
+        if refusal is not None:
+            return refusal
+        try:
+            return planner.plan(item)
+        except Unprocessable as error:
+            return Refusal.of(error)
+
+    return [outcome(item) for item in items]
+
+
+def _callback_refusal(session: Session, project_id: str, callback: str | None) -> Refusal | None:
+    """Why a job with this callback is refused; None where it is not."""
+    try:
+        check_callback(session, project_id, callback)
+    except Unprocessable as error:
+        return Refusal.of(error)
+    return None
+
+
+def _repeatable(project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]) -> Repeatable:
+    """The request; a sweep asks for the same as the jobs that it stands for."""
+    return Repeatable(
+        project_id, SUBMIT_ROUTE, key, {"name": body.name, "labels": body.labels, "items": items}
+    )
+
+
+def _find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
+    """The batch that an earlier request with the same Idempotency-Key made, if there was one.
+
+    Raises:
+        Unprocessable: `idempotency_key_reused`, for the same key with another body.
+    """
+    batch_id = idempotency.find(session, request)
+    return None if batch_id is None else describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+
+
+def _create(
     session: Session,
     request: Repeatable,
     body: BatchSubmit,
@@ -110,7 +155,7 @@ def create(
 ) -> BatchDetail:
     """Store a batch with its jobs, or find the one of a request with the same key. Jobs that the project's
     queue has no room for are refused."""
-    now = database.now(session)
+    now = clock.now(session)
     batch_id = new_id("batch", now)
     made = idempotency.keep(session, request, batch_id, now)
     if made != batch_id:
@@ -155,7 +200,7 @@ def _with_room(outcomes: Sequence[Outcome], room: int | None, max_queued: int | 
     ]
 
 
-def wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
+def _wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
     """How many wake-ups each device class gets: one a job, as far as there are workers. A worker that is
     awake goes on until no job is left."""
     alive = len(workers.list_alive(session, lease_seconds))

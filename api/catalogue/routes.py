@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from api.catalogue import service
 from api.catalogue.schemas import DatasetList, MethodList, MethodRead, SchemeList, SchemeRead
 from api.codes import EVERYWHERE, documented
-from api.dependencies import CurrentSettings, Reader
+from api.dependencies import Context, Reader
 from compression import catalogue
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=documented(EVERYWHERE))
@@ -26,6 +26,6 @@ def list_schemes(_: Reader) -> SchemeList:
 
 
 @router.get("/datasets", response_model=DatasetList)
-def list_datasets(caller: Reader, settings: CurrentSettings) -> DatasetList:
+def list_datasets(caller: Reader, context: Context) -> DatasetList:
     """The kinds of datasets that jobs may name here, those with a short name, and how much is taken."""
-    return service.datasets(settings, caller.limits.max_body_bytes)
+    return service.datasets(context.settings, caller.limits.max_body_bytes)

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import structlog
-from fastapi import APIRouter, BackgroundTasks, Body, Depends, Header, Query, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Response
 from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime, Field
-from sqlalchemy.orm import Session
 
 from api.codes import EVERYWHERE, SUBMISSION, documented
-from api.dependencies import (
-    Context,
-    CurrentS3Access,
-    CurrentSettings,
-    Reader,
-    ReadSession,
-    Submitter,
-    WriteSession,
-)
+from api.dependencies import AppContext, Context, Reader, Submitter
 from api.jobs import service
 from api.jobs.estimates import Estimate
 from api.jobs.following import Waiting, event_stream
@@ -40,12 +29,9 @@ from api.jobs.schemas import (
     JobRead,
     JobSubmit,
 )
-from api.jobs.submission import PlannedJob, plan_job
-from api.projects.prefixes import S3Access
+from api.jobs.service import Submitted
 from api.security import Principal, Scope
-from api.settings import Settings
 from api.wake import wake
-from api.webhooks.service import check_callback
 
 log = structlog.get_logger(__name__)
 
@@ -90,85 +76,55 @@ _STREAM = {
 _PLANNED: dict[int | str, dict[str, Any]] = {200: {"model": JobPlanned, "description": "With `dry_run`"}}
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    """What it takes to make a job of a request: sessions, settings, and the answer's header."""
-
-    caller: Principal
-    settings: Settings
-    access: S3Access
-    reading: Session
-    writing: Session
-    background: BackgroundTasks
-    response: Response
-    idempotency_key: str | None
-
-    def plan(self, body: JobSubmit) -> PlannedJob:
-        """What a job would be. Comes before the write session's first statement: no lock yet."""
-        check_callback(self.reading, self.caller.project_id, body.callback)
-        return plan_job(body, self.settings, self.access)
-
-    def accept(self, body: JobSubmit, *, clone_of: str | None = None) -> JobRead:
-        """Plan and store a job, or find the one that an earlier request with the same key made."""
-        job = service.find_repeated(self.reading, self.caller.project_id, self.idempotency_key, body)
-        if job is None:
-            job = service.create(
-                self.writing,
-                self.caller.project_id,
-                self.plan(body),
-                self.settings,
-                self.idempotency_key,
-                max_queued=self.caller.limits.max_queued,
-                clone_of=clone_of,
-            )
-            self.background.add_task(log.info, "job_accepted", job_id=job.id)
-            self.background.add_task(wake, job.device_class, broker_url=self.settings.broker_url)
-        self.response.headers["Location"] = f"/v1/jobs/{job.id}"
-        return JobRead.of(job)
-
-
-def _acceptance(
+@router.post("", status_code=202, response_model=JobRead, responses=documented(SUBMISSION, _MADE) | _PLANNED)
+async def submit_job(
+    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
     caller: Submitter,
-    settings: CurrentSettings,
-    access: CurrentS3Access,
-    reading: ReadSession,
-    writing: WriteSession,
+    context: Context,
     background: BackgroundTasks,
     response: Response,
     idempotency_key: IdempotencyKeyHeader = None,
-) -> Acceptance:
-    return Acceptance(caller, settings, access, reading, writing, background, response, idempotency_key)
-
-
-Accepting = Annotated[Acceptance, Depends(_acceptance, scope="function")]
-
-
-@router.post("", status_code=202, response_model=JobRead, responses=documented(SUBMISSION, _MADE) | _PLANNED)
-def submit_job(
-    body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
-    accepting: Accepting,
     dry_run: DryRun = False,
-) -> JobRead | JSONResponse:
+) -> JobRead | Response:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
     if dry_run:
-        return JSONResponse(service.preview(accepting.plan(body)).model_dump(mode="json"))
-    return accepting.accept(body)
+        return await context.submitting.run(_previewed, context, caller, body)
+    made = await context.submitting.run(
+        service.submit, context.database, context.settings, caller, body, idempotency_key
+    )
+    return _accepted(made, context, background, response)
+
+
+def _previewed(context: AppContext, caller: Principal, body: JobSubmit) -> Response:
+    planned = service.preview(context.database, context.settings, caller, body)
+    return Response(planned.model_dump_json(), media_type="application/json")
+
+
+def _accepted(
+    made: Submitted, context: AppContext, background: BackgroundTasks, response: Response
+) -> JobRead:
+    """Say where the job is, and let a worker look for it after the answer."""
+    if made.is_new:
+        background.add_task(log.info, "job_accepted", job_id=made.job.id)
+        background.add_task(wake, made.job.device_class, broker_url=context.settings.broker_url)
+    response.headers["Location"] = f"/v1/jobs/{made.job.id}"
+    return made.job
 
 
 @router.post("/estimate", response_model=Estimate, responses=documented(SUBMISSION))
-def estimate_job(
+async def estimate_job(
     body: Annotated[JobSubmit, Body(openapi_examples=SUBMIT_EXAMPLES)],
-    access: CurrentS3Access,
-    settings: CurrentSettings,
+    caller: Submitter,
+    context: Context,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return Estimate.model_validate(plan_job(body, settings, access).decided.document)
+    return await context.submitting.run(service.estimate, context.database, context.settings, caller, body)
 
 
 @router.get("", response_model=JobPage, responses=documented({422: ["bad_cursor"]}))
 def list_jobs(
     caller: Reader,
-    session: ReadSession,
+    context: Context,
     status: JobStatus | None = None,
     model: Annotated[str | None, Query(max_length=4096)] = None,
     scheme: Annotated[str | None, Query(max_length=120)] = None,
@@ -184,7 +140,8 @@ def list_jobs(
     """List jobs a page at a time, the newest first unless `sort` says otherwise."""
     labels = [(key, value) for key, _, value in (text.partition(":") for text in label)]
     wanted = JobFilter(status, model, scheme, method, labels, created_after, created_before, batch)
-    return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
+    with context.database.read() as session:
+        return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
 
 
 @router.get(
@@ -227,7 +184,6 @@ def get_job(
 def list_job_events(
     job_id: str,
     caller: Reader,
-    session: ReadSession,
     context: Context,
     since: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events after this seq.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -235,10 +191,13 @@ def list_job_events(
     last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
 ) -> EventPage | Response:
     """What happened to a job, in order: a page, or with `Accept: text/event-stream` all, as it happens."""
-    if EventSourceResponse.media_type not in accept:
-        return service.list_events(session, caller.project_id, job_id, since, limit)
-    since = since if last_event_id is None else last_event_id
-    page = service.list_events(session, caller.project_id, job_id, since, 1)
+    is_stream = EventSourceResponse.media_type in accept
+    if is_stream and last_event_id is not None:
+        since = last_event_id
+    with context.database.read() as session:
+        page = service.list_events(session, caller.project_id, job_id, since, 1 if is_stream else limit)
+    if not is_stream:
+        return page
     if last_event_id is not None and page.status in TERMINAL and not page.items:
         return Response(status_code=204)  # which tells a browser not to connect again
     return EventSourceResponse(
@@ -254,13 +213,14 @@ def list_job_events(
 def get_job_report(
     job_id: str,
     caller: Reader,
-    session: ReadSession,
+    context: Context,
     format: Annotated[
         Literal["json", "csv"], Query(description="csv: the modules alone, a line each.")
     ] = "json",
 ) -> Any:
     """The results: totals, evaluation, and a row for each module."""
-    report = service.get_report(session, caller.project_id, job_id)
+    with context.database.read() as session:
+        report = service.get_report(session, caller.project_id, job_id)
     if format == "json":
         return report
     headers = {"Content-Disposition": f'attachment; filename="{job_id}.csv"'}
@@ -273,9 +233,10 @@ def get_job_report(
     response_model=JobRead,
     responses=documented(_JOB, {409: ["not_cancellable"]}),
 )
-def cancel_job(job_id: str, caller: Submitter, session: WriteSession) -> JobRead:
+def cancel_job(job_id: str, caller: Submitter, context: Context) -> JobRead:
     """Cancel a job: at once if it waits, else as soon as its worker sees it. Cancelling twice is no error."""
-    return JobRead.of(service.cancel(session, caller.project_id, job_id))
+    with context.database.write() as session:
+        return JobRead.of(service.cancel(session, caller.project_id, job_id))
 
 
 @router.post(
@@ -287,30 +248,39 @@ def cancel_job(job_id: str, caller: Submitter, session: WriteSession) -> JobRead
 def retry_job(
     job_id: str,
     caller: Submitter,
-    settings: CurrentSettings,
-    session: WriteSession,
+    context: Context,
     background: BackgroundTasks,
 ) -> JobRead:
     """Queue a failed, cancelled or expired job again; it goes on after the last finished layer."""
-    job = service.retry(session, caller.project_id, job_id, max_queued=caller.limits.max_queued)
-    background.add_task(wake, job.device_class, broker_url=settings.broker_url)
-    return JobRead.of(job)
+    with context.database.write() as session:
+        job = JobRead.of(
+            service.retry(session, caller.project_id, job_id, max_queued=caller.limits.max_queued)
+        )
+    background.add_task(wake, job.device_class, broker_url=context.settings.broker_url)
+    return job
 
 
 @router.post(
     "/{job_id}/clone", status_code=202, response_model=JobRead, responses=documented(_JOB, SUBMISSION, _MADE)
 )
-def clone_job(
+async def clone_job(
     job_id: str,
     overrides: JobOverrides,
-    accepting: Accepting,
+    caller: Submitter,
+    context: Context,
+    background: BackgroundTasks,
+    response: Response,
+    idempotency_key: IdempotencyKeyHeader = None,
 ) -> JobRead:
     """Submit a job like another, with changes. It reads the same revision of a dataset from the Hub."""
-    body = service.cloned(accepting.reading, accepting.caller.project_id, job_id, overrides)
-    return accepting.accept(body, clone_of=job_id)
+    made = await context.submitting.run(
+        service.clone, context.database, context.settings, caller, job_id, overrides, idempotency_key
+    )
+    return _accepted(made, context, background, response)
 
 
 @router.delete("/{job_id}", status_code=204, responses=documented(_JOB, {409: ["not_deletable"]}))
-def delete_job(job_id: str, caller: Submitter, session: WriteSession) -> None:
+def delete_job(job_id: str, caller: Submitter, context: Context) -> None:
     """Delete a job that has ended, and its files. Cancel one that has not."""
-    service.delete(session, caller.project_id, job_id)
+    with context.database.write() as session:
+        service.delete(session, caller.project_id, job_id)

@@ -1,4 +1,6 @@
-"""What can be done with jobs over HTTP. Nothing here commits: the request's dependency does."""
+"""What can be done with jobs over HTTP. A function that takes a session works in the caller's transaction.
+`submit`, `clone`, `preview` and `estimate` open their own, because models are looked up in between, with none
+open."""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ from typing import Any
 from pydantic_core import to_json
 from sqlalchemy.orm import Session
 
-from api import database
+from api import database as clock
 from api.cursors import Position, next_cursor
+from api.database import Database
 from api.errors import Conflict, NotFound
 from api.ids import new_id
 from api.jobs import events, idempotency, quotas, repository, scheduling, twins
 from api.jobs.attempts import deadline
+from api.jobs.estimates import Estimate
 from api.jobs.idempotency import Repeatable
 from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
 from api.jobs.repository import JobFilter, JobOrder, Version
@@ -32,9 +36,12 @@ from api.jobs.schemas import (
     JobSubmit,
     Obstacle,
 )
-from api.jobs.submission import SHORT_FORM, PlannedJob
+from api.jobs.submission import SHORT_FORM, PlannedJob, plan_job
+from api.projects.service import s3_access
+from api.security import Principal
 from api.settings import Settings
 from api.tracing import current_traceparent
+from api.webhooks.service import check_callback
 from api.workers import repository as workers
 from compression.recipe import DatasetSpec
 
@@ -48,6 +55,87 @@ class Shown:
 
     etag: str
     body: bytes | None
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The job that a submission made. is_new: False where an earlier request with the same key made it."""
+
+    job: JobRead
+    is_new: bool
+
+
+def submit(
+    database: Database,
+    settings: Settings,
+    caller: Principal,
+    body: JobSubmit,
+    idempotency_key: str | None,
+    *,
+    clone_of: str | None = None,
+) -> Submitted:
+    """Plan and store a job, or find the one that an earlier request with the same Idempotency-Key made.
+
+    Raises:
+        Unprocessable: it cannot succeed; or `idempotency_key_reused`, for the same key with another body.
+        Unavailable: `hub_unreachable`, `s3_unreachable`.
+        TooManyRequests: `quota_queued`.
+    """
+    with database.read() as session:
+        earlier = find_repeated(session, caller.project_id, idempotency_key, body)
+    if earlier is not None:
+        return Submitted(JobRead.of(earlier), is_new=False)
+    planned = _plan(database, settings, caller.project_id, body)
+    with database.write() as session:
+        job = create(
+            session,
+            caller.project_id,
+            planned,
+            settings,
+            idempotency_key,
+            max_queued=caller.limits.max_queued,
+            clone_of=clone_of,
+        )
+        return Submitted(JobRead.of(job), is_new=True)
+
+
+def clone(
+    database: Database,
+    settings: Settings,
+    caller: Principal,
+    job_id: str,
+    overrides: JobOverrides,
+    idempotency_key: str | None,
+) -> Submitted:
+    """Submit a job like another of the project, with changes. Raises what `submit` raises, and:
+
+    Raises:
+        NotFound: `job_not_found`.
+    """
+    with database.read() as session:
+        body = cloned(session, caller.project_id, job_id, overrides)
+    return submit(database, settings, caller, body, idempotency_key, clone_of=job_id)
+
+
+def preview(database: Database, settings: Settings, caller: Principal, body: JobSubmit) -> JobPlanned:
+    """What a submission would become. Raises what `submit` raises of it."""
+    planned = _plan(database, settings, caller.project_id, body)
+    return JobPlanned(**outline(planned).model_dump(), plan=planned.decided.document)
+
+
+def estimate(database: Database, settings: Settings, caller: Principal, body: JobSubmit) -> Estimate:
+    """What a job would take. Raises what `submit` raises of its plan."""
+    with database.read() as session:
+        access = s3_access(session, caller.project_id, settings)
+    return Estimate.model_validate(plan_job(body, settings, access).decided.document)
+
+
+def _plan(database: Database, settings: Settings, project_id: str, body: JobSubmit) -> PlannedJob:
+    """Plan a submission; no transaction is open while its sources are looked up."""
+    with database.read() as session:
+        check_callback(session, project_id, body.callback)
+        access = s3_access(session, project_id, settings)
+    return plan_job(body, settings, access)
 
 
 def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
@@ -72,11 +160,6 @@ def outline(planned: PlannedJob) -> JobOutline:
     )
 
 
-def preview(planned: PlannedJob) -> JobPlanned:
-    """What a planned job would be."""
-    return JobPlanned(**outline(planned).model_dump(), plan=planned.decided.document)
-
-
 def create(
     session: Session,
     project_id: str,
@@ -92,7 +175,7 @@ def create(
     Raises:
         TooManyRequests: `quota_queued`.
     """
-    now = database.now(session)
+    now = clock.now(session)
     job = new_job(new_id("job", now), project_id, planned, settings, now)
     request = _repeatable(project_id, idempotency_key, planned.body)
     made = idempotency.keep(session, request, job.id, now)
@@ -254,7 +337,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 
 def stop(session: Session, jobs: Iterable[Job]) -> None:
     """Cancel jobs that can be cancelled and whose rows the caller holds."""
-    now = database.now(session)
+    now = clock.now(session)
     told = []
     for job in jobs:
         kinds = ["cancel_requested"]
@@ -281,7 +364,7 @@ def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | N
         message = f"The job is {job.status.value}."
         raise Conflict("not_retryable", message, "Only failed, cancelled and expired jobs can be retried.")
     quotas.require_room(session, project_id, max_queued)
-    now = database.now(session)
+    now = clock.now(session)
     job.status = JobStatus.QUEUED
     job.attempts_counted = 0
     job.available_at = now
@@ -321,7 +404,7 @@ def delete(session: Session, project_id: str, job_id: str) -> None:
     if job.status not in TERMINAL:
         message = f"The job is {job.status.value}."
         raise Conflict("not_deletable", message, "Cancel it, and delete it when it has ended.")
-    job.deleted_at = database.now(session)
+    job.deleted_at = clock.now(session)
     repository.forget_idempotency_keys(session, job_id)
     session.flush()
 

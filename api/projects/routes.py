@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api.codes import EVERYWHERE, WITH_BODY, documented
-from api.dependencies import Admin, Context, CurrentSettings, Reader, ReadSession, WriteSession
+from api.dependencies import Admin, Context, Reader
 from api.projects import repository, service
 from api.projects.schemas import KeyCreate, KeyCreated, KeyPage, ProjectRead
 
@@ -15,9 +15,11 @@ router = APIRouter(prefix="/v1", tags=["projects"], responses=documented(EVERYWH
 
 
 @router.get("/project", response_model=ProjectRead)
-def get_project(caller: Reader, session: ReadSession, settings: CurrentSettings) -> ProjectRead:
+def get_project(caller: Reader, context: Context) -> ProjectRead:
     """The project of the key that calls: its limits, and what of them is used."""
-    return service.describe(session, repository.get_project(session, caller.project_id), settings)
+    with context.database.read() as session:
+        project = repository.get_project(session, caller.project_id)
+        return service.describe(session, project, context.settings)
 
 
 @router.post(
@@ -26,20 +28,22 @@ def get_project(caller: Reader, session: ReadSession, settings: CurrentSettings)
     response_model=KeyCreated,
     responses=documented(WITH_BODY, {422: ["already_expired"]}),
 )
-def create_key(body: KeyCreate, caller: Admin, session: WriteSession, context: Context) -> KeyCreated:
+def create_key(body: KeyCreate, caller: Admin, context: Context) -> KeyCreated:
     """Make a key for the own project. It is shown in this answer only."""
-    return service.create_key(session, context.hasher, caller.project_id, body)
+    with context.database.write() as session:
+        return service.create_key(session, context.hasher, caller.project_id, body)
 
 
 @router.get("/keys", response_model=KeyPage, responses=documented({422: ["bad_cursor"]}))
 def list_keys(
     caller: Admin,
-    session: ReadSession,
+    context: Context,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> KeyPage:
     """List the project's keys a page at a time, the newest first. The keys themselves are kept nowhere."""
-    return service.list_keys(session, caller.project_id, cursor, limit)
+    with context.database.read() as session:
+        return service.list_keys(session, caller.project_id, cursor, limit)
 
 
 @router.delete(
@@ -47,6 +51,7 @@ def list_keys(
     status_code=204,
     responses=documented({404: ["key_not_found"], 409: ["last_admin_key"]}),
 )
-def revoke_key(key_id: str, caller: Admin, session: WriteSession) -> None:
+def revoke_key(key_id: str, caller: Admin, context: Context) -> None:
     """Revoke a key: from then on it is refused. The project's last key for `admin` cannot be revoked."""
-    service.revoke_own_key(session, caller.project_id, key_id)
+    with context.database.write() as session:
+        service.revoke_own_key(session, caller.project_id, key_id)

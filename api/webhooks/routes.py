@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from api.codes import EVERYWHERE, WITH_BODY, documented
-from api.dependencies import Admin, CurrentSettings, Reader, ReadSession, Submitter, WriteSession
+from api.dependencies import Admin, Context, Reader, Submitter
 from api.webhooks import service
 from api.webhooks.models import DeliveryStatus
 from api.webhooks.repository import DeliveryFilter
@@ -35,35 +35,38 @@ Limit = Annotated[int, Query(ge=1, le=100)]
     responses=documented(WITH_BODY, {422: ["webhook_url_not_allowed", "webhook_host_not_found"]}),
 )
 def create_webhook(
-    body: WebhookCreate, caller: Admin, settings: CurrentSettings, session: WriteSession, response: Response
+    body: WebhookCreate, caller: Admin, context: Context, response: Response
 ) -> WebhookCreated:
     """Make a webhook. The secret in the answer is shown this once.
 
     Needs the scope admin: a webhook tells of all the project's jobs, and outlives the key that made it.
     """
-    webhook = service.create(session, caller.project_id, body, settings.webhook_allowed_hosts)
+    service.check_url(body.url, context.settings.webhook_allowed_hosts)
+    with context.database.write() as session:
+        webhook = WebhookCreated.model_validate(service.create(session, caller.project_id, body))
     response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
-    return WebhookCreated.model_validate(webhook)
+    return webhook
 
 
 @router.get("", response_model=WebhookPage, responses=documented({422: ["bad_cursor"]}))
-def list_webhooks(
-    caller: Reader, session: ReadSession, cursor: Cursor = None, limit: Limit = 20
-) -> WebhookPage:
+def list_webhooks(caller: Reader, context: Context, cursor: Cursor = None, limit: Limit = 20) -> WebhookPage:
     """List webhooks a page at a time, the newest first."""
-    return service.list_webhooks(session, caller.project_id, cursor, limit)
+    with context.database.read() as session:
+        return service.list_webhooks(session, caller.project_id, cursor, limit)
 
 
 @router.get("/{webhook_id}", response_model=WebhookRead, responses=documented(_WEBHOOK))
-def get_webhook(webhook_id: str, caller: Reader, session: ReadSession) -> WebhookRead:
+def get_webhook(webhook_id: str, caller: Reader, context: Context) -> WebhookRead:
     """A webhook, without its secret."""
-    return WebhookRead.model_validate(service.get_webhook(session, caller.project_id, webhook_id))
+    with context.database.read() as session:
+        return WebhookRead.model_validate(service.get_webhook(session, caller.project_id, webhook_id))
 
 
 @router.delete("/{webhook_id}", status_code=204, responses=documented(_WEBHOOK))
-def delete_webhook(webhook_id: str, caller: Admin, session: WriteSession) -> None:
+def delete_webhook(webhook_id: str, caller: Admin, context: Context) -> None:
     """Delete a webhook and its log. What was still to be sent there is not sent."""
-    service.delete(session, caller.project_id, webhook_id)
+    with context.database.write() as session:
+        service.delete(session, caller.project_id, webhook_id)
 
 
 @router.post(
@@ -72,9 +75,10 @@ def delete_webhook(webhook_id: str, caller: Admin, session: WriteSession) -> Non
     response_model=DeliveryRead,
     responses=documented(_WEBHOOK, {409: ["webhook_disabled"]}),
 )
-def ping_webhook(webhook_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
+def ping_webhook(webhook_id: str, caller: Submitter, context: Context) -> DeliveryRead:
     """Send a message of the type ping, to see whether the receiver gets it."""
-    return DeliveryRead.model_validate(service.ping(session, caller.project_id, webhook_id))
+    with context.database.write() as session:
+        return DeliveryRead.model_validate(service.ping(session, caller.project_id, webhook_id))
 
 
 @router.get(
@@ -85,7 +89,7 @@ def ping_webhook(webhook_id: str, caller: Submitter, session: WriteSession) -> D
 def list_deliveries(
     webhook_id: str,
     caller: Reader,
-    session: ReadSession,
+    context: Context,
     status: DeliveryStatus | None = None,
     job_id: Annotated[str | None, Query(max_length=40)] = None,
     cursor: Cursor = None,
@@ -93,7 +97,8 @@ def list_deliveries(
 ) -> DeliveryPage:
     """What was sent to a webhook, and what is still to be sent, the newest first."""
     wanted = DeliveryFilter(status, job_id)
-    return service.list_deliveries(session, caller.project_id, webhook_id, wanted, cursor, limit)
+    with context.database.read() as session:
+        return service.list_deliveries(session, caller.project_id, webhook_id, wanted, cursor, limit)
 
 
 @router.post(
@@ -102,7 +107,8 @@ def list_deliveries(
     response_model=DeliveryRead,
     responses=documented(_WEBHOOK, {404: ["delivery_not_found"], 409: ["webhook_disabled"]}),
 )
-def redeliver(webhook_id: str, delivery_id: str, caller: Submitter, session: WriteSession) -> DeliveryRead:
+def redeliver(webhook_id: str, delivery_id: str, caller: Submitter, context: Context) -> DeliveryRead:
     """Send a message again, the same under the same id, and retry it as if it were new."""
-    delivery = service.redeliver(session, caller.project_id, webhook_id, delivery_id)
-    return DeliveryRead.model_validate(delivery)
+    with context.database.write() as session:
+        delivery = service.redeliver(session, caller.project_id, webhook_id, delivery_id)
+        return DeliveryRead.model_validate(delivery)

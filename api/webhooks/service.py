@@ -1,4 +1,4 @@
-"""What can be done with webhooks over HTTP. Nothing here commits: the request's dependency does."""
+"""What can be done with webhooks over HTTP, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ _PING = "ping"
 _MAKE_ANOTHER = "Make a new webhook when the receiver is back."
 
 
-def create(session: Session, project_id: str, body: WebhookCreate, allowed_hosts: Collection[str]) -> Webhook:
-    """Store a webhook with a fresh secret. The host is looked up before the session is used: no lock yet.
+def check_url(url: str, allowed_hosts: Collection[str]) -> None:
+    """Refuse an address that messages may not go to. Asks the resolver, so no transaction may be open.
 
     Raises:
         Unprocessable: `webhook_url_not_allowed`, `webhook_host_not_found`.
     """
-    resolve(body.url, allowed_hosts)
+    resolve(url, allowed_hosts)
+
+
+def create(session: Session, project_id: str, body: WebhookCreate) -> Webhook:
+    """Store a webhook, whose URL was checked, with a fresh secret."""
     webhook = Webhook(
         id=f"wh_{secrets.token_hex(10)}",
         project_id=project_id,
