@@ -14,11 +14,11 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
-from api.artifacts.store import Store, StoreUnavailable
 from api.errors import Unavailable
 from api.probes import Probe
 from api.schemas import all_required
 from api.settings import Settings
+from api.store.base import Store, StoreUnavailable
 
 CHECK_SECONDS = 2.0
 """What a check has. All run side by side, so it is also what an answer takes at most."""

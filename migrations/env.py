@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from alembic import context
 
-import api.batches.models
-import api.jobs.models
+import api.jobs.ledger.models
+import api.jobs.queue.workers
 import api.projects.models
 import api.webhooks.models
-import api.workers.models
 from api.database import Base, for_writing, make_engine
 
 # Importing these fills Base.metadata.

@@ -24,10 +24,13 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreError, artifact_folder, open_store
-from api.jobs import leases, twins
-from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
-from api.jobs.models import AttemptOutcome, Job, JobLayer
+from api.jobs.ledger.models import AttemptOutcome, Job, JobLayer
+from api.jobs.queue import deduplication as twins
+from api.jobs.queue import leases
+from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.store.base import Check, StoreError
+from api.store.factory import open_store
+from api.store.keys import artifact_folder
 from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from api.artifacts.schemas import ArtifactList, ArtifactRead, Manifest, ManifestFile
-from api.artifacts.store import ObjectNotFound, Store
 from api.database import Database
 from api.errors import NotFound
-from api.jobs.models import Job
+from api.jobs.ledger.models import Job
 from api.jobs.service import get_job
+from api.store.base import ObjectNotFound, Store
 
 
 @dataclass(frozen=True)

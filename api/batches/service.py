@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 
 from api import database as clock
 from api.batches import repository
-from api.batches.models import Batch
 from api.batches.schemas import (
     MAX_ITEMS,
     AcceptedItem,
@@ -30,15 +29,17 @@ from api.cursors import Position, next_cursor
 from api.database import Database
 from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
-from api.jobs import idempotency, quotas
 from api.jobs import service as jobs
-from api.jobs.idempotency import Repeatable
-from api.jobs.submission import PlannedJob, Planner
+from api.jobs import submitting
+from api.jobs.ledger.models import Batch
+from api.jobs.queue import quotas, workers
+from api.jobs.submission import idempotency
+from api.jobs.submission.idempotency import Repeatable
+from api.jobs.submission.planning import PlannedJob, Planner
+from api.projects.principal import Principal
 from api.projects.service import s3_access
-from api.security import Principal
 from api.settings import Settings
 from api.webhooks.service import check_callback
-from api.workers import repository as workers
 
 SUBMIT_ROUTE = "POST /v1/batches"
 
@@ -82,7 +83,7 @@ def preview(database: Database, settings: Settings, caller: Principal, body: Bat
     items = [
         RefusedItem(index=index, error=outcome)
         if isinstance(outcome, Refusal)
-        else PlannedItem(index=index, **jobs.outline(outcome).model_dump())
+        else PlannedItem(index=index, **submitting.outline(outcome).model_dump())
         for index, outcome in enumerate(outcomes)
     ]
     refused = sum(isinstance(item, RefusedItem) for item in items)
@@ -181,10 +182,10 @@ def _create(
     session.flush()  # before the jobs, which refer to it
     rows = []
     for job_id, (index, each) in zip(new_ids("job", now, len(planned)), planned, strict=True):
-        job = jobs.new_job(job_id, request.project_id, each, settings, now)
+        job = submitting.new_job(job_id, request.project_id, each, settings, now)
         job.batch_id, job.batch_index = batch_id, index
         rows.append((job, each))
-    jobs.add(session, rows, {"batch": batch_id})
+    submitting.add(session, rows, {"batch": batch_id})
     return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
 
 

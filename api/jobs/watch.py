@@ -19,7 +19,7 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 
 from api.database import AWAY, Database, reason
-from api.jobs import repository
+from api.jobs.ledger import repository
 
 POLL_SECONDS = 0.25
 

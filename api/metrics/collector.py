@@ -19,13 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api import database as clock
 from api.database import Database
-from api.jobs.models import ACTIVE, TERMINAL, AttemptOutcome, JobStatus
-from api.jobs.schemas import DeviceClass
+from api.jobs.ledger.models import ACTIVE, TERMINAL, AttemptOutcome, DeviceClass, JobStatus
+from api.jobs.queue import workers
 from api.metrics import repository
 from api.metrics.repository import Deliveries, Ended, Held
 from api.probes import Probe
 from api.webhooks.models import DeliveryStatus
-from api.workers import repository as workers
 
 SCRAPE_SECONDS = 5.0
 """How long a scrape waits for the database."""

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.jobs.schemas import JobRead
 from api.webhooks.models import DeliveryStatus, WebhookEvent
 
 _ENDINGS = [
@@ -91,23 +90,6 @@ class DeliveryPage(BaseModel):
 
     items: list[DeliveryRead]
     next_cursor: str | None
-
-
-class JobData(BaseModel):
-    """What a message is about."""
-
-    job: JobRead
-
-
-class JobMessage(BaseModel):
-    """The body that webhooks get. `type` is the event's, with a full stop: job.succeeded, attempt.started.
-
-    `data.job` is the job as it was after the event.
-    """
-
-    type: str
-    timestamp: datetime
-    data: JobData
 
 
 class PingData(BaseModel):

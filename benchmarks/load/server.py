@@ -13,8 +13,8 @@ from fastapi import Depends, Response
 from pydantic_core import to_json
 from sqlalchemy.orm import Session
 
-from api.dependencies import Context
-from api.jobs import repository
+from api.http.dependencies import Context
+from api.jobs.ledger import repository
 from api.main import create_app, settle
 from api.observability import configure_logging
 from api.settings import get_settings

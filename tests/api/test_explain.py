@@ -18,17 +18,19 @@ from api import database as clock
 from api.batches import repository as batches
 from api.cursors import Position
 from api.database import Database
-from api.jobs import digests, events, leases, quotas, repository, retention, twins
-from api.jobs.leases import Lease
-from api.jobs.models import ACTIVE, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder
+from api.jobs.ledger import events, repository
+from api.jobs.ledger.models import ACTIVE, Job, JobStatus
+from api.jobs.ledger.repository import JobFilter, JobOrder
+from api.jobs.queue import deduplication as twins
+from api.jobs.queue import leases, quotas, retention, workers
+from api.jobs.queue.leases import Lease
+from api.jobs.submission import digests
 from api.projects import repository as projects
 from api.projects.models import Project
 from api.webhooks import outbox
 from api.webhooks import repository as webhooks
 from api.webhooks.outbox import Answer, Message
 from api.webhooks.repository import DeliveryFilter
-from api.workers import repository as workers
 from tests.api.jobs.leasing import CPU, LEASE, layer, must_claim
 from tests.support.jobs import job_id, multiply, new_job, new_plan
 from tests.support.postgres import new_database

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import event
 
 from api.errors import Unprocessable
-from api.jobs.schemas import JobSubmit
-from api.jobs.submission import PlannedJob, Planner
+from api.jobs.submission.planning import PlannedJob, Planner
+from api.jobs.submission.request import JobSubmit
 from api.main import create_app
 from api.projects.prefixes import S3Access
 from tests.api.conftest import Server
