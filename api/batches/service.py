@@ -34,7 +34,7 @@ from api.jobs import submitting
 from api.jobs.ledger.models import Batch
 from api.jobs.queue import quotas, workers
 from api.jobs.submission import idempotency
-from api.jobs.submission.idempotency import Repeatable
+from api.jobs.submission.idempotency import IdempotentRequest
 from api.jobs.submission.planning import PlannedJob, Planner
 from api.projects.principal import Principal
 from api.projects.service import s3_access
@@ -66,9 +66,9 @@ def submit(
         Unavailable: `hub_unreachable`, `s3_unreachable`.
     """
     items = body.items()
-    request = _repeatable(caller.project_id, idempotency_key, body, items)
+    request = _idempotent_request(caller.project_id, idempotency_key, body, items)
     with database.read() as session:
-        earlier = _find_repeated(session, request)
+        earlier = _find_earlier(session, request)
     if earlier is not None:
         return SubmittedBatch(earlier, None)
     outcomes = _plan_items(database, settings, caller.project_id, items)
@@ -128,14 +128,16 @@ def _callback_refusal(session: Session, project_id: str, callback: str | None) -
     return None
 
 
-def _repeatable(project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]) -> Repeatable:
+def _idempotent_request(
+    project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]
+) -> IdempotentRequest:
     """The request; a sweep asks for the same as the jobs that it stands for."""
-    return Repeatable(
+    return IdempotentRequest(
         project_id, SUBMIT_ROUTE, key, {"name": body.name, "labels": body.labels, "items": items}
     )
 
 
-def _find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
+def _find_earlier(session: Session, request: IdempotentRequest) -> BatchDetail | None:
     """The batch that an earlier request with the same Idempotency-Key made, if there was one.
 
     Raises:
@@ -147,7 +149,7 @@ def _find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
 
 def _create(
     session: Session,
-    request: Repeatable,
+    request: IdempotentRequest,
     body: BatchSubmit,
     outcomes: Sequence[Outcome],
     settings: Settings,
@@ -205,10 +207,10 @@ def _wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: f
     """How many wake-ups each device class gets: one a job, as far as there are workers. A worker that is
     awake goes on until no job is left."""
     alive = len(workers.list_alive(session, lease_seconds))
-    wanted = Counter[str](
+    jobs_of_class = Counter[str](
         each.body.resources.device_class for each in outcomes if isinstance(each, PlannedJob)
     )
-    return {device_class: min(count, alive) for device_class, count in wanted.items()}
+    return {device_class: min(count, alive) for device_class, count in jobs_of_class.items()}
 
 
 def describe(session: Session, project_id: str, batch_id: str, after: int, limit: int) -> BatchDetail:

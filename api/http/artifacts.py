@@ -88,13 +88,13 @@ def download_artifact(
     if request.method == "GET" and (url := store.url(artifact.key, name, settings.download_url_seconds)):
         return RedirectResponse(url, headers={"Cache-Control": "no-store"})
     size = _size(store, artifact.key)
-    wanted = parse_range(range_header, size) if if_range in (None, etag) else None
-    part = wanted or ByteRange(0, size - 1, size)
-    if wanted is not None:
-        headers["Content-Range"] = wanted.content_range
+    asked_range = parse_range(range_header, size) if if_range in (None, etag) else None
+    part = asked_range or ByteRange(0, size - 1, size)
+    if asked_range is not None:
+        headers["Content-Range"] = asked_range.content_range
     headers["Content-Length"] = str(part.length)
     body = iter(()) if request.method == "HEAD" else _read(store, artifact.key, part)
-    status = 200 if wanted is None else 206
+    status = 200 if asked_range is None else 206
     return StreamingResponse(body, status, headers, media_type="application/octet-stream")
 
 

@@ -27,7 +27,7 @@ from api.jobs.watch import JobWatch
 from api.projects import repository as projects
 from api.projects.principal import Principal
 from api.projects.rates import Rates, admit
-from api.projects.service import identify
+from api.projects.service import authenticate
 from api.readiness import Readiness
 from api.security import KeyHasher, Scope
 from api.settings import Settings
@@ -90,9 +90,12 @@ Context = Annotated[AppContext, Depends(_context)]
 
 
 class Access:
-    """A request before it is known who makes it. A route that is asked often looks that up in the session
-    that it answers from, which saves it a thread and a connection; others ask for a `Reader` or the like.
-    It asks for nothing else either: FastAPI solves a dependency anew wherever it is asked for."""
+    """A request that is not authenticated yet.
+
+    A route that is called very often asks for this and calls `caller` in the session that it answers from,
+    which saves a thread and a connection. It takes the context from here too, since FastAPI solves every
+    dependency for itself. All other routes ask for a `Reader`, `Submitter` or `Admin`.
+    """
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class Access:
         self._caller: Principal | None = None
 
     def caller(self, session: Session, scope: Scope) -> Principal:
-        """Who calls, within the limits of its project; looked up and counted once.
+        """The caller, who must have that scope. The key is looked up, and the request counted, once.
 
         Raises:
             Unauthorized: `missing_key`, `wrong_key`.
@@ -115,14 +118,14 @@ class Access:
             TooManyRequests: `rate_limited`.
         """
         if self._caller is None:
-            self._caller = self._identify(session)
+            self._caller = self._authenticate(session)
         if not self._caller.may(scope):
             raise Forbidden("scope_missing", f"This API key lacks the scope {scope.value!r}.")
         return self._caller
 
-    def _identify(self, session: Session) -> Principal:
+    def _authenticate(self, session: Session) -> Principal:
         context = self.context
-        caller = identify(session, context.hasher, context.settings, self._key)
+        caller = authenticate(session, context.hasher, context.settings, self._key)
         self._limits.lower_body(caller.limits.max_body_bytes)
         if caller.limits.requests_per_minute is not None:
             self._limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
@@ -132,7 +135,7 @@ class Access:
 
 
 class _WithKey(SecurityBase):
-    """What FastAPI's HTTPBearer does and tells the document, in the dependency that needs it."""
+    """FastAPI's HTTPBearer, and its place in the document, in one dependency instead of two."""
 
     def __init__(self) -> None:
         self.model = HTTPBearer(description="An API key; the first is in <data>/credentials.json.")

@@ -133,9 +133,9 @@ def list_jobs(
 ) -> JobPage:
     """List jobs a page at a time, the newest first unless `sort` says otherwise."""
     labels = [(key, value) for key, _, value in (text.partition(":") for text in label)]
-    wanted = JobFilter(status, model, scheme, method, labels, created_after, created_before, batch)
+    filters = JobFilter(status, model, scheme, method, labels, created_after, created_before, batch)
     with context.database.read() as session:
-        return service.list_jobs(session, caller.project_id, wanted, sort, cursor, limit)
+        return service.list_jobs(session, caller.project_id, filters, sort, cursor, limit)
 
 
 @router.get(

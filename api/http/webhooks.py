@@ -96,9 +96,9 @@ def list_deliveries(
     limit: Limit = 20,
 ) -> DeliveryPage:
     """What was sent to a webhook, and what is still to be sent, the newest first."""
-    wanted = DeliveryFilter(status, job_id)
+    filters = DeliveryFilter(status, job_id)
     with context.database.read() as session:
-        return service.list_deliveries(session, caller.project_id, webhook_id, wanted, cursor, limit)
+        return service.list_deliveries(session, caller.project_id, webhook_id, filters, cursor, limit)
 
 
 @router.post(

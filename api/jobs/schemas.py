@@ -56,7 +56,7 @@ class JobProgress(JobRead):
     attempts: list[AttemptRead]
 
     @classmethod
-    def of_whole(cls, rows: Sequence[Columns], obstacle: Obstacle | None) -> Self:
+    def of_rows(cls, rows: Sequence[Columns], obstacle: Obstacle | None) -> Self:
         """From a row for each attempt, or one without."""
         made = rows if rows[0].attempts_made else ()
         names = {name: f"attempt_{name}" for name in AttemptRead.model_fields}

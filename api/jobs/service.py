@@ -25,9 +25,9 @@ from api.tracing import current_traceparent
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a job shows. etag: another one after every change. body: the JSON of a JobDetail, None for a
-    caller who has it."""
+class JobAnswer:
+    """The answer to GET of a job. etag: changes with every change of the job. body: the JSON of a JobDetail;
+    None where the caller has it already."""
 
     etag: str
     body: bytes | None
@@ -52,8 +52,9 @@ def show(
     known_etags: Collection[str],
     lease_seconds: float,
     max_running: int | None,
-) -> Shown:
-    """A job with its plan and attempts. What a caller knows is found out without reading all of it.
+) -> JobAnswer:
+    """A job with its plan and attempts. Whether the caller has it already is found out without reading the
+    plan.
 
     Raises:
         NotFound: `job_not_found`.
@@ -65,16 +66,16 @@ def show(
     if known_etags:
         version = repository.version(session, project_id, job_id)
         if version is not None and (etag := _etag(version, obstacle(version))) in known_etags:
-            return Shown(etag, None)
-    rows = repository.get_whole(session, project_id, job_id)
+            return JobAnswer(etag, None)
+    rows = repository.get_with_attempts(session, project_id, job_id)
     if not rows:
         raise _not_found(job_id)
     job = rows[0]
     version = Version(*(getattr(job, name) for name in Version._fields))
     seen = obstacle(version)
-    progress = to_json(JobProgress.of_whole(rows, seen)).removesuffix(b"}")
+    progress = to_json(JobProgress.of_rows(rows, seen)).removesuffix(b"}")
     plan = job.plan_text.encode()  # it may be large: not read to be written again
-    return Shown(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
+    return JobAnswer(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
 
 
 def _obstacle(
@@ -107,7 +108,7 @@ def _etag(version: Version, obstacle: Obstacle | None) -> str:
 def list_jobs(
     session: Session,
     project_id: str,
-    wanted: JobFilter,
+    filters: JobFilter,
     order: JobOrder,
     cursor: str | None,
     limit: int,
@@ -118,7 +119,7 @@ def list_jobs(
         Unprocessable: `bad_cursor`.
     """
     after = None if cursor is None else Position.of_cursor(cursor)
-    jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
+    jobs = repository.list_page(session, project_id, filters, order, after, limit + 1)
     return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor(jobs, limit))
 
 
@@ -163,7 +164,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 def stop(session: Session, jobs: Iterable[Job]) -> None:
     """Cancel jobs that can be cancelled and whose rows the caller holds."""
     now = clock.now(session)
-    told = []
+    stored = []
     for job in jobs:
         kinds = ["cancel_requested"]
         if job.status == JobStatus.QUEUED:
@@ -173,8 +174,8 @@ def stop(session: Session, jobs: Iterable[Job]) -> None:
             kinds.append("job_cancelled")
         else:
             job.status = JobStatus.CANCELLING
-        told += events.numbered(job, [(kind, {}) for kind in kinds], now)
-    events.store(session, told)
+        stored += events.numbered(job, [(kind, {}) for kind in kinds], now)
+    events.store(session, stored)
 
 
 def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | None) -> Job:

@@ -19,13 +19,12 @@ from api.jobs.estimates import Estimate
 from api.jobs.ledger import events, repository
 from api.jobs.ledger.models import Job, JobStatus
 from api.jobs.ledger.views import JobRead
-from api.jobs.queue import deduplication as twins
-from api.jobs.queue import quotas
+from api.jobs.queue import deduplication, quotas
 from api.jobs.queue.attempts import deadline
 from api.jobs.schemas import JobOutline, JobPlanned
 from api.jobs.service import get_job
 from api.jobs.submission import digests, idempotency
-from api.jobs.submission.idempotency import Repeatable
+from api.jobs.submission.idempotency import IdempotentRequest
 from api.jobs.submission.planning import SHORT_FORM, PlannedJob, plan_job
 from api.jobs.submission.request import JobOverrides, JobSubmit
 from api.projects.principal import Principal
@@ -63,7 +62,7 @@ def submit(
         TooManyRequests: `quota_queued`.
     """
     with database.read() as session:
-        earlier = find_repeated(session, caller.project_id, idempotency_key, body)
+        earlier = find_earlier(session, caller.project_id, idempotency_key, body)
     if earlier is not None:
         return Submitted(JobRead.of(earlier), is_new=False)
     planned = _plan(database, settings, caller.project_id, body)
@@ -101,14 +100,14 @@ def clone(
 def preview(database: Database, settings: Settings, caller: Principal, body: JobSubmit) -> JobPlanned:
     """What a submission would become. Raises what `submit` raises of it."""
     planned = _plan(database, settings, caller.project_id, body)
-    return JobPlanned(**outline(planned).model_dump(), plan=planned.decided.document)
+    return JobPlanned(**outline(planned).model_dump(), plan=planned.shared.document)
 
 
 def estimate(database: Database, settings: Settings, caller: Principal, body: JobSubmit) -> Estimate:
     """What a job would take. Raises what `submit` raises of its plan."""
     with database.read() as session:
         access = s3_access(session, caller.project_id, settings)
-    return Estimate.model_validate(plan_job(body, settings, access).decided.document)
+    return Estimate.model_validate(plan_job(body, settings, access).shared.document)
 
 
 def _plan(database: Database, settings: Settings, project_id: str, body: JobSubmit) -> PlannedJob:
@@ -119,19 +118,19 @@ def _plan(database: Database, settings: Settings, project_id: str, body: JobSubm
     return plan_job(body, settings, access)
 
 
-def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
+def find_earlier(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
     """The job that an earlier request with the same Idempotency-Key made, if there was one.
 
     Raises:
         Unprocessable: `idempotency_key_reused`, for the same key with another body.
     """
-    job_id = idempotency.find(session, _repeatable(project_id, key, body))
+    job_id = idempotency.find(session, _idempotent_request(project_id, key, body))
     return None if job_id is None else get_job(session, project_id, job_id)
 
 
 def outline(planned: PlannedJob) -> JobOutline:
     """What a planned job would be, in short."""
-    plan = planned.decided.plan
+    plan = planned.shared.plan
     return JobOutline(
         model=planned.body.model,
         scheme=plan.recipe.representation,
@@ -158,7 +157,7 @@ def create(
     """
     now = clock.now(session)
     job = new_job(new_id("job", now), project_id, planned, settings, now)
-    request = _repeatable(project_id, idempotency_key, planned.body)
+    request = _idempotent_request(project_id, idempotency_key, planned.body)
     made = idempotency.keep(session, request, job.id, now)
     if made != job.id:
         return get_job(session, project_id, made)
@@ -168,27 +167,27 @@ def create(
 
 
 def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dict[str, str]) -> None:
-    """Store new jobs of a project, each with its first events; what was made already is taken from there.
+    """Store new jobs of a project, each with its first events. Those whose work was done before end at once.
 
-    origin: what the first event says of where a job comes from.
+    origin: data for the first event: the batch or the job that it comes from.
     """
-    repository.keep_plans(session, {each.decided.sha256: each.decided.text for _, each in planned})
+    repository.keep_plans(session, {each.shared.sha256: each.shared.text for _, each in planned})
     digests.set_cache_keys(session, planned)
     jobs = [job for job, _ in planned]
-    reused = twins.attach_new(session, jobs)
-    told = []
+    finished = deduplication.attach_new(session, jobs)
+    first_events = []
     for job, each in planned:
         first = ("job_queued", {"device_class": job.device_class, **origin})
         warnings = [
             ("warning", {"code": warning.code, "message": warning.message})
-            for warning in each.decided.plan.warnings
+            for warning in each.shared.plan.warnings
         ]
-        told += events.numbered(job, [first, *warnings], job.created_at)
+        first_events += events.numbered(job, [first, *warnings], job.created_at)
     session.add_all(jobs)
     session.flush()  # before the events, which refer to them
-    events.store(session, told)
-    for job, twin in reused:
-        twins.reuse(session, job, twin)
+    events.store(session, first_events)
+    for job, original in finished:
+        deduplication.copy_result(session, job, original)
 
 
 def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrides) -> JobSubmit:
@@ -209,8 +208,8 @@ def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrid
 
 def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
     """The row of a planned job, which is for the caller to `add`."""
-    body, plan = planned.body, planned.decided.plan
-    memory = planned.decided.document["memory"]["exact"]
+    body, plan = planned.body, planned.shared.plan
+    memory = planned.shared.document["memory"]["exact"]
     return Job(
         id=job_id,
         project_id=project_id,
@@ -234,7 +233,7 @@ def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Setting
         callback=body.callback,
         output=body.output,
         max_attempts=settings.max_attempts,
-        plan_id=planned.decided.sha256,
+        plan_id=planned.shared.sha256,
         device_class=body.resources.device_class,
         required_host_bytes=memory["host_bytes"],
         required_gpu_bytes=memory["gpu_bytes"],
@@ -260,5 +259,5 @@ def _dataset_label(dataset: DatasetSpec | None) -> str | None:
     return dataset.path or dataset.hub or dataset.s3 or f"{len(dataset.texts or ())} inline texts"
 
 
-def _repeatable(project_id: str, key: str | None, body: JobSubmit) -> Repeatable:
-    return Repeatable(project_id, SUBMIT_ROUTE, key, body)
+def _idempotent_request(project_id: str, key: str | None, body: JobSubmit) -> IdempotentRequest:
+    return IdempotentRequest(project_id, SUBMIT_ROUTE, key, body)

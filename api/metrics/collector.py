@@ -1,7 +1,7 @@
 """What the database knows, asked when Prometheus asks: jobs, queues, attempts, workers and deliveries.
 
-Only labels with few values that the code knows: never a project, a model or a label of a job. A value of
-nothing is told as 0, so that alerts have something to look at.
+Only labels with few values that the code knows: never a project, a model or a label of a job. What there is
+none of is 0, so that alerts have a value to look at.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ServiceCollector:
     def __init__(self, database: Database, lease_seconds: float) -> None:
         self._database = database
         self._lease_seconds = lease_seconds
-        self._probe = Probe("metrics", self._look)
+        self._probe = Probe("metrics", self._read)
 
     def collect(self) -> Iterator[Metric]:
         """Only `bitmill_database_up`, 0, where the database does not answer in time."""
@@ -66,7 +66,7 @@ class ServiceCollector:
         yield _database_up(True)
         yield from _families(seen)
 
-    def _look(self) -> Seen:
+    def _read(self) -> Seen:
         with self._database.read() as session:
             now = clock.now(session)
             alive = workers.list_alive(session, self._lease_seconds)

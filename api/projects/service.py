@@ -1,5 +1,5 @@
-"""Projects and their keys: who a key belongs to, what may be done with keys, and the first key of an
-installation. Nothing here commits."""
+"""Projects and their keys: authentication, what may be done with keys, and the first key of an installation.
+Functions work in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ NOTED_FOR = timedelta(hours=1)
 log = structlog.get_logger(__name__)
 
 
-def identify(session: Session, hasher: KeyHasher, settings: Settings, key: str | None) -> Principal:
-    """Who calls with that key.
+def authenticate(session: Session, hasher: KeyHasher, settings: Settings, key: str | None) -> Principal:
+    """The caller with that key.
 
     Raises:
         Unauthorized: `missing_key`, or `wrong_key` for one that is mistyped, unknown, expired or revoked.

@@ -114,10 +114,10 @@ def _link_or_copy(source: Path, target: Path, check: Check) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_LINK:
             raise
-    with source.open("rb") as there, target.open("xb") as here:
-        while chunk := there.read(_CHUNK_BYTES):
+    with source.open("rb") as original, target.open("xb") as copy:
+        while chunk := original.read(_CHUNK_BYTES):
             check()
-            here.write(chunk)
+            copy.write(chunk)
 
 
 def _sync(path: Path) -> None:

@@ -58,7 +58,7 @@ class S3Store:
 
         self._bucket = bucket
         self._prefix = prefix
-        with _told(bucket):
+        with _store_errors(bucket):
             self._client = s3.client()
         config = TransferConfig(
             multipart_threshold=PART_BYTES,
@@ -71,27 +71,27 @@ class S3Store:
     def put(self, key: str, path: Path, check: Check = go_on) -> str:
         name = self._name(key)
         sha256 = sha256_of(path, check)
-        with _told(key):
+        with _store_errors(key):
             _wait(lambda end: self._transfers.upload(str(path), self._bucket, name, _CHECKED, [end]), check)
         return sha256
 
     def get(self, key: str, path: Path, check: Check = go_on) -> None:
         name = self._name(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with room_for(path), _told(key):
+        with room_for(path), _store_errors(key):
             _wait(lambda end: self._transfers.download(self._bucket, name, str(path), None, [end]), check)
 
     def link(self, src_key: str, dst_key: str, check: Check = go_on) -> None:
         source = {"Bucket": self._bucket, "Key": self._name(src_key)}
         name = self._name(dst_key)
-        with _told(src_key):
+        with _store_errors(src_key):
             _wait(lambda end: self._transfers.copy(source, self._bucket, name, _CHECKED, [end]), check)
 
     def open(self, key: str) -> BinaryIO:
         return io.BufferedReader(_Ranges(self.size(key), lambda *part: self._read(key, *part)), BLOCK_BYTES)
 
     def url(self, key: str, name: str, seconds: int) -> str:
-        with _told(key):
+        with _store_errors(key):
             address: str = self._client.generate_presigned_url(
                 "get_object",
                 Params={
@@ -104,7 +104,7 @@ class S3Store:
         return address
 
     def size(self, key: str) -> int:
-        with _told(key):
+        with _store_errors(key):
             size: int = self._client.head_object(**self._object(key))["ContentLength"]
         return size
 
@@ -117,7 +117,7 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[str]:
         pages = self._client.get_paginator("list_objects_v2")
-        with _told(prefix):
+        with _store_errors(prefix):
             found = [
                 entry["Key"].removeprefix(self._prefix)
                 for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._name(prefix)}/")
@@ -129,7 +129,7 @@ class S3Store:
         names = [{"Key": self._name(key)} for key in (prefix, *self.list(prefix))]
         for start in range(0, len(names), _DELETED_AT_ONCE):
             objects = {"Objects": names[start : start + _DELETED_AT_ONCE], "Quiet": True}
-            with _told(prefix):
+            with _store_errors(prefix):
                 answer = self._client.delete_objects(Bucket=self._bucket, Delete=objects)
             for error in answer.get("Errors", ()):
                 refused = StoreDenied if error["Code"] == "AccessDenied" else StoreUnreachable
@@ -137,7 +137,7 @@ class S3Store:
 
     def probe(self) -> None:
         try:
-            with _told(self._bucket):
+            with _store_errors(self._bucket):
                 self._prober.head_bucket(Bucket=self._bucket)
         except ObjectNotFound:
             raise StoreDenied(f"there is no bucket {self._bucket}") from None
@@ -153,7 +153,7 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._name(key)}
 
     def _read(self, key: str, first: int, length: int) -> bytes:
-        with _told(key):
+        with _store_errors(key):
             part = f"bytes={first}-{first + length - 1}"
             data: bytes = self._client.get_object(**self._object(key), Range=part)["Body"].read()
         return data
@@ -225,8 +225,9 @@ def _wait(start: Callable[[_End], Any], check: Check) -> None:
 
 
 @contextmanager
-def _told(key: str) -> Iterator[None]:
-    """What goes wrong, as errors of a store. A bucket that is not there is no object that is not there."""
+def _store_errors(key: str) -> Iterator[None]:
+    """Raise what goes wrong as errors of a store. A missing bucket is not a missing object: it is
+    StoreDenied."""
     from s3transfer.exceptions import RetriesExceededError
 
     try:

@@ -32,9 +32,10 @@ class DeliveryStatus(StrEnum):
 
 
 class Webhook(Base):
-    """Where a project wants to be told of its jobs.
+    """An address that gets messages about a project's jobs.
 
-    all_jobs: told of every job of the project; else of those that name it as their callback.
+    all_jobs: gets messages about every job of the project; else only about those that name it as their
+    callback.
     secret: signs its messages. Kept as it is, since signing needs it; it opens nothing on this server.
     disabled_at: from then on nothing is sent there.
     """

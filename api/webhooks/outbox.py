@@ -1,4 +1,4 @@
-"""Messages on their way: written with the change that they tell of, claimed by a sender, settled by answers.
+"""Messages to webhooks: written in the transaction of the change, claimed by a sender, settled by the answer.
 
     event of a job ─▶ announce ─▶ pending, due at once ─▶ claim ─▶ settle ─▶ delivered
                                         ▲                            ├─────▶ failed, after the last attempt
@@ -58,8 +58,8 @@ class Answer:
 def receivers(
     session: Session, event: str, project_id: ColumnElement[str], callbacks: Select[str | None]
 ) -> Sequence[Webhook]:
-    """The webhooks of a project that are told of this event: those that are told of all jobs, and those that
-    jobs name as their callback.
+    """The webhooks of a project that get messages of this event: those for all jobs, and those that jobs name
+    as their callback.
 
     project_id, callbacks: SQL, so that a job whose project has no webhook costs one query. The rows are kept
     from being deleted until the messages exist: a message without a webhook would undo the job's own change.
@@ -89,7 +89,8 @@ def announce(
     callback: str | None,
     body: str,
 ) -> None:
-    """Write a message about a job to each of these webhooks that is told of it. For the caller to flush."""
+    """Write a message about a job to each of these webhooks that is for all jobs, or is its callback. The
+    caller flushes."""
     session.add_all(
         _message(webhook, event, body, at, job_id)
         for webhook in webhooks

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.webhooks.models import DeliveryStatus, WebhookEvent
 
-_ENDINGS = [
+_FINAL_EVENTS = [
     WebhookEvent.JOB_SUCCEEDED,
     WebhookEvent.JOB_FAILED,
     WebhookEvent.JOB_CANCELLED,
@@ -29,7 +29,7 @@ class WebhookCreate(BaseModel):
         examples=["https://example.com/bitmill"],
     )
     events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=len(WebhookEvent))] = Field(
-        default=_ENDINGS, description="Which events of a job are told; by default the four that end it."
+        default=_FINAL_EVENTS, description="Which events of a job are told; by default the four that end it."
     )
     all_jobs: bool = Field(
         default=True,

@@ -91,7 +91,12 @@ def delete(session: Session, project_id: str, webhook_id: str) -> None:
 
 
 def list_deliveries(
-    session: Session, project_id: str, webhook_id: str, wanted: DeliveryFilter, cursor: str | None, limit: int
+    session: Session,
+    project_id: str,
+    webhook_id: str,
+    filters: DeliveryFilter,
+    cursor: str | None,
+    limit: int,
 ) -> DeliveryPage:
     """A page of the messages to a webhook.
 
@@ -101,7 +106,7 @@ def list_deliveries(
     """
     get_webhook(session, project_id, webhook_id)
     after = None if cursor is None else Position.of_cursor(cursor)
-    found = repository.deliveries(session, webhook_id, wanted, after, limit + 1)
+    found = repository.deliveries(session, webhook_id, filters, after, limit + 1)
     items = [DeliveryRead.model_validate(delivery) for delivery in found[:limit]]
     return DeliveryPage(items=items, next_cursor=next_cursor(found, limit))
 

@@ -21,8 +21,7 @@ from api.database import Database
 from api.jobs.ledger import events, repository
 from api.jobs.ledger.models import ACTIVE, Job, JobStatus
 from api.jobs.ledger.repository import JobFilter, JobOrder
-from api.jobs.queue import deduplication as twins
-from api.jobs.queue import leases, quotas, retention, workers
+from api.jobs.queue import deduplication, leases, quotas, retention, workers
 from api.jobs.queue.leases import Lease
 from api.jobs.submission import digests
 from api.projects import repository as projects
@@ -62,10 +61,10 @@ def settle(session: Session) -> None:
 QUERIES: dict[str, tuple[Query, str]] = {
     "a key": (lambda s: projects.find_key(s, job_id(5)), "uq_api_keys_digest"),
     "keys": (lambda s: projects.list_keys(s, "p", MIDDLE, 21), "ix_api_keys_project_id"),
-    "a job": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_jobs"),
+    "a job": (lambda s: repository.get_with_attempts(s, "p", job_id(5)), "pk_jobs"),
     "its version": (lambda s: repository.version(s, "p", job_id(5)), "pk_jobs"),
     "its row, held": (lambda s: repository.get_for_update(s, "p", job_id(5)), "pk_jobs"),
-    "its attempts": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_attempts"),
+    "its attempts": (lambda s: repository.get_with_attempts(s, "p", job_id(5)), "pk_attempts"),
     "its events": (lambda s: events.page(s, job_id(5), 1, 100), "pk_job_events"),
     "jobs that are watched": (
         lambda s: repository.event_seqs(s, [job_id(n) for n in range(1, 101)]),
@@ -125,10 +124,10 @@ QUERIES: dict[str, tuple[Query, str]] = {
         "ix_job_layers_at",
     ),
     "what was made of some work": (
-        lambda s: twins.attach_new(s, [Job(id="new", project_id="p", cache="use", cache_key="k")]),
+        lambda s: deduplication.attach_new(s, [Job(id="new", project_id="p", cache="use", cache_key="k")]),
         "ix_jobs_cache",
     ),
-    "those that wait for a job": (lambda s: twins.settle(s, job_id(5)), "ix_jobs_twin"),
+    "those that wait for a job": (lambda s: deduplication.finish_attached(s, job_id(5)), "ix_jobs_twin"),
     "digests of files": (lambda s: digests.known(s, ["a", "b"]), "pk_file_digests"),
     "digests of long ago": (lambda s: digests.forget_old(s, 10), "ix_file_digests_at"),
     "layers to be forgotten": (lambda s: retention.forget_layers(s, job_id(97)), "pk_job_layers"),

@@ -1,5 +1,5 @@
-"""A job's events. An event takes its seq from the job's row, so there are no gaps. Webhooks are told
-in the same transaction."""
+"""A job's events. An event takes its seq from the job's row, so there are no gaps. Messages to webhooks are
+written in the same transaction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def append(
 ) -> int | None:
     """Add an event and return its seq; None, and nothing is written, where the job's row fails `where`.
 
-    The job's row must be by now what the event made of it: that is what webhooks are told.
+    Change the job's row first: a message to a webhook shows the job as it is now.
     """
     seq = session.execute(
         update(Job)
@@ -40,31 +40,35 @@ def append(
         at = database.now(session)
         session.add(JobEvent(job_id=job_id, seq=seq, at=at, attempt=attempt, type=type, data=data))
         session.flush()
-        _tell_webhooks(session, [job_id], type, at)
+        _notify_webhooks(session, [job_id], type, at)
     return seq
 
 
-def numbered(job: Job, told: Iterable[tuple[str, dict[str, Any]]], at: datetime) -> list[JobEvent]:
-    """The next events of a job whose row the caller holds, or has yet to store; they are for it to `store`.
+def numbered(job: Job, events: Iterable[tuple[str, dict[str, Any]]], at: datetime) -> list[JobEvent]:
+    """The next events of a job whose row the caller holds, or has yet to store. They are not stored: see
+    `store`.
 
-    told: type and data of each. The row's own event_seq moves with them, so that many take no query each.
+    events: type and data of each. Counts event_seq on in the object, so that many events need no query each.
     """
     added = []
-    for type, data in told:
+    for type, data in events:
         job.event_seq += 1
         added.append(JobEvent(job_id=job.id, seq=job.event_seq, at=at, type=type, data=data))
     return added
 
 
-def store(session: Session, told: Sequence[JobEvent]) -> None:
-    """Add events that have their numbers, of jobs of one project that are stored, and tell webhooks."""
-    session.add_all(told)
+def store(session: Session, events: Sequence[JobEvent]) -> None:
+    """Store events that `numbered` made, of jobs of one project that are stored, and write the messages to
+    webhooks."""
+    session.add_all(events)
     session.flush()
-    for type in dict.fromkeys(event.type for event in told):
-        _tell_webhooks(session, [event.job_id for event in told if event.type == type], type, told[0].at)
+    for type in dict.fromkeys(event.type for event in events):
+        _notify_webhooks(
+            session, [event.job_id for event in events if event.type == type], type, events[0].at
+        )
 
 
-def _tell_webhooks(session: Session, job_ids: Sequence[str], type: str, at: datetime) -> None:
+def _notify_webhooks(session: Session, job_ids: Sequence[str], type: str, at: datetime) -> None:
     """Write messages about these jobs of one project to the webhooks that are told of this event."""
     project = select(Job.project_id).where(Job.id == job_ids[0]).scalar_subquery()
     jobs = Job.id.in_(job_ids)

@@ -29,7 +29,7 @@ class JobStatus(StrEnum):
 
 
 ACTIVE = (JobStatus.RUNNING, JobStatus.CANCELLING)
-"""A worker holds the job."""
+"""A worker holds the job's lease."""
 TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 CANCELLABLE = (JobStatus.QUEUED, JobStatus.RUNNING)
 RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
@@ -61,7 +61,7 @@ def _enum(kind: type[StrEnum]) -> Enum:
 
 
 def _where(condition: str) -> dict[str, Any]:
-    """An index on rows of which this is true alone."""
+    """A partial index: of the rows for which this is true."""
     return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
@@ -88,10 +88,10 @@ class Batch(Base):
 
 
 class StoredPlan(Base):
-    """What was decided of jobs (`Plan.to_dict`, without the seed). A row for all that were decided alike: a
-    plan of a large model is long, and a sweep has hundreds of jobs. It goes with the last of them.
+    """A plan (`Plan.to_dict`, without the seed). Jobs with equal plans share a row, because the plan of a
+    large model is long and a sweep has hundreds of jobs. The row is removed with the last of its jobs.
 
-    document: JSON, as text since nothing of it is asked for. id: its SHA-256.
+    document: JSON, stored as text because no query looks into it. id: the SHA-256 of the document.
     """
 
     __tablename__ = "plans"
@@ -101,26 +101,27 @@ class StoredPlan(Base):
 
 
 class Job(Base):
-    """One compression, as asked for and as far as it came.
+    """One compression: what was asked for, and how far it has come.
 
     model: as the caller wrote it; source: the folder or the commit it resolved to.
     recipe, dataset, calibration, evaluation: JSON of the classes in `compression.recipe`.
     quality_gate: {"max_perplexity_ratio": float}, held against the report by the worker.
-    plan_id: what submission found out.
+    plan_id: the plan that was made at submission.
     resolved_plan: the first line of the engine's journal, obeyed by later attempts.
     device_class: cpu, cuda or any; fixed by the first attempt.
     attempts_made: numbers the attempts. attempts_counted: what max_attempts limits; a retry resets it.
     queue_deadline: when a job that still waits expires.
     output: where its files are copied to, below <job>/<token>/; `s3://bucket` or a folder there.
-    callback: the webhook that is told of this job whichever it is told of otherwise; it may be gone by now.
+    callback: a webhook that gets this job's messages even if it does not get those of all jobs. It may have
+    been deleted since.
     manifest_key: where the published manifest is; readers trust this row, not the store's listing. Jobs that
     share a result share it.
     batch_id, batch_index: which item of which batch it was submitted as.
-    cache: whether it takes what another job made: use or bypass. cache_key: which work it is (identity.py);
-    null while that is not known. deduplicated_from: whose result it has, or, while it is queued, whose it
-    waits for.
+    cache: whether it may take another job's result: use or bypass. cache_key: equal for jobs that do the same
+    work (submission/cache_keys.py); null until all digests are known. deduplicated_from: the job whose result
+    it has or, while it is queued, waits for (queue/deduplication.py).
     traceparent: the span of the request that queued it last, where traces are made.
-    deleted_at: from then on nobody sees the job; its files go first, then its row (worker/reaper.py).
+    deleted_at: from then on nobody sees the job. Workers remove its files first, then its row.
     """
 
     __tablename__ = "jobs"
@@ -190,13 +191,13 @@ class Job(Base):
     # No column that changes while a job runs is in an index (event_seq, layers_done, lease_until), so that
     # events and renewed leases are HOT updates on PostgreSQL. Who holds a lease is found by status.
     __table_args__ = (
-        # All that metrics ask for of jobs that ended.
+        # Metrics on jobs that ended are answered from this index alone.
         Index("ix_jobs_ended", "status", "finished_at", "device_class"),
         Index("ix_jobs_cache", "project_id", "cache_key", **_where("cache_key IS NOT NULL")),
         Index("ix_jobs_twin", "status", "deduplicated_from", **_where("deduplicated_from IS NOT NULL")),
         Index("ix_jobs_manifest", "manifest_key", **_where("manifest_key IS NOT NULL")),
-        # The last four are all that the sweep and metrics ask for beside: a row is long, and they may lie
-        # behind a long report.
+        # The last four columns are there so that sweeps and metrics are answered from the index alone: a row
+        # is long, and on SQLite its last columns may lie behind a long report.
         Index(
             "ix_jobs_claim",
             "status",
@@ -212,8 +213,8 @@ class Job(Base):
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index("ix_jobs_list_status", "project_id", "status", "created_at", "id"),
         Index("ix_jobs_list_model", "project_id", "model", "created_at", "id"),
-        # Of PostgreSQL alone: SQLite looks through a project's jobs in the order of the list. Without
-        # fastupdate, which lets every query read through what was added lately.
+        # On PostgreSQL only: SQLite scans a project's jobs in the order of the list. fastupdate is off,
+        # because with it every query reads through the rows that were added lately.
         Index(
             "ix_jobs_labels",
             "labels",
@@ -221,7 +222,7 @@ class Job(Base):
             postgresql_ops={"labels": "jsonb_path_ops"},
             postgresql_with={"fastupdate": "off"},
         ),
-        # All that counts and pages of a batch ask for, as above.
+        # Counts and pages of a batch are answered from this index alone.
         Index("ix_jobs_batch", "batch_id", "batch_index", "status", "deleted_at", "id"),
         Index("ix_jobs_deleted_at", "deleted_at", **_where("deleted_at IS NOT NULL")),
         Index("ix_jobs_plan_id", "plan_id"),
@@ -298,7 +299,7 @@ class IdempotencyKey(Base):
 
 
 class FileDigest(Base):
-    """The sha256 of a file, remembered for as long as its stamp (identity.py) is the same."""
+    """The sha256 of a file, good for as long as the file's stamp (submission/cache_keys.py) is the same."""
 
     __tablename__ = "file_digests"
 

@@ -56,7 +56,7 @@ class JobFilter:
 
 
 class Version(NamedTuple):
-    """What changes with everything that a job shows, without the rest of its row; and what it needs."""
+    """The columns of a job that change whenever its answer does, and what it needs of a worker."""
 
     event_seq: int
     layers_done: int
@@ -69,7 +69,7 @@ class Version(NamedTuple):
 
 
 class LostStore(NamedTuple):
-    """Why the last attempt did without its store, and when the next one may begin."""
+    """Why the last attempt could not use its store, and when the next one may begin."""
 
     error_code: str | None
     error_message: str | None
@@ -101,8 +101,8 @@ def get(
 
 
 def keep_plans(session: Session, documents: Mapping[str, str]) -> None:
-    """Keep plans by their SHA-256, and let nobody remove those that are there before this transaction ends.
-    In the order of their names, so that two who keep the same ones wait for each other in a line."""
+    """Store plans by their SHA-256, and lock those that are stored already against removal until this
+    transaction ends. In sorted order, so that two transactions with the same plans cannot deadlock."""
     if not documents:
         return
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
@@ -116,7 +116,7 @@ def get_for_update(session: Session, project_id: str, job_id: str) -> Job | None
     return session.scalars(select(Job).where(*_is(project_id, job_id)).with_for_update()).one_or_none()
 
 
-def get_whole(session: Session, project_id: str, job_id: str) -> Sequence[Columns]:
+def get_with_attempts(session: Session, project_id: str, job_id: str) -> Sequence[Columns]:
     """A project's job to be shown, by one statement: a row for each attempt, in order, or one for none.
 
     Each has what is shown of the job, and of the attempt under `attempt_` and the column's name; the first
@@ -133,7 +133,7 @@ def version(session: Session, project_id: str, job_id: str) -> Version | None:
 
 
 def lost_store(session: Session, job_id: str) -> LostStore | None:
-    """What a job waits for whose last attempt ended for want of its store; None once it may be taken."""
+    """Why a job waits whose last attempt ended because of its store; None once it may be claimed again."""
     query = (
         select(Attempt.error_code, Attempt.error_message, Job.available_at)
         .join(Job, (Job.id == Attempt.job_id) & (Job.attempts_made == Attempt.number))
@@ -172,28 +172,28 @@ def event_seqs(session: Session, job_ids: Iterable[str]) -> dict[str, int]:
 def list_page(
     session: Session,
     project_id: str,
-    wanted: JobFilter,
+    filters: JobFilter,
     order: JobOrder,
     after: Position | None,
     limit: int,
 ) -> Sequence[Columns]:
-    """What is shown of at most `limit` jobs after a position."""
+    """The shown columns of at most `limit` jobs after a position."""
     query = select(*_SHOWN).where(_JOBS.project_id == project_id, _JOBS.deleted_at.is_(None))
     for column, value in (
-        (_JOBS.status, wanted.status),
-        (_JOBS.model, wanted.model),
-        (_JOBS.scheme, wanted.scheme),
-        (_JOBS.method, wanted.method),
-        (_JOBS.batch_id, wanted.batch),
+        (_JOBS.status, filters.status),
+        (_JOBS.model, filters.model),
+        (_JOBS.scheme, filters.scheme),
+        (_JOBS.method, filters.method),
+        (_JOBS.batch_id, filters.batch),
     ):
         if value is not None:
             query = query.where(column == value)
-    for key, value in wanted.labels:
+    for key, value in filters.labels:
         query = query.where(_has_label(session, key, value))
-    if wanted.created_after is not None:
-        query = query.where(_JOBS.created_at > wanted.created_after)
-    if wanted.created_before is not None:
-        query = query.where(_JOBS.created_at < wanted.created_before)
+    if filters.created_after is not None:
+        query = query.where(_JOBS.created_at > filters.created_after)
+    if filters.created_before is not None:
+        query = query.where(_JOBS.created_at < filters.created_before)
     place, keys = tuple_(_JOBS.created_at, _JOBS.id), (_JOBS.created_at, _JOBS.id)
     if order == JobOrder.NEWEST:
         query = query.order_by(*(key.desc() for key in keys))
@@ -207,12 +207,12 @@ def list_page(
 
 
 def _is(project_id: str, job_id: str) -> tuple[ColumnElement[bool], ...]:
-    """What the project's job of that id is found by."""
+    """The conditions that find a job of a project that is not deleted."""
     return Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
 
 
-# What is read to be shown is read as columns of tables: objects take several times as long. The queries of
-# the call that clients make most are put together once, since that takes longer than to answer them.
+# Jobs that are only shown are read as columns of tables: making objects takes several times as long. The
+# query of GET /v1/jobs/{job_id} is built once, because building it takes longer than running it.
 _JOBS, _PLANS, _OF_ATTEMPTS = Job.__table__.c, StoredPlan.__table__.c, Attempt.__table__.c
 _SHOWN = [column for column in _JOBS if column.name in SHOWN or column.name in Version._fields]
 _NUMBER = func.coalesce(_OF_ATTEMPTS.number, 1)
@@ -251,12 +251,12 @@ def find_idempotency_key(
 
 
 def forget_idempotency_keys(session: Session, resource_id: str) -> None:
-    """Let the keys that made a job make another."""
+    """Remove the keys that made a job, so that they can be used again."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.resource_id == resource_id))
 
 
 def forget_old_idempotency_keys(session: Session, limit: int) -> int:
-    """Remove at most so many keys that have run out. Returns how many."""
+    """Remove at most `limit` keys that have expired. Returns how many."""
     cutoff = database.now(session) - timedelta(hours=IDEMPOTENCY_HOURS)
     name = IdempotencyKey.project_id, IdempotencyKey.route, IdempotencyKey.key
     old = select(*name).where(IdempotencyKey.created_at < cutoff).limit(limit)
@@ -265,7 +265,7 @@ def forget_old_idempotency_keys(session: Session, limit: int) -> int:
 
 
 def add_idempotency_key(session: Session, row: IdempotencyKey) -> None:
-    """Keep a key; one of the same name that has run out makes room."""
+    """Store a key, in place of one of the same name that has expired."""
     session.execute(
         delete(IdempotencyKey).where(
             IdempotencyKey.project_id == row.project_id,

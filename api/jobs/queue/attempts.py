@@ -1,4 +1,5 @@
-"""How an attempt ends, and what becomes of its job. Shared by the worker that holds it and by the reaper."""
+"""How an attempt ends, and what becomes of its job: retried with backoff, or ended. Used by the worker that
+holds the lease and by the reaper."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from api import database
 from api.jobs.ledger import events
 from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobStatus
 
-_RETRY_DELAY_SECONDS = 2.0
-_RETRY_DELAY_MAX_SECONDS = 60.0
-_STORE_PAUSE_SECONDS = 60.0
-_STORE_PAUSE_MAX_SECONDS = 900.0
+_BACKOFF_SECONDS = 2.0
+_BACKOFF_MAX_SECONDS = 60.0
+_STORE_BACKOFF_SECONDS = 60.0
+_STORE_BACKOFF_MAX_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class AttemptFacts:
     peak_gpu_bytes: int | None = None
 
 
-NOTHING_SEEN = AttemptFacts()
+NO_FACTS = AttemptFacts()
 
 
 def end_attempt(
@@ -38,9 +39,9 @@ def end_attempt(
     outcome: AttemptOutcome,
     code: str | None = None,
     message: str | None = None,
-    facts: AttemptFacts = NOTHING_SEEN,
+    facts: AttemptFacts = NO_FACTS,
 ) -> None:
-    """Close an attempt's row and tell `attempt_ended`. The caller holds the job's row."""
+    """Close an attempt's row and store the event `attempt_ended`. The caller holds the job's row."""
     attempt = session.get_one(Attempt, (job_id, number))
     attempt.ended_at = database.now(session)
     attempt.seconds = (attempt.ended_at - attempt.started_at).total_seconds()
@@ -56,56 +57,59 @@ def end_attempt(
     events.append(session, job_id, "attempt_ended", data, attempt=number)
 
 
-def give_back(
+def end_uncounted(
     session: Session,
     job_id: str,
     number: int,
     outcome: AttemptOutcome,
-    facts: AttemptFacts = NOTHING_SEEN,
+    facts: AttemptFacts = NO_FACTS,
     *,
     why: tuple[str, str] | None = None,
     delay_seconds: float = 0,
 ) -> JobStatus:
-    """End an attempt without counting it: the job waits again, or is cancelled where that was asked for.
+    """End an attempt that does not count toward max_attempts: the job is queued again, or cancelled where
+    that was asked for.
 
     why: code and message of the attempt. The caller holds the job's row.
     """
     code, message = why or (None, None)
     end_attempt(session, job_id, number, outcome, code, message, facts)
-    job = let_go(session, job_id)
+    job = release_lease(session, job_id)
     if job.status == JobStatus.CANCELLING:
         return _end(session, job, JobStatus.CANCELLED)
     return _requeue(session, job, delay_seconds)
 
 
-def count_failure(
+def end_counted(
     session: Session,
     job_id: str,
     number: int,
     outcome: AttemptOutcome,
     code: str,
     message: str,
-    facts: AttemptFacts = NOTHING_SEEN,
+    facts: AttemptFacts = NO_FACTS,
     *,
     retryable: bool,
 ) -> JobStatus:
-    """End a failed attempt, counting it: the job waits again while attempts are left, else it has failed.
+    """End a failed attempt that counts toward max_attempts: the job is queued again while attempts are left,
+    else it has failed.
 
     A job that is being cancelled ends cancelled. The caller holds the job's row.
     """
     end_attempt(session, job_id, number, outcome, code, message, facts)
-    job = let_go(session, job_id)
+    job = release_lease(session, job_id)
     job.attempts_counted += 1
     if job.status == JobStatus.CANCELLING:
         return _end(session, job, JobStatus.CANCELLED)
     if retryable and job.attempts_counted < job.max_attempts:
-        return _requeue(session, job, retry_delay(job.attempts_counted))
+        return _requeue(session, job, retry_backoff(job.attempts_counted))
     job.error_code, job.error_message = code, message
     return _end(session, job, JobStatus.FAILED, {"code": code, "message": message})
 
 
-def let_go(session: Session, job_id: str) -> Job:
-    """Take a job from its worker. The token rises: who still holds the old lease is fenced out."""
+def release_lease(session: Session, job_id: str) -> Job:
+    """End a job's lease. The fencing token rises, so a worker that still has the old one can no longer
+    write."""
     job = session.get_one(Job, job_id, populate_existing=True)
     job.lease_owner = None
     job.lease_until = None
@@ -135,8 +139,8 @@ def deadline(start: datetime, max_queue_seconds: int | None) -> datetime | None:
     return None if max_queue_seconds is None else start + timedelta(seconds=max_queue_seconds)
 
 
-def stores_lost(session: Session, job_id: str) -> int:
-    """How many attempts in a row ended for want of their store, up to the last one that ended."""
+def store_losses_in_a_row(session: Session, job_id: str) -> int:
+    """How many attempts in a row ended because of the store, up to the last one that ended."""
     of_job = Attempt.job_id == job_id
     otherwise = select(func.max(Attempt.number)).where(of_job, Attempt.outcome != AttemptOutcome.STORE_LOST)
     lost = select(func.count()).where(
@@ -147,12 +151,12 @@ def stores_lost(session: Session, job_id: str) -> int:
     return session.execute(lost).scalar_one()
 
 
-def store_pause(lost: int) -> float:
-    """Seconds before a job is taken again whose store was away or refused, doubling while that lasts. lost:
+def store_backoff(lost: int) -> float:
+    """Seconds before a job may be claimed again whose store was away or refused, doubling each time. lost:
     how many attempts in a row ended so before."""
-    return min(_STORE_PAUSE_MAX_SECONDS, _STORE_PAUSE_SECONDS * 2.0**lost)
+    return min(_STORE_BACKOFF_MAX_SECONDS, _STORE_BACKOFF_SECONDS * 2.0**lost)
 
 
-def retry_delay(counted: int) -> float:
+def retry_backoff(counted: int) -> float:
     """Seconds before the next attempt, doubling with each counted one."""
-    return min(_RETRY_DELAY_MAX_SECONDS, _RETRY_DELAY_SECONDS * 2.0 ** (counted - 1))
+    return min(_BACKOFF_MAX_SECONDS, _BACKOFF_SECONDS * 2.0 ** (counted - 1))

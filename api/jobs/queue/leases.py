@@ -1,4 +1,4 @@
-"""The worker's side of a job: claim it, hold it, tell its progress, end it.
+"""The worker's side of a job: claim it, renew its lease, report progress, end it.
 
 A claim gives a lease with a fencing token. Every write repeats the token, so a worker that lost its lease
 (slow, partitioned, taken for dead) cannot touch a job that another one has since claimed: it gets LeaseLost
@@ -18,16 +18,15 @@ from sqlalchemy.orm import Session, undefer_group
 from api import database
 from api.jobs.ledger import events
 from api.jobs.ledger.models import ACTIVE, Attempt, AttemptOutcome, Job, JobLayer, JobStatus
-from api.jobs.queue import deduplication as twins
-from api.jobs.queue import quotas
+from api.jobs.queue import deduplication, quotas
 from api.jobs.queue.attempts import (
-    NOTHING_SEEN,
+    NO_FACTS,
     AttemptFacts,
-    count_failure,
     end_attempt,
-    give_back,
-    store_pause,
-    stores_lost,
+    end_counted,
+    end_uncounted,
+    store_backoff,
+    store_losses_in_a_row,
 )
 from api.jobs.queue.reaper import REAPED_AT_ONCE, expire, is_over, reap, release_all, release_held
 from api.jobs.queue.workers import WorkerIdentity, heartbeat
@@ -199,12 +198,13 @@ def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
 
 
 def save_cache_key(session: Session, lease: Lease, key: str | None) -> None:
-    """Say which work the job turned out to be; those that wait for what it was before go their own way."""
+    """Save the cache key that the worker found. If it is another one than at submission, duplicates are
+    detached."""
     _fenced_update(session, lease)
     known = session.execute(select(Job.cache_key).where(Job.id == lease.job_id)).scalar_one()
     if known != key:
         _fenced_update(session, lease, cache_key=key)
-        twins.detach(session, lease.job_id)
+        deduplication.detach_all(session, lease.job_id)
 
 
 def pin_dataset(session: Session, lease: Lease, dataset: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ def record_layer(session: Session, lease: Lease, layer_event_data: dict[str, Any
     """Finish a layer: its row and its `layer_solved` event, together.
 
     layer_event_data: the data of `compression.events.LayerSolved`. store_key: where its shard now is. A layer
-    solved again, since its shard was lost from the store, replaces its row; its event was told already.
+    solved again, since its shard was lost from the store, replaces its row; its event was stored before.
     """
     _fenced_update(session, lease)
     work_key, fingerprint = session.execute(
@@ -245,8 +245,8 @@ def record_layer(session: Session, lease: Lease, layer_event_data: dict[str, Any
     if known is None:
         session.add(row)
         _fenced_update(session, lease, layers_done=Job.layers_done + 1)
-        told = {name: layer_event_data[name] for name in _LAYER_EVENT_FIELDS}
-        append_event(session, lease, "layer_solved", told)
+        data = {name: layer_event_data[name] for name in _LAYER_EVENT_FIELDS}
+        append_event(session, lease, "layer_solved", data)
     session.flush()
 
 
@@ -266,10 +266,10 @@ def succeed(
     lease: Lease,
     report: dict[str, Any],
     manifest_key: str,
-    facts: AttemptFacts = NOTHING_SEEN,
+    facts: AttemptFacts = NO_FACTS,
 ) -> None:
-    """End the job with its published artifacts, and those that wait for it. Once more changes nothing: an
-    answer may have been lost.
+    """End the job with its published artifacts, and its duplicates. A second call changes nothing: the answer
+    to the first may have been lost.
 
     Raises:
         CancelWon: a cancel came first.
@@ -282,9 +282,9 @@ def succeed(
     if status != JobStatus.RUNNING:
         raise CancelWon(lease)
     end_attempt(session, lease.job_id, lease.attempt, AttemptOutcome.SUCCEEDED, facts=facts)
-    told = {"totals": report.get("totals")}
-    _finish(session, lease, JobStatus.SUCCEEDED, told, report=report, manifest_key=manifest_key)
-    twins.settle(session, lease.job_id)
+    data = {"totals": report.get("totals")}
+    _finish(session, lease, JobStatus.SUCCEEDED, data, report=report, manifest_key=manifest_key)
+    deduplication.finish_attached(session, lease.job_id)
 
 
 def fail(
@@ -296,7 +296,7 @@ def fail(
     *,
     retryable: bool,
     report: dict[str, Any] | None = None,
-    facts: AttemptFacts = NOTHING_SEEN,
+    facts: AttemptFacts = NO_FACTS,
 ) -> JobStatus:
     """End the attempt, counted: the job waits again if `retryable` and attempts are left, else it has failed.
 
@@ -304,7 +304,7 @@ def fail(
     gate). Returns the job's new status.
     """
     _fenced_update(session, lease)
-    status = count_failure(
+    status = end_counted(
         session, lease.job_id, lease.attempt, outcome, code, message, facts, retryable=retryable
     )
     if status == JobStatus.FAILED and report is not None:
@@ -317,35 +317,35 @@ def fail(
     return status
 
 
-def mark_cancelled(session: Session, lease: Lease, facts: AttemptFacts = NOTHING_SEEN) -> None:
+def mark_cancelled(session: Session, lease: Lease, facts: AttemptFacts = NO_FACTS) -> None:
     """End a job that is being cancelled, after its engine has stopped. Finished layers stay for a retry."""
     _fenced_update(session, lease, (JobStatus.CANCELLING,))
     end_attempt(session, lease.job_id, lease.attempt, AttemptOutcome.CANCELLED, facts=facts)
     _finish(session, lease, JobStatus.CANCELLED, {})
 
 
-def release(session: Session, lease: Lease, facts: AttemptFacts = NOTHING_SEEN) -> JobStatus:
+def release(session: Session, lease: Lease, facts: AttemptFacts = NO_FACTS) -> JobStatus:
     """Give the job back, not counted: this worker shuts down. Returns queued or cancelled."""
     _fenced_update(session, lease)
-    return give_back(session, lease.job_id, lease.attempt, AttemptOutcome.PREEMPTED, facts)
+    return end_uncounted(session, lease.job_id, lease.attempt, AttemptOutcome.PREEMPTED, facts)
 
 
 def lose_store(
-    session: Session, lease: Lease, code: str, message: str, facts: AttemptFacts = NOTHING_SEEN
+    session: Session, lease: Lease, code: str, message: str, facts: AttemptFacts = NO_FACTS
 ) -> JobStatus:
     """Give the job back, not counted: the store is away or refuses. Returns queued or cancelled.
 
-    Every worker would meet the same, so none takes it for a while, and longer each time in a row.
+    Every worker would meet the same, so the job is not claimed for a while, longer each time in a row.
     """
     _fenced_update(session, lease)
-    return give_back(
+    return end_uncounted(
         session,
         lease.job_id,
         lease.attempt,
         AttemptOutcome.STORE_LOST,
         facts,
         why=(code, message),
-        delay_seconds=store_pause(stores_lost(session, lease.job_id)),
+        delay_seconds=store_backoff(store_losses_in_a_row(session, lease.job_id)),
     )
 
 
@@ -384,8 +384,8 @@ def _fenced_update(
     return status
 
 
-def _finish(session: Session, lease: Lease, status: JobStatus, told: dict[str, Any], **values: Any) -> None:
-    """End the job, then tell it: who hears of the end sees an ended job. The update holds the row."""
+def _finish(session: Session, lease: Lease, status: JobStatus, data: dict[str, Any], **values: Any) -> None:
+    """End the job, then store the event, so that its message shows a job that has ended."""
     _fenced_update(
         session,
         lease,
@@ -398,4 +398,4 @@ def _finish(session: Session, lease: Lease, status: JobStatus, told: dict[str, A
         error_message=None,
         **values,
     )
-    events.append(session, lease.job_id, f"job_{status.value}", told, attempt=lease.attempt)
+    events.append(session, lease.job_id, f"job_{status.value}", data, attempt=lease.attempt)

@@ -1,8 +1,8 @@
-"""What a project's limits leave: places in the queue, and jobs that may run beside those that do.
+"""Quotas: how many more jobs a project may queue, and whether it may run one more.
 
-On PostgreSQL the project's row is held while its jobs are counted and until the transaction ends, so that two
-that ask at once are not given the same place; on SQLite a transaction that writes is alone. A row is held
-against others that hold it, not against new jobs that refer to it.
+On PostgreSQL the project's row is locked while its jobs are counted and until the transaction ends, so that
+two transactions do not take the same place. On SQLite there is one writer at a time. The lock keeps out
+others of its kind, not new jobs that refer to the project.
 """
 
 from __future__ import annotations

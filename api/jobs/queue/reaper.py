@@ -1,4 +1,5 @@
-"""What happens to jobs that nobody looks after: leases that ran out, waits that were too long."""
+"""Jobs whose time has run out: leases that were not renewed, waits longer than max_queue_seconds, and
+duplicates whose original is gone. Every worker calls these functions now and then (worker/)."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ from sqlalchemy.orm import Session
 from api import database
 from api.jobs.ledger import events
 from api.jobs.ledger.models import ACTIVE, AttemptOutcome, Job, JobStatus
-from api.jobs.queue import deduplication as twins
-from api.jobs.queue.attempts import count_failure, give_back
+from api.jobs.queue import deduplication
+from api.jobs.queue.attempts import end_counted, end_uncounted
 
 REAPED_AT_ONCE = 50
-"""Jobs that one transaction ends, so that on SQLite others get to write."""
+"""How many jobs one transaction ends at most, so that on SQLite others get to write."""
 
 
 def is_over(session: Session) -> bool:
-    """Whether anything ran out. Only reads, so it holds up nobody on SQLite."""
+    """Whether any time has run out. Only reads, so on SQLite it keeps nobody from writing."""
     now = database.now(session)
-    conditions = (_lost(now), _overdue(now), twins.left_alone())
+    conditions = (_lost(now), _overdue(now), deduplication.is_stranded())
     found = (exists(select(Job.id).where(*which)) for which in conditions)
     return bool(session.scalar(select(or_(*found))))
 
@@ -35,7 +36,7 @@ def reap(session: Session) -> int:
     lost = _lock(session, *_lost(database.now(session)), limit=REAPED_AT_ONCE)
     message = "The worker stopped renewing its lease: it crashed, or lost the database."
     for job in lost:
-        count_failure(
+        end_counted(
             session,
             job.id,
             job.attempts_made,
@@ -48,10 +49,10 @@ def reap(session: Session) -> int:
 
 
 def expire(session: Session) -> int:
-    """End waits longer than max_queue_seconds, and waits for a twin that is no longer in flight, as
-    harmlessly. Returns how many jobs changed, at most REAPED_AT_ONCE."""
+    """End waits longer than max_queue_seconds, and see to duplicates whose original is no longer in flight.
+    As harmless as `reap`. Returns how many jobs changed, at most REAPED_AT_ONCE."""
     expired = _expire(session, REAPED_AT_ONCE)
-    return expired + twins.settle_rest(session, REAPED_AT_ONCE - expired)
+    return expired + deduplication.resolve_stranded(session, REAPED_AT_ONCE - expired)
 
 
 def _expire(session: Session, limit: int) -> int:
@@ -74,7 +75,7 @@ def _lost(now: datetime) -> tuple[ColumnElement[bool], ...]:
 
 
 def _overdue(now: datetime) -> tuple[ColumnElement[bool], ...]:
-    return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, twins.waits_for_worker()
+    return Job.status == JobStatus.QUEUED, Job.queue_deadline <= now, deduplication.waits_for_worker()
 
 
 def release_all(session: Session) -> int:
@@ -83,15 +84,15 @@ def release_all(session: Session) -> int:
 
 
 def release_held(session: Session, worker_id: str) -> int:
-    """Give back what a worker holds that runs nothing, not counted: what it claimed when the database's
-    answer was lost, and what it could not end."""
+    """Give back, not counted, the jobs of a worker that runs none: what it claimed when the database's answer
+    was lost, and what it could not end."""
     return _release(session, Job.lease_owner == worker_id)
 
 
 def _release(session: Session, *conditions: ColumnElement[bool]) -> int:
     held = _lock(session, Job.status.in_(ACTIVE), *conditions)
     for job in held:
-        give_back(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
+        end_uncounted(session, job.id, job.attempts_made, AttemptOutcome.PREEMPTED)
     return len(held)
 
 

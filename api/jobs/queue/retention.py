@@ -1,4 +1,4 @@
-"""What nobody will ask for again: finished layers, and jobs that were deleted."""
+"""What is removed after a time: finished layers of jobs that ended long ago, and rows of deleted jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.jobs.ledger.models import RETRYABLE, TERMINAL, Job, JobLayer, StoredPlan
-from api.jobs.queue import deduplication as twins
+from api.jobs.queue import deduplication
 
 
 class Ended(NamedTuple):
@@ -42,13 +42,16 @@ def forget_layers(session: Session, job_id: str) -> None:
 
 def deleted(session: Session, limit: int) -> Sequence[str]:
     """Ids of jobs that were deleted and still have a row; not of those whose files others have as well."""
-    query = select(Job.id).where(Job.deleted_at.is_not(None), ~twins.shares_files())
+    query = select(Job.id).where(Job.deleted_at.is_not(None), ~deduplication.shares_files())
     return session.scalars(query.order_by(Job.deleted_at).limit(limit)).all()
 
 
 def remove(session: Session, job_id: str) -> None:
     """Remove a deleted job's row, with its attempts, events and layers, and its plan if no other job has it.
-    Who keeps that plan for a new job meanwhile holds its row: it is looked for jobs after that."""
+
+    A transaction that stores a new job with the same plan has locked the plan's row: this one waits for it,
+    and only then looks for jobs with that plan.
+    """
     removed = delete(Job).where(Job.id == job_id, Job.deleted_at.is_not(None)).returning(Job.plan_id)
     plan_id = session.execute(removed).scalar_one_or_none()
     if plan_id is None:

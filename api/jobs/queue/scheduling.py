@@ -25,8 +25,8 @@ class Obstacle(BaseModel):
 
 
 def obstacle(job: Version, alive: Sequence[Worker]) -> Obstacle | None:
-    """What keeps a job waiting until another worker comes, or a twin has ended; None where one of these
-    workers would take it."""
+    """What keeps a job waiting until another worker comes, or until its original has ended; None where one of
+    these workers could claim it."""
     if job.deduplicated_from is not None:
         message = f"The job waits for {job.deduplicated_from}, which does the same work."
         return Obstacle(code="attached", message=message)

@@ -25,7 +25,7 @@ class WorkerIdentity:
 
 
 class Worker(Base):
-    """A worker as its last heartbeat told."""
+    """A worker as of its last heartbeat."""
 
     __tablename__ = "workers"
 
@@ -39,7 +39,7 @@ class Worker(Base):
 
 
 def heartbeat(session: Session, worker: WorkerIdentity, job_id: str | None = None) -> None:
-    """Say that this worker is alive and which job it runs. The first call registers it."""
+    """Store that this worker is alive and which job it runs. The first call registers it."""
     now = database.now(session)
     row = session.get(Worker, worker.id)
     if row is None:

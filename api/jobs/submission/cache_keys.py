@@ -1,4 +1,4 @@
-"""Which work a job is. Two jobs of one project with the same key get one result.
+"""Cache keys: a hash of all that a job's result depends on. Jobs of one project with one key get one result.
 
     model      its commit on the Hub, its revision in S3, or the digests of the files that are read and
                copied; its name, which the model card has
@@ -6,7 +6,7 @@
     recipe, calibration, evaluation, quality gate    as they are stored, every default written out
     engine     its version
 
-Where the work runs is no part of it: a device changes the last bits of a result, not what it is.
+The device is no part of the key: it changes the last bits of a result, not what the result is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_local(source: str) -> bool:
 
 
 def files_of(checkpoint: Checkpoint | None, dataset: DatasetSpec | None) -> dict[str, Path]:
-    """The files on this machine that a job's work depends on, by the names that they have in its key.
+    """The files on this machine that a job's result depends on, by the names that they have in its key.
 
     checkpoint: the model's, if that is a folder on this machine.
     """
@@ -49,14 +49,14 @@ def files_of(checkpoint: Checkpoint | None, dataset: DatasetSpec | None) -> dict
 
 
 def stamp(path: Path) -> str:
-    """What changes whenever a file does: a hash of its path, inode, size, mtime and ctime.
+    """A file's stamp, which changes when the file does: a hash of its path, inode, size, mtime and ctime.
 
     Raises OSError where there is no such file.
     """
     path = path.resolve()
     status = path.stat()
-    told = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return _hash(told)
+    parts = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _hash(parts)
 
 
 def stamps_of(files: Mapping[str, Path]) -> dict[str, str]:
@@ -65,17 +65,17 @@ def stamps_of(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def cache_key(job: Job, dataset: DatasetSpec | None, digests: Mapping[str, str]) -> str | None:
-    """The key of a job's work. dataset: as far as it is pinned by now. digests: sha256 of what `files_of`
-    named. None while it is not known which state of an object in S3 the job means."""
+    """A job's cache key. dataset: with what is pinned of it by now. digests: sha256 of the files that
+    `files_of` named. None for a dataset in S3 whose version is not pinned yet."""
     if dataset is not None and dataset.s3 is not None and dataset.etag is None:
         return None
-    told: Any = dataset and dataset.model_dump(mode="json")
+    content: Any = dataset and dataset.model_dump(mode="json")
     if dataset is not None and dataset.path is not None:
-        told["path"] = [digests[_DATASET], Path(dataset.path).suffix.lower()]
+        content["path"] = [digests[_DATASET], Path(dataset.path).suffix.lower()]
     work = {
         "model": {name: sha256 for name, sha256 in digests.items() if name != _DATASET},
         "name": Path(job.source).name if is_local(job.source) else job.source,
-        "dataset": told,
+        "dataset": content,
         "recipe": job.recipe,
         "calibration": job.calibration,
         "evaluation": job.evaluation,

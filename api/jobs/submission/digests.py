@@ -1,4 +1,4 @@
-"""Digests of files that were read once, so that what a job is can be told without reading them again."""
+"""Digests of files that were read once, so that a job's cache key can be made without reading them again."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _AT_ONCE = 10_000  # SQLite takes 32,766 parameters in a statement, PostgreSQL 6
 
 def known(session: Session, stamps: Collection[str]) -> dict[str, str]:
     """The digests that are known of the files with these stamps, by stamp."""
-    wanted, digests = sorted(stamps), dict[str, str]()
-    for start in range(0, len(wanted), _AT_ONCE):
-        some = FileDigest.stamp.in_(wanted[start : start + _AT_ONCE])
+    ordered, digests = sorted(stamps), dict[str, str]()
+    for start in range(0, len(ordered), _AT_ONCE):
+        some = FileDigest.stamp.in_(ordered[start : start + _AT_ONCE])
         rows = session.execute(select(FileDigest.stamp, FileDigest.sha256).where(some))
         digests |= {row.stamp: row.sha256 for row in rows}
     return digests
@@ -31,31 +31,31 @@ def known(session: Session, stamps: Collection[str]) -> dict[str, str]:
 def set_cache_keys(session: Session, planned: Sequence[tuple[Job, PlannedJob]]) -> None:
     """Set the cache key of each job the digests of whose files are all known. The others get theirs from the
     worker, which reads the files."""
-    stamps_of_all = {stamp for _, each in planned for stamp in (each.decided.stamps or {}).values()}
+    stamps_of_all = {stamp for _, each in planned for stamp in (each.shared.stamps or {}).values()}
     digests = known(session, stamps_of_all)
     for job, each in planned:
-        stamps = each.decided.stamps
+        stamps = each.shared.stamps
         if stamps is not None and digests.keys() >= set(stamps.values()):
             of_files = {name: digests[stamp] for name, stamp in stamps.items()}
             job.cache_key = cache_key(job, each.dataset, of_files)
 
 
 def remember(session: Session, digests: Mapping[str, str]) -> None:
-    """Know digests by their files' stamps from now on."""
+    """Store digests by their files' stamps."""
     database.lock(session, "file digests")  # two may have read the same file
-    there = known(session, digests)
+    already = known(session, digests)
     at = database.now(session)
     session.add_all(
         FileDigest(stamp=stamp, sha256=sha256, at=at)
         for stamp, sha256 in digests.items()
-        if stamp not in there
+        if stamp not in already
     )
     session.flush()
 
 
 def forget_old(session: Session, limit: int) -> int:
-    """Forget what was remembered long ago: most of those files have another stamp by now. Returns how many
-    digests these were, at most `limit`."""
+    """Remove at most `limit` digests that are older than REMEMBERED_DAYS: most of those files have another
+    stamp by now. Returns how many."""
     cutoff = database.now(session) - timedelta(days=REMEMBERED_DAYS)
     old = select(FileDigest.stamp).where(FileDigest.at < cutoff).limit(limit)
     forgotten = session.execute(

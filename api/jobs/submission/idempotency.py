@@ -1,4 +1,5 @@
-"""Requests that may be sent again: the same Idempotency-Key and body give the same thing for 24 hours."""
+"""Idempotency: a request that is sent again with its Idempotency-Key and body gets what the first one made,
+for 24 hours."""
 
 from __future__ import annotations
 
@@ -20,19 +21,19 @@ from compression.errors import Problem
 
 
 @dataclass(frozen=True)
-class Repeatable:
-    """A request that makes something. key: its Idempotency-Key, if it has one. asked: what it asks for, JSON
-    and models."""
+class IdempotentRequest:
+    """A request that makes something. key: its Idempotency-Key, if it has one. content: what it asks for, as
+    JSON and pydantic models."""
 
     project_id: str
     route: str
     key: str | None
-    asked: Any
+    content: Any
 
     @cached_property
     def digest(self) -> str:
-        """Two requests that ask for the same have the same digest, however they are spelled."""
-        text = json.dumps(self.asked, sort_keys=True, default=_dumped)
+        """Equal for requests that ask for the same, however their JSON is written."""
+        text = json.dumps(self.content, sort_keys=True, default=_dumped)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -40,7 +41,7 @@ def _dumped(model: BaseModel) -> Any:
     return model.model_dump(mode="json")
 
 
-def find(session: Session, request: Repeatable) -> str | None:
+def find(session: Session, request: IdempotentRequest) -> str | None:
     """The id of what an earlier request with the same key made, if there was one.
 
     Raises:
@@ -59,7 +60,7 @@ def find(session: Session, request: Repeatable) -> str | None:
     return row.resource_id
 
 
-def keep(session: Session, request: Repeatable, resource_id: str, now: datetime) -> str:
+def keep(session: Session, request: IdempotentRequest, resource_id: str, now: datetime) -> str:
     """Remember what the request makes, before it is stored. Returns its id, or that of what a request with
     the same key made first.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from pydantic import ValidationError
 
 from api.errors import Unprocessable, pointer_to
-from api.jobs.submission import cache_keys as identity
+from api.jobs.submission import cache_keys
 from api.jobs.submission.request import JobSubmit, ShortForm
 from api.jobs.submission.sources import (
     LocalFolders,
@@ -41,11 +41,12 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What jobs share that differ in nothing that a plan depends on: not in the seed, for example.
+class SharedPlan:
+    """A plan, shared by the jobs of a request that differ in nothing that it depends on (in the seed, for
+    example).
 
-    document: the plan for JSON. text: as it is kept, and its SHA-256. stamps: of the files that it depends
-    on, by name; None where one is gone.
+    document: the plan as JSON. text: the document as it is stored; sha256: its digest. stamps: of the files
+    that the result depends on, by name; None where one is gone.
     """
 
     plan: Plan
@@ -57,16 +58,17 @@ class Decided:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """What a submission became. source: what the worker is told. dataset: with path or revision resolved."""
+    """A submission that was planned. source: the model as the worker gets it. dataset: with path or revision
+    resolved."""
 
     body: JobSubmit
     source: str
     dataset: DatasetSpec | None
-    decided: Decided
+    shared: SharedPlan
 
 
 class _Work(NamedTuple):
-    """All that a plan depends on."""
+    """All that a plan depends on: equal work is planned once."""
 
     source: ModelSource
     recipe: Recipe
@@ -124,12 +126,12 @@ class Planner:
         calibration = body.calibration.model_copy(update={"seed": _ANY_SEED})
         work = _Work(source, recipe, dataset, calibration, body.evaluation, body.require)
         try:
-            decided = self._work(work)
+            shared = self._work(work)
         except PlanError as error:
             raise Unprocessable(*(_in_body(problem, body) for problem in error.problems)) from error
-        return PlannedJob(body, source.source, dataset, decided)
+        return PlannedJob(body, source.source, dataset, shared)
 
-    def _plan_work(self, work: _Work) -> Decided:
+    def _plan_work(self, work: _Work) -> SharedPlan:
         planned = plan(
             work.source.folder,
             work.recipe,
@@ -141,16 +143,16 @@ class Planner:
             require=work.require,
             look=self._survey,
         )
-        checkpoint = planned.checkpoint if identity.is_local(work.source.source) else None
+        checkpoint = planned.checkpoint if cache_keys.is_local(work.source.source) else None
         try:
-            stamps = identity.stamps_of(identity.files_of(checkpoint, work.dataset))
+            stamps = cache_keys.stamps_of(cache_keys.files_of(checkpoint, work.dataset))
         except OSError:
             stamps = None
         document = planned.to_dict()
         if document["calibration"] is not None:
             del document["calibration"]["seed"]
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return Decided(planned, document, text, hashlib.sha256(text.encode()).hexdigest(), stamps)
+        return SharedPlan(planned, document, text, hashlib.sha256(text.encode()).hexdigest(), stamps)
 
 
 def plan_job(body: JobSubmit, settings: Settings, access: S3Access) -> PlannedJob:
@@ -159,7 +161,7 @@ def plan_job(body: JobSubmit, settings: Settings, access: S3Access) -> PlannedJo
 
 
 def _once(find: Callable[[Asked], Found]) -> Callable[[Asked], Found]:
-    """`find`, called once for the same; what was refused stays refused."""
+    """`find`, called once for each argument. Its result is remembered, or the error that it raised."""
 
     @cache
     def outcome(asked: Asked) -> Found | CompressionError:
@@ -205,7 +207,7 @@ def _recipe(body: JobSubmit) -> Recipe:
 
 
 def _short_problem(detail: dict[str, Any], given: dict[str, Any]) -> Problem:
-    """A problem of the step that the short form expanded to, told in terms of the short form."""
+    """A problem of the step that the short form expanded to, with the short form's own fields."""
     if detail["type"] == "union_tag_invalid":
         hint = f"Use one of {detail['ctx']['expected_tags']}."
         return Problem("unknown_method", f"There is no method named {given['method']!r}.", hint, "/method")
@@ -222,7 +224,7 @@ def _gate_problems(body: JobSubmit) -> list[Problem]:
 
 
 def _in_body(problem: Problem, body: JobSubmit) -> Problem:
-    """The plan points into a recipe; in the short form the step's fields lie at the top of the body."""
+    """The problem with its pointer into the body: in the short form, a step's fields are at the top."""
     if body.recipe is not None:
         return problem
     return Problem(problem.code, problem.message, problem.hint, _STEP.sub("/", problem.pointer))

@@ -31,9 +31,13 @@ _KINDS = f"a {', '.join(DATASET_SUFFIXES[:-1])} or {DATASET_SUFFIXES[-1]} file"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """source: what the worker is told, a real path, a name on the Hub at a commit, or a folder in S3 at a
-    revision. folder: what is planned from; of a model elsewhere it may have the headers only. name: what the
-    model is called."""
+    """A model that was found.
+
+    source: where the worker gets it: a real path, a name on the Hub at a commit, or a folder in S3 at a
+    revision.
+    folder: what is planned from; for a model that is not on this machine it may hold the headers only.
+    name: of the model, for its card.
+    """
 
     source: str
     folder: Path
@@ -42,8 +46,11 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LocalFolders:
-    """roots: models and text may lie below them. own: where the service keeps its files, if it is here; what
-    is there is nobody's to name."""
+    """Which folders of this machine jobs may read.
+
+    roots: models and text may lie below them. own: where the service keeps its own files, if that is a folder
+    of this machine; no job may name what is in it.
+    """
 
     roots: tuple[Path, ...]
     own: Path | None

@@ -15,11 +15,9 @@ from sqlalchemy import select, update
 
 from api import database as clock
 from api.jobs.ledger.models import FileDigest, Job
-from api.jobs.queue import deduplication as twins
-from api.jobs.queue import leases
+from api.jobs.queue import deduplication, leases
 from api.jobs.queue.leases import Lease
-from api.jobs.submission import digests
-from api.jobs.submission import fingerprint as identity
+from api.jobs.submission import cache_keys, digests
 from api.security import Scope
 from api.store.factory import open_store
 from compression.checkpoint.headers import read_checkpoint
@@ -34,8 +32,8 @@ REPORT = {"totals": {"source_bytes": 2, "output_bytes": 1}, "modules": []}
 
 def know_files(server: Server) -> None:
     """As after a worker has read all files once."""
-    files = identity.files_of(read_checkpoint(server.model), DatasetSpec(path=str(server.dataset)))
-    read = {identity.stamp(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()}
+    files = cache_keys.files_of(read_checkpoint(server.model), DatasetSpec(path=str(server.dataset)))
+    read = {cache_keys.stamp(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()}
     with server.database.write() as session:
         digests.remember(session, read)
 
@@ -268,9 +266,9 @@ class TestWhatIsBeingMade:
 def take(server: Server, lease: Lease, key: str | None) -> bool:
     """What a worker does once it knows which work its job is."""
     with server.database.write() as session:
-        twins.hold(session, job_row(server.database, lease.job_id).project_id)
+        deduplication.lock_project(session, job_row(server.database, lease.job_id).project_id)
         leases.save_cache_key(session, lease, key)
-        return key is not None and twins.take(session, lease.job_id, lease.attempt)
+        return key is not None and deduplication.end_as_duplicate(session, lease.job_id, lease.attempt)
 
 
 class TestWhatAWorkerFindsOut:
