@@ -12,14 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from compression.architectures.naming import module_names, on_disk
 from compression.checkpoint.layout import file_size
+from compression.data.sources import headers_of
 from compression.errors import PlanError, Problem, SourceError
-from compression.estimates.disk import disk_estimate
-from compression.estimates.duration import duration
-from compression.estimates.guide import guide_estimate
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
+from compression.families.naming import module_names, on_disk
 from compression.planning import checks
+from compression.planning.disk import disk_estimate
+from compression.planning.duration import duration
+from compression.planning.guide import guide_estimate
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
 from compression.planning.plans import ModulePlan, Plan
 from compression.planning.served import NOT_SERVED, reordered
 from compression.planning.shards import assign_shards, attention_linear, stored_layer
@@ -27,7 +28,6 @@ from compression.planning.survey import Survey, survey
 from compression.planning.treatment import Treatment, treat
 from compression.planning.workload import make_workload
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.sources import headers_of
 
 
 def plan(

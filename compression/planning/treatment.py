@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compression.architectures.decoder import LM_HEAD
 from compression.errors import Problem
+from compression.families.decoder import LM_HEAD
 from compression.planning.served import unserved
 from compression.planning.targets import MAX_EXPRESSIONS, matcher, pattern_problem
 from compression.recipe import Recipe

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import prod
 
-from compression.architectures.decoder import LM_HEAD, Decoder
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
-from compression.estimates.memory import GroupWork, ParkedTokens, Workload
+from compression.families.decoder import LM_HEAD, Decoder
+from compression.planning.memory import ParkedTokens, Workload
 from compression.planning.plans import LayerPlan, ModulePlan
+from compression.planning.solver_memory import GroupWork
 from compression.recipe import Recipe
 
 

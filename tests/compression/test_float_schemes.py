@@ -12,11 +12,11 @@ from torch import Tensor
 
 from compression.gram import Gram
 from compression.methods.gptq import gptq
+from compression.model.streams import Group
 from compression.planning.planner import plan
 from compression.planning.plans import ModulePlan
 from compression.quantizer import QuantizedWeight, fake_quantize, fixed_input_scale, minmax_params
 from compression.recipe import Recipe
-from compression.running.streams import Group
 from compression.schemes import get_scheme
 from compression.solve import solve
 from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
