@@ -19,17 +19,9 @@ from typing import Any
 import yaml
 
 from compression.boundary import reason
+from compression.methods import METHODS, peer_names
 from compression.schemes import SCHEMES, QuantizationArgs, Scheme
-
-STEP_TYPES = {
-    "AWQModifier": "awq",
-    "GPTQModifier": "gptq",
-    "QuantizationModifier": "rtn",
-    "SmoothQuantModifier": "smoothquant",
-    "SparseGPTModifier": "sparsegpt",
-    "WandaPruningModifier": "wanda",
-}
-"""LLM Compressor's class names, accepted wherever a step's type is read."""
+from compression.steps import PruningStep, TargetedStep
 
 _OBSERVERS = {
     "minmax": "minmax",
@@ -176,8 +168,9 @@ def _modifiers(document: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, 
 
 
 def _steps(name: str, fields: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
-    if name not in STEP_TYPES:
-        raise ValueError(f"{name} has no counterpart; there are {', '.join(STEP_TYPES)}")
+    names = peer_names()
+    if name not in names:
+        raise ValueError(f"{name} has no counterpart; there are {', '.join(names)}")
     if unnamed := [key for key in fields if not isinstance(key, str)]:
         raise ValueError(f"{name} has a field {unnamed[0]!r}")
     given = {
@@ -187,10 +180,10 @@ def _steps(name: str, fields: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
         and (key, value) not in _WITHOUT_EFFECT
         and (value is not None or key == "actorder")
     }
-    step: dict[str, Any] = {"type": STEP_TYPES[name]}
-    if step["type"] in ("gptq", "rtn", "sparsegpt", "wanda"):
+    step: dict[str, Any] = {"type": names[name]}
+    if issubclass(METHODS[step["type"]].step, TargetedStep):
         step["ignore"] = []  # LLM Compressor leaves nothing out unless it is told to
-    if step["type"] in ("sparsegpt", "wanda") and "targets" in given:
+    if issubclass(METHODS[step["type"]].step, PruningStep) and "targets" in given:
         given["targets"] = _linears_inside(given["targets"])
     if step["type"] in _SMOOTHED and _are_default(given.get("mappings"), _SMOOTHED[step["type"]]):
         del given["mappings"]

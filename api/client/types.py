@@ -770,7 +770,7 @@ class Recipe(TypedDict):
     error; otherwise it is a warning, as recipes serve several models.
     """
 
-    steps: list[RTNStep | GPTQStep | MagnitudeStep | WandaStep | SparseGPTStep | SmoothQuantStep | AWQStep]
+    steps: list[RTNStep | GPTQStep | AWQStep | SmoothQuantStep | SparseGPTStep | WandaStep | MagnitudeStep]
     strict: NotRequired[bool]
 
 

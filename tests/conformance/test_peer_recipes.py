@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from compression import Recipe
-from compression.peer_recipe import STEP_TYPES, load_recipe_yaml
+from compression.methods import peer_names
+from compression.peer_recipe import load_recipe_yaml
 from compression.schemes import SCHEMES
 from tests.conformance.peer import in_peer
 
@@ -53,7 +54,7 @@ def test_each_is_read_as_it_is_meant(written: dict[str, Any]) -> None:
     for name, text in written["read"].items():
         assert Recipe.model_validate(load_recipe_yaml(text)) == Recipe.model_validate(MEANT[name]), name
     used = {step["type"] for steps in MEANT.values() for step in steps}
-    assert used == set(STEP_TYPES.values())
+    assert used == set(peer_names().values())
 
 
 def test_the_groups_that_it_writes_of_its_presets_are_our_schemes(written: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def test_the_groups_that_it_writes_of_its_presets_are_our_schemes(written: dict[
 
 
 def test_modifiers_without_a_counterpart_are_refused_by_name(written: dict[str, Any]) -> None:
-    others = {name for name in written["modifiers"] if name.endswith("Modifier")} - STEP_TYPES.keys()
+    others = {name for name in written["modifiers"] if name.endswith("Modifier")} - peer_names().keys()
     assert {"QuIPModifier", "AutoRoundModifier", "MagnitudePruningModifier"} < others
     for name in others:
         with pytest.raises(ValidationError, match=name):
