@@ -62,6 +62,9 @@ def submit(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave as they are; can be repeated.", **_How)
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse an --ignore that matches no module.", **_How)
+    ] = False,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.", **_Data)] = None,
     messages_column: Annotated[str | None, typer.Option(help="Column with chat messages.", **_Data)] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Part of a dataset on the Hub.", **_Data)] = None,
@@ -74,6 +77,10 @@ def submit(
         bool | None, typer.Option(help="Fill samples with several documents, or not.", **_Data)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which documents, in which order.", **_Data)] = None,
+    max_dropped_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the rows read that may be unusable; 0.05 unless given.", **_Data),
+    ] = None,
     evaluation: Annotated[bool, typer.Option(help="Measure perplexity on held-out text.", **_Data)] = True,
     num_evaluation_samples: Annotated[int | None, typer.Option(help="Held-out samples.", **_Data)] = None,
     max_perplexity_ratio: Annotated[
@@ -118,11 +125,13 @@ def submit(
         group_size=group_size,
         targets=target or [],
         ignore=ignore or [],
+        strict=strict,
         recipe=recipe,
         num_calibration_samples=num_calibration_samples,
         max_seq_length=max_seq_length,
         packing=packing,
         seed=seed,
+        max_dropped_share=max_dropped_share,
         evaluation=evaluation,
         num_evaluation_samples=num_evaluation_samples,
         max_perplexity_ratio=max_perplexity_ratio,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compression.boundary import last_resort
 from compression.checkpoint.formats import decode, encode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
@@ -62,11 +63,12 @@ from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
 from compression.run.fingerprint import resolve, source_digests
-from compression.run.journal import FinishedLayer, Journal
+from compression.run.journal import FinishedLayer, Journal, check_output
 from compression.run.publish import publish
 from compression.run.verify import check_against_model, check_files, sha256_of
 
 
+@last_resort
 @torch.no_grad()
 def compress(
     source: str | Path,
@@ -107,6 +109,7 @@ def compress(
     )
     sources = local(source, dataset)
     if sources is None:
+        check_output(Path(output_dir))
         emit(PhaseChanged("fetch"))
         with clock.phase("fetch"):
             planned(
@@ -132,6 +135,8 @@ def compress(
         blocks = None
         if dataset is not None:
             blocks = load_blocks(dataset, plan.source, calibration, evaluation, calibrate=plan.calibrates)
+            for warning in blocks.warnings:
+                emit(WarningRaised(warning.code, warning.message))
 
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []
@@ -190,7 +195,10 @@ def compress(
         peak_host_bytes=machine.peak_host_bytes(),
         peak_gpu_bytes=machine.peak_device_bytes(device),
         bytes_may_differ=journal.header.get("bytes_may_differ", False),
-        warnings=[{"code": w.code, "message": w.message} for w in plan.warnings],
+        warnings=[
+            {"code": w.code, "message": w.message}
+            for w in (*plan.warnings, *(blocks.warnings if blocks else ()))
+        ],
     )
     publish(plan, journal, shards, report, Path(output_dir))
     return report

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
+from compression.boundary import foreign
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
@@ -25,6 +26,8 @@ from compression.math.finite import all_finite
 from compression.model.experts import unfuse
 
 HEAD = "lm_head"
+
+_CONFIG = "Correct config.json, or download the model again."
 
 
 class StreamedModel:
@@ -87,7 +90,8 @@ class StreamedModel:
             handles.append(self.module.get_submodule(name).register_forward_hook(at_producer(name)))
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
-        self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        with foreign("config_invalid", "Transformers cannot run the model of config.json", _CONFIG):
+            self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
         groups: dict[int, list[str]] = {}
@@ -199,12 +203,16 @@ def _missing(name: str) -> PlanError:
 
 def _build_empty(folder: Path, architecture: str, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with foreign("config_invalid", "Transformers cannot read config.json", _CONFIG):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls: Any = getattr(transformers, architecture)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"  # Gemma 2 soft-caps its scores
     for part in config.sub_configs:
         getattr(config, part).dtype = compute_dtype  # parts are built in the dtypes that their configs state
-    with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
+    with (
+        foreign("config_invalid", f"Transformers makes no {architecture} of config.json", _CONFIG),
+        ContextManagers(cls.get_init_context(compute_dtype, False, False, None)),
+    ):
         model: PreTrainedModel = cls(config)
     model.train(False)
     return model.requires_grad_(False)

@@ -54,7 +54,10 @@ def assign_steps(linears: Sequence[Linear], module_names: Sequence[str], recipe:
     result = Assignments()
     steps: dict[int, QuantizingStep | PruningStep] = {**recipe.pruning, **recipe.quantizing}
     for number, step in steps.items():
-        result.problems += _pattern_problems(number, step, linears, module_names)
+        problems = _pattern_problems(number, step, linears, module_names)
+        unmatched = [] if recipe.strict else [p for p in problems if _is_unmatched_ignore(p)]
+        result.problems += [problem for problem in problems if problem not in unmatched]
+        result.warnings += unmatched
     if any(problem.code == "pattern_invalid" for problem in result.problems):
         return result
     chosen, pruned = _choose(linears, recipe.quantizing), _choose(linears, recipe.pruning)
@@ -151,6 +154,11 @@ def _pattern_problems(
                 )
             problems.append(problem)
     return problems
+
+
+def _is_unmatched_ignore(problem: Problem) -> bool:
+    """Whether a pattern that leaves modules out finds none: the result is the one that was asked for."""
+    return problem.code == "pattern_matches_nothing" and "/ignore/" in problem.pointer
 
 
 def _structure_problems(number: int, step: PruningStep, widths: set[int]) -> list[Problem]:

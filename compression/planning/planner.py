@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from compression.boundary import last_resort
 from compression.checkpoint.layout import file_size
 from compression.data.sources import headers_of
 from compression.errors import PlanError, Problem, SourceError
@@ -29,6 +30,7 @@ from compression.planning.workload import make_workload
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 
+@last_resort
 def plan(
     source: str | Path,
     recipe: Recipe,

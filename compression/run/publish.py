@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from compression.boundary import writing
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
 from compression.planning.plans import Plan
 from compression.report import Report
@@ -21,7 +22,8 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     """Write config, index, card, recipe and report, copy the source's other files, and rename the folder.
 
     Raises:
-        ResourceError: `disk_full`; the working folder stays, and a next run goes on from it.
+        ResourceError: `disk_full`, `output_not_writable`; the working folder stays, and a next run goes on
+            from it.
     """
     folder = journal.folder
     checkpoint = plan.checkpoint
@@ -37,8 +39,12 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     write_file(folder / "recipe.yaml", recipe.encode())
     write_file(folder / "README.md", _card(plan, report).encode())
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
-    journal.close()
-    _rename(folder, output_dir)
+    with writing(output_dir):
+        if output_dir.is_dir():
+            output_dir.rmdir()  # empty, or the run would not have begun
+        journal.close()
+        folder.rename(output_dir)
+        sync_folder(output_dir.parent)
 
 
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
@@ -49,13 +55,6 @@ def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
         "report": report.to_dict(),
         "provenance": journal.header,
     }
-
-
-def _rename(folder: Path, output_dir: Path) -> None:
-    if output_dir.is_dir():
-        output_dir.rmdir()  # empty, or the run would not have begun
-    folder.rename(output_dir)
-    sync_folder(output_dir.parent)
 
 
 def _card(plan: Plan, report: Report) -> str:

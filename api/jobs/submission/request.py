@@ -44,7 +44,7 @@ Labels = Annotated[
 ]
 Name = Annotated[str, Field(max_length=200, pattern=_PRINTABLE)]
 Seconds = Annotated[int, Field(strict=True, ge=1, le=_TEN_YEARS)]
-ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore"]
+ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore", "strict"]
 """Fields of a submission that a recipe stands for."""
 
 
@@ -87,6 +87,12 @@ class JobSubmit(BaseModel):
     group_size: GroupSize | None = None
     targets: list[str] | str | None = None
     ignore: list[str] | str | None = None
+    strict: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Whether a pattern in `ignore` that matches no module is an error, not a warning. With a "
+        "`recipe` it is a field of that.",
+    )
     recipe: Recipe | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()

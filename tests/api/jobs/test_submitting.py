@@ -92,6 +92,25 @@ class TestAccepted:
         job = server.http.post("/v1/jobs", json=body).json()
         assert (job["method"], job["scheme"]) == ("gptq", "W4A16")
 
+    def test_an_ignore_that_matches_nothing_is_refused_only_if_strict(self, server: Server) -> None:
+        """`strict` is of the recipe, and so of its clones."""
+        patterns = ["lm_head", "re:vision.*"]
+        lenient = server.submit(scheme="W8A16", ignore=patterns)
+        warnings = server.http.get(f"/v1/jobs/{lenient['id']}").json()["plan"]["warnings"]
+        assert [warning["code"] for warning in warnings] == ["pattern_matches_nothing"]
+        assert "strict" not in lenient["recipe"]
+        strict = server.submit(scheme="W8A16", ignore=["lm_head"], strict=True)
+        assert strict["recipe"]["strict"] is True
+        clone = server.http.post(f"/v1/jobs/{strict['id']}/clone", json={}).json()
+        assert clone["recipe"] == strict["recipe"]
+        answer = server.http.post(
+            f"/v1/jobs/{strict['id']}/clone", json={"ignore": patterns, "scheme": "W8A16", "strict": True}
+        )
+        assert (answer.status_code, pointers(answer.json())) == (
+            422,
+            {"/ignore/1": "pattern_matches_nothing"},
+        )
+
     def test_a_sparse_scheme(self, server: Server) -> None:
         job = server.submit(scheme="sparse-2of4", method=None)
         assert (job["method"], job["scheme"]) == ("sparsegpt", "SPARSE_2OF4")
