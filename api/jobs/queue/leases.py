@@ -198,8 +198,7 @@ def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
 
 
 def save_cache_key(session: Session, lease: Lease, key: str | None) -> None:
-    """Save the cache key that the worker found. If it is another one than at submission, duplicates are
-    detached."""
+    """Save the cache key that the worker found. If it differs from the known one, duplicates are detached."""
     _fenced_update(session, lease)
     known = session.execute(select(Job.cache_key).where(Job.id == lease.job_id)).scalar_one()
     if known != key:
