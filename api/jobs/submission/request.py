@@ -20,7 +20,8 @@ from api.jobs.ledger.views import QualityGate
 from api.projects.schemas import S3Prefix
 from compression.errors import PlanError
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.steps import GroupSize, Observer
+from compression.schemes import Observer
+from compression.steps import GroupSize
 
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 _TEN_YEARS = 10 * 365 * 86_400

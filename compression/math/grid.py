@@ -1,9 +1,19 @@
-"""Scales and zero points: what they are on disk, what they mean, and how a range of numbers becomes them."""
+"""Number grids: what scales, zero points and codes are, and how numbers are rounded to codes and come back.
+
+    weight [out, in]  --compression.math.search-->     QuantizationParams (scale, zero_point, global_scale)
+                      --quantize, or a method-->       codes int8 | float8_e4m3fn [out, in]
+                      --QuantizedWeight.dequantize-->  what a reader of the checkpoint computes
+
+A code q stands for (q - zero_point) * step, the step being what the stored scale means. Arithmetic is in
+float32 (rounding in bfloat16 moves 8% of int8 codes), with scales that are already rounded to the dtype in
+which they are stored. fp4 (e2m1) codes are held in float8_e4m3fn, which has all of them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -69,25 +79,54 @@ class QuantizationParams(NamedTuple):
         return self._replace(scale=self.scale[start:stop], zero_point=zero_point)
 
 
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes [out, in], int8 or float8_e4m3fn, with the parameters that give them meaning."""
+
+    codes: Tensor
+    params: QuantizationParams
+    args: QuantizationArgs
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as compressed-tensors computes it when the checkpoint is loaded in `dtype`.
+
+        That is (code - zero_point) * scale with every operand in `dtype`, rounded once by the product. Where
+        scales have a dtype of their own, the library multiplies in bfloat16 or float32 and gives bfloat16.
+        """
+        if self.args.scale_dtype is not None:
+            return self._times_scale(torch.float32).to(torch.bfloat16).to(dtype)
+        return self._times_scale(dtype)
+
+    def _times_scale(self, dtype: torch.dtype) -> Tensor:
+        values = group_columns(self.codes.to(dtype), self.args)
+        params = self.params.by_row(self.args, len(self.codes))
+        if params.zero_point is not None:
+            values -= params.zero_point.to(dtype).unsqueeze(-1)
+        values *= params.scale.to(dtype).unsqueeze(-1)
+        return values.flatten(1)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Output rows start to stop: one linear out of a stack, where what has one scale has it together."""
+        shared = self.args.strategy in ("tensor", "block")
+        params = self.params if shared else self.params.rows(start, stop)
+        return QuantizedWeight(self.codes[start:stop], params, self.args)
+
+
+class Rounded(NamedTuple):
+    """What a method that quantizes gives back.
+
+    weight: [out, in]. dampening_frac: the fraction that made the Gram matrix positive definite,
+    None where nothing was factorized. dead_columns: how many input columns were never non-zero.
+    """
+
+    weight: QuantizedWeight
+    dampening_frac: float | None = None
+    dead_columns: int = 0
+
+
 def group_columns(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """View [out, in] as [out, groups, columns that share a scale]."""
     return weight.view(weight.shape[0], -1, args.columns or weight.shape[1])
-
-
-def spanning_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
-    """Scales that span the smallest to the largest of the weights that share one, zero included."""
-    rows, columns = weight.shape
-    low, high = group_columns(weight, args).aminmax(dim=-1)
-    global_scale = None
-    if args.strategy == "tensor_group":
-        global_scale = global_scale_of(torch.maximum(-low.amin(), high.amax()).reshape(1), scale_dtype)
-    if (sharing := rows_sharing(args, rows)) > 1:
-        shape = args.scale_shape((rows, columns))
-        low = over_rows(low.t(), sharing, torch.amin).t().reshape(shape)
-        high = over_rows(high.t(), sharing, torch.amax).t().reshape(shape)
-    elif args.strategy == "tensor":
-        low, high = low.reshape(1), high.reshape(1)
-    return params_of_range(low, high, args, scale_dtype, global_scale)
 
 
 def rows_sharing(args: QuantizationArgs, rows: int) -> int:
@@ -163,3 +202,75 @@ def _exponents(largest: Tensor, args: QuantizationArgs) -> Tensor:
     fraction, exponent = torch.frexp(largest.float())  # fraction in [0.5, 1)
     exponent += 126 + (fraction >= 0.875).int() - math.floor(math.log2(args.range[1]))
     return exponent.masked_fill_(largest == 0, 0).clamp_(0, 254).to(torch.uint8)
+
+
+def quantize(weight: Tensor, params: QuantizationParams, args: QuantizationArgs) -> Tensor:
+    """Codes [out, in] nearest to the weight [out, in], int8 or float8_e4m3fn; ties to even, clamped."""
+    by_row = params.by_row(args, len(weight))
+    scaled = group_columns(weight.float(), args) / by_row.scale.unsqueeze(-1)
+    if by_row.zero_point is not None:
+        scaled += by_row.zero_point.float().unsqueeze(-1)
+    return round_to_grid(scaled, args, out=scaled).flatten(1).to(code_dtype(args))
+
+
+def rtn(weight: Tensor, args: QuantizationArgs, params: QuantizationParams) -> QuantizedWeight:
+    """Round to nearest: every weight [out, in] takes the code nearest to it, computed in float32."""
+    return QuantizedWeight(quantize(weight, params, args), params, args)
+
+
+def round_to_nearest(
+    weight: Tensor, _gram: Tensor | None, args: QuantizationArgs, params: QuantizationParams, **_keep: object
+) -> Rounded:
+    """`rtn` as a method of the registry. What was pruned is 0, and stays so: every grid has a code for 0."""
+    return Rounded(rtn(weight, args, params))
+
+
+def code_dtype(args: QuantizationArgs) -> torch.dtype:
+    """The dtype that holds codes in memory."""
+    return torch.float8_e4m3fn if args.type == "float" else torch.int8
+
+
+def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor) -> Tensor:
+    """The code nearest to each scaled value, in the values' float dtype; `out` may be `values` itself."""
+    torch.clamp(values, *args.range, out=out)
+    if args.type == "int":
+        return out.round_()
+    if args.num_bits == 4:
+        magnitude = out.abs()
+        spacing = torch.ones_like(out).masked_fill_(magnitude < 2, 0.5).masked_fill_(magnitude >= 4, 2.0)
+        return out.div_(spacing).round_().mul_(spacing)
+    return out.copy_(out.to(torch.float8_e4m3fn))
+
+
+def fake_quantize(x: Tensor, args: QuantizationArgs, fixed: Tensor | None = None) -> Tensor:
+    """Activations [..., features] rounded as compressed-tensors' quantized forward rounds them.
+
+    Symmetric min-max scale per token, or group of a token's features, every step in x's dtype (with a global
+    scale in float32), as a reader of the checkpoint does. fixed: [1], what is not found at run time, which is
+    the scale of strategy `tensor`, the global scale of `tensor_group`.
+    """
+    values = x if args.columns is None else x.reshape(*x.shape[:-1], -1, args.columns)
+    if args.dynamic is False:
+        assert fixed is not None
+        step = fixed.to(x.dtype)
+    else:
+        low, high = values.aminmax(dim=-1, keepdim=True)
+        params = params_of_range(low, high, args, x.dtype, fixed)
+        step = params.scale if args.scale_dtype is None else params.steps(args)
+        if args.scale_dtype == "E8M0":
+            step = step.to(x.dtype)
+            step.masked_fill_(step == 0, 1.0)  # float16 has no such small number
+    scaled = values / step
+    rounded = round_to_grid(scaled, args, out=scaled).mul_(step).to(x.dtype)
+    return rounded if args.columns is None else rounded.flatten(-2)
+
+
+def fixed_input_scale(largest: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> Tensor:
+    """What calibration fixes of activations of which `largest` is the largest magnitude: [1], as stored.
+
+    The scale in `scale_dtype` with strategy `tensor`, the global scale in float32 with `tensor_group`.
+    """
+    largest = largest.reshape(1)
+    if args.strategy == "tensor_group":
+        return global_scale_of(largest, scale_dtype)
+    return params_of_range(-largest, largest, args, scale_dtype).scale

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compression.gram import Gram
-from compression.methods.rtn import rtn
-from compression.params import group_columns
-from compression.quantizer import minmax_params, search_params
-from compression.schemes import QuantizationArgs
-from compression.steps import AWQ_ROWS, Observer
+from compression.math.gram import Gram
+from compression.math.grid import group_columns, rtn
+from compression.math.scaling import Readers, ToRound
+from compression.math.search import minmax_params, search_params
 
 DuoScaling = bool | Literal["both"]
 
 _SMALLEST_SCALE = 1e-4
 
 
-class Rounded(NamedTuple):
-    """A weight [out, in] float32, and how it will be rounded: the dtype of stored scales, and the observer.
-
-    An observer `gram` is tried as `imatrix`.
-    """
-
-    weight: Tensor
-    args: QuantizationArgs
-    scale_dtype: torch.dtype
-    observer: Observer = "minmax"
-
-
-class SharedChannels(NamedTuple):
-    """Input channels that one output row makes, as in grouped-query attention: all get one scale.
-
-    The input is [heads, head_dim], and every `repeats` heads after each other come from the same rows.
-    """
-
-    head_dim: int
-    repeats: int
-
-    def reduce(self, channels: Tensor) -> Tensor:
-        """Means over the channels of each row: [in] -> [in / repeats]."""
-        return channels.view(-1, self.repeats, self.head_dim).mean(1).flatten()
-
-    def expand(self, rows: Tensor) -> Tensor:
-        """[in / repeats] -> [in]."""
-        return rows.view(-1, 1, self.head_dim).expand(-1, self.repeats, -1).flatten()
-
-
 def awq_scales(
-    parts: Sequence[Rounded],
-    gram: Gram,
-    *,
-    n_grid: int = 20,
-    duo_scaling: DuoScaling = True,
-    shared: SharedChannels | None = None,
+    readers: Readers, *, n_grid: int = 20, duo_scaling: DuoScaling = True, rows: int = 128
 ) -> Tensor:
     """Scales s [in] float32 by which linears that read one tensor are multiplied before they are rounded.
 
@@ -69,17 +32,18 @@ def awq_scales(
     of its group's largest. A channel without activations or weights is left alone. The geometric middle of
     the smallest and the largest s is 1.
 
-    gram: of the input, [in, in]. shared: channels that must have one scale.
+    rows: how many of each linear are tried, evenly spread (docs/adr/0017-awq-tries-what-is-written.md).
     """
+    parts, gram, shared = readers.to_round, readers.gram, readers.shared
     x, w = gram.importance().clamp(min=0).sqrt(), _relative_magnitude(parts)
     dead = (x == 0) | (w == 0)
     if shared is not None:
         x, w = shared.expand(shared.reduce(x.square()).sqrt()), shared.expand(shared.reduce(w))
         dead = shared.expand(shared.reduce(dead.float())) > 0
-    best, least = torch.ones_like(x), _output_error(parts, gram, torch.ones_like(x))
+    best, least = torch.ones_like(x), _output_error(parts, gram, torch.ones_like(x), rows)
     for scales in _candidates(x, w, n_grid, duo_scaling):
         tried = _centred(scales, dead)
-        error = _output_error(parts, gram, tried)
+        error = _output_error(parts, gram, tried, rows)
         if error < least:
             best, least = tried, error
     return best
@@ -102,7 +66,7 @@ def _centred(scales: Tensor, dead: Tensor) -> Tensor:
     return scales.clamp(min=_SMALLEST_SCALE).div(low.sqrt() * high.sqrt()).masked_fill(dead, 1.0)
 
 
-def _relative_magnitude(parts: Sequence[Rounded]) -> Tensor:
+def _relative_magnitude(parts: Sequence[ToRound]) -> Tensor:
     """Per column, the mean over all rows of |w| / max |w| of its group, [in]."""
     total = torch.zeros_like(parts[0].weight[0])
     for part in parts:
@@ -112,19 +76,19 @@ def _relative_magnitude(parts: Sequence[Rounded]) -> Tensor:
     return total / sum(len(part.weight) for part in parts)
 
 
-def _output_error(parts: Sequence[Rounded], gram: Gram, scales: Tensor) -> float:
-    """tr(D G D^T) of the rows of all parts that are tried; infinite where rounding leaves float32."""
+def _output_error(parts: Sequence[ToRound], gram: Gram, scales: Tensor, most: int) -> float:
+    """tr(D G D^T) of the rows that are tried, `most` of each part; infinite where rounding leaves float32."""
     importance = gram.importance() / scales.square()
     total = 0.0
     for part in parts:
-        every = -(-len(part.weight) // AWQ_ROWS)
+        every = -(-len(part.weight) // most)
         rows = part.weight[::every]
         difference = _rounded(rows * scales, part, importance).div_(scales).sub_(rows)
         total += every * float(torch.linalg.vecdot(difference @ gram.matrix, difference).sum())
     return total if total == total else float("inf")
 
 
-def _rounded(weight: Tensor, part: Rounded, importance: Tensor) -> Tensor:
+def _rounded(weight: Tensor, part: ToRound, importance: Tensor) -> Tensor:
     """Some rows [rows, in] of a part, scaled, as they become. importance: [in], of their inputs."""
     if part.observer == "minmax":
         params = minmax_params(weight.to(part.scale_dtype), part.args, part.scale_dtype)

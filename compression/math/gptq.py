@@ -1,7 +1,8 @@
-"""Columns are changed one after the other, each after the errors of those before it have been fed back.
+"""GPTQ: second-order rounding with error feedback (Frantar et al., 2022, arXiv:2210.17323, algorithm 1).
 
-What GPTQ and SparseGPT have in common. With H = L L^T the Gram matrix, d = w - w' one row's errors, and the
-columns laid out last first,
+Columns are changed one after the other, each after the errors of those before it have been fed back. The same
+walk serves SparseGPT. With H = L L^T the Gram matrix, d = w - w' one row's errors, and the columns laid out
+last first,
 
     d H d^T = |d L|^2 = sum_j L_jj^2 (d_j + sum_{i > j} d_i L_ij / L_jj)^2,
 
@@ -20,45 +21,99 @@ The weight is held transposed, [in, out], so that a column is contiguous, and fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
-from compression.finite import all_finite
+from compression.math.finite import all_finite
+from compression.math.grid import QuantizationParams, QuantizedWeight, Rounded, code_dtype, round_to_grid
+from compression.schemes import QuantizationArgs
 
 SUB_BLOCK = 16
+"""Columns between two products of feedback inside a block."""
 _MAX_DAMPENING = 1.0
 
-
-class ChangeColumn(Protocol):
-    """Decides one column."""
-
-    def __call__(self, target: Tensor, error: Tensor, column: int) -> None:
-        """target [out]: the column with all feedback. error [out]: the column as it was; it becomes that
-        minus what is decided."""
-
-
-Enter = Callable[[Tensor, int], None]
+LookAhead = Callable[[Tensor, int], None]
 """Looks at a block or sub-block [columns, out] before its columns are changed, as it would be if none of them
 were: all errors so far made up for. And the number of its first column."""
+
+
+def gptq(
+    weight: Tensor,
+    gram_matrix: Tensor,
+    args: QuantizationArgs,
+    params: QuantizationParams,
+    *,
+    block_size: int = 128,
+    dampening_frac: float = 0.01,
+    actorder: Literal["static"] | None = "static",
+    keep: Tensor | None = None,
+) -> Rounded:
+    """Round `weight` [out, in] so that |X W^T - X W'^T|_F stays small; gram_matrix [in, in] is X^T X.
+
+    Rows are independent, so linears that share an input are solved stacked along out. Scales are fixed before
+    the walk. actorder "static" walks columns in order of falling Gram diagonal and leaves groups and scales
+    where they are on disk. A dead column (zero diagonal) never reaches the output: its weight becomes 0.
+    keep: bool [out, in], where it is False the result is 0 (what pruning left stays pruned).
+
+    Raises:
+        NumericalError: `singular_gram`, no dampening up to 1.0 makes the Gram matrix positive definite;
+            `weights_out_of_range`, as `walk` says.
+    """
+    gram = gram_matrix.float()
+    diagonal = gram.diagonal()
+    if actorder == "static":
+        order = diagonal.argsort(stable=True)
+    else:
+        order = torch.arange(len(diagonal) - 1, -1, -1, device=gram.device)
+    dead = diagonal[order] == 0
+    columns = weight.t().float().contiguous().index_select(0, order)
+    columns[dead] = 0.0
+    kept = None if keep is None else keep.t().index_select(0, order).float().unbind()
+    factor, worked = dampened_cholesky(gram.index_select(0, order).index_select(1, order), dampening_frac)
+
+    by_row = params.by_row(args, len(weight))
+    scales = by_row.scale.t().contiguous().unbind()
+    shifts = None if by_row.zero_point is None else by_row.zero_point.t().float().contiguous().unbind()
+    scale_group = [column // (args.columns or len(order)) for column in order.tolist()]
+    codes = torch.empty(
+        columns.shape, dtype=code_dtype(args), device=columns.device
+    )  # row i: column order[i]
+    stored, code = codes.unbind(), columns.new_empty(columns.shape[1])
+    for target, error, column in walk(columns, factor, block_size=block_size):
+        scale = scales[scale_group[column]]
+        torch.div(target, scale, out=code)
+        if shifts is None:
+            round_to_grid(code, args, out=code)
+        else:
+            shift = shifts[scale_group[column]]
+            round_to_grid(code.add_(shift), args, out=code).sub_(shift)
+        if kept is not None:
+            code.mul_(kept[column])
+        stored[column].copy_(code if shifts is None else code + shift)
+        error.addcmul_(code, scale, value=-1)
+    on_disk = torch.empty_like(codes)
+    on_disk[order] = codes
+    return Rounded(QuantizedWeight(on_disk.t().contiguous(), params, args), worked, int(dead.sum()))
 
 
 def walk(
     columns: Tensor,
     factor: Tensor,
-    change: ChangeColumn,
     *,
     block_size: int,
     sub_block: int = SUB_BLOCK,
-    enter_block: Enter | None = None,
-    enter_sub_block: Enter | None = None,
-) -> None:
-    """Change all `columns` [in, out], the last first; their rows become their errors.
+    enter_block: LookAhead | None = None,
+    enter_sub_block: LookAhead | None = None,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Visit all `columns` [in, out], the last first; their rows become their errors.
 
-    factor: lower L [in, in]; it is overwritten by the shares L_ij / L_jj.
+    For each column yields (target, error, number). target [out]: the column with all feedback. error [out]:
+    the column as it was, from which the caller subtracts what it decides. factor: lower L [in, in]; it is
+    overwritten by the shares L_ij / L_jj.
 
     Raises:
         NumericalError: `weights_out_of_range`, an error is beyond float32, or its scale is.
@@ -90,7 +145,7 @@ def walk(
                 range(sub_stop - 1, sub_start - 1, -1),
                 strict=True,
             ):
-                change(target.addmv_(received, share), error, column)
+                yield target.addmv_(received, share), error, column
     if not all_finite(columns):
         raise NumericalError(
             "weights_out_of_range",

@@ -1,7 +1,7 @@
 """SparseGPT: pruning with error feedback (Frantar and Alistarh, 2023, arXiv:2301.00774, algorithm 1).
 
 A weight costs L_jj^2 times its square, its feedback included, whatever is made of the columns before it
-(`compression.methods.feedback`); L_jj^2 is the paper's 1 / [H^-1]_jj. The cheapest are pruned, and what they
+(`compression.math.gptq`); L_jj^2 is the paper's 1 / [H^-1]_jj. The cheapest are pruned, and what they
 cost is made up for by those that are still to come. Costs are compared by their roots, |w| L_jj: a square of
 them may leave float32.
 """
@@ -9,22 +9,12 @@ them may leave float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compression.methods.feedback import SUB_BLOCK, dampened_cholesky, walk
-from compression.methods.masks import MaskStructure, keep_in_groups, keep_largest
-
-
-@dataclass(frozen=True)
-class SparseGPTResult:
-    """The pruned weight [out, in] float32, where it was kept (bool), and the dampening that worked."""
-
-    weight: Tensor
-    keep: Tensor
-    dampening_frac: float
+from compression.math.gptq import SUB_BLOCK, dampened_cholesky, walk
+from compression.math.prune import MaskStructure, Pruned, keep_in_groups, keep_largest
 
 
 def sparsegpt(
@@ -36,7 +26,7 @@ def sparsegpt(
     splits: Sequence[int],
     block_size: int = 128,
     dampening_frac: float = 0.01,
-) -> SparseGPTResult:
+) -> Pruned:
     """Prune `weight` [out, in] so that |X W^T - X W'^T|_F stays small; gram_matrix [in, in] is X^T X.
 
     structure (n, m): n of every m consecutive weights of a row are kept; None: the share `sparsity` of each
@@ -48,23 +38,23 @@ def sparsegpt(
     columns = weight.t().float().contiguous()
     columns[gram_matrix.diagonal() == 0] = 0.0
     factor, worked = dampened_cholesky(gram_matrix.float().clone(), dampening_frac)
-    pruning = _Pruning(columns, factor.diagonal().clone(), sparsity, structure, splits)
+    masks = _Masks(columns, factor.diagonal().clone(), sparsity, structure, splits)
     original = columns.clone()
-    walk(
+    for target, error, column in walk(
         columns,
         factor,
-        pruning,
         block_size=block_size,
         sub_block=SUB_BLOCK if structure is None else structure[1],
-        enter_block=pruning.choose_in_block if structure is None else None,
-        enter_sub_block=None if structure is None else pruning.choose_in_groups,
-    )
-    pruned = (original - columns).mul_(pruning.keep)
-    return SparseGPTResult(pruned.t().contiguous(), pruning.keep.t().contiguous() != 0, worked)
+        enter_block=masks.choose_in_block if structure is None else None,
+        enter_sub_block=None if structure is None else masks.choose_in_groups,
+    ):
+        error.addcmul_(target, masks.keep[column], value=-1)
+    pruned = (original - columns).mul_(masks.keep)
+    return Pruned(pruned.t().contiguous(), masks.keep.t().contiguous() != 0, worked)
 
 
-class _Pruning:
-    """Prunes the columns of a walk. keep: float [in, out], 1 where a weight stays."""
+class _Masks:
+    """Chooses what a walk prunes. keep: float [in, out], 1 where a weight stays."""
 
     def __init__(
         self,
@@ -90,9 +80,6 @@ class _Pruning:
         assert self._structure is not None
         kept = keep_in_groups(self._scores(block, start).t(), self._structure)
         self.keep[start : start + len(block)] = kept.t()
-
-    def __call__(self, target: Tensor, error: Tensor, column: int) -> None:
-        error.addcmul_(target, self.keep[column], value=-1)
 
     def _scores(self, block: Tensor, start: int) -> Tensor:
         return block.abs() * self._roots[start : start + len(block), None]

@@ -1,14 +1,54 @@
-"""Which weights stay: by a score, the highest of all or n of every m."""
+"""Pruning by a score of each weight, of which the highest stay, or n of every m: magnitude and Wanda."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MaskStructure = tuple[int, int]
 """(n, m): n of every m consecutive weights of a row stay."""
+
+
+class Pruned(NamedTuple):
+    """What a method that prunes gives back.
+
+    weight: pruned, [out, in] float32. keep: bool [out, in], where it was kept, None for everywhere.
+    dampening_frac: as in `grid.Rounded`.
+    """
+
+    weight: Tensor
+    keep: Tensor | None
+    dampening_frac: float | None = None
+
+
+def magnitude(
+    weight: Tensor,
+    _gram: Tensor | None,
+    *,
+    sparsity: float,
+    structure: MaskStructure | None,
+    splits: Sequence[int],
+) -> Pruned:
+    """Prune the smallest weights of `weight` [out, in]; splits: rows of the linears stacked along out."""
+    keep = magnitude_keep(weight, sparsity, structure, splits)
+    return Pruned(weight * keep, keep)
+
+
+def wanda(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    sparsity: float,
+    structure: MaskStructure | None,
+    splits: Sequence[int],  # noqa: ARG001  # rows are compared within themselves
+) -> Pruned:
+    """Prune what is small in weight times input; gram: [in, in], of
+    the input, whose diagonal holds |X_j|^2."""
+    keep = wanda_keep(weight, gram.diagonal(), sparsity, structure)
+    return Pruned(weight * keep, keep)
 
 
 def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
@@ -47,9 +87,9 @@ def magnitude_keep(
 def wanda_keep(
     weight: Tensor, importance: Tensor, sparsity: float, structure: MaskStructure | None
 ) -> Tensor:
-    """Wanda: |W_ij| |X_j|, compared within a row (Sun et al., 2023, arXiv:2306.11695, section 3).
+    """Wanda: |W_ij| |X_j|_2, compared within a row (Sun et al., 2023, arXiv:2306.11695, section 3).
 
-    weight: [out, in]. importance: E[x_j^2], [in].
+    weight: [out, in]. importance: |X_j|^2, or E[x_j^2]: a common factor changes nothing. [in].
     """
     scores = weight.abs() * importance.sqrt()
     return keep_by_row(scores, sparsity) if structure is None else keep_in_groups(scores, structure)

@@ -1,36 +1,31 @@
-"""Grids, scales and codes: how a float tensor becomes integers (or fp8, or fp4) and comes back.
+"""Scales of a weight: observers, from the plain range of the weights to a search for the least error.
 
-    weight [out, in]  --minmax_params / search_params-->  QuantizationParams (scale, zero_point, global_scale)
-                      --quantize-->                       codes int8 | float8_e4m3fn [out, in]
-                      --QuantizedWeight.dequantize-->     what a reader of the checkpoint computes
-
-A code q stands for (q - zero_point) * step, the step being what the stored scale means. Arithmetic is in
-float32 (rounding in bfloat16 moves 8% of int8 codes), with scales that are already rounded to the dtype in
-which they are stored. fp4 (e2m1) codes are held in float8_e4m3fn, which has all of them.
+minmax   the range of the weights that share a scale
+mse      shrinks of that range are tried; the least squared error of the weights wins
+imatrix  the same, each column weighted by E[x^2] of its input
+gram     the same, the error measured through the Gram matrix: the output error that a group alone causes
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compression.errors import NumericalError
-from compression.finite import all_finite
-from compression.params import (
+from compression.math.gram import Gram
+from compression.math.grid import (
     QuantizationParams,
     global_scale_of,
     group_columns,
     over_rows,
     params_of_range,
+    round_to_grid,
     rows_sharing,
-    spanning_params,
     to_rows,
 )
-from compression.schemes import QuantizationArgs
+from compression.schemes import Observer, QuantizationArgs
 
 _COARSE_SHRINKS = (1.16, 1.08, 0.92, 0.84, 0.76, 0.68, 0.60, 0.52, 0.44)
 _FINE_STEPS = (0.04, 0.02, 0.01)
@@ -43,78 +38,22 @@ _CHUNK_ELEMENTS = 1 << 16
 """Weights rounded at once: with the two temporaries, what two cores hold in their level-2 caches."""
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """codes [out, in], int8 or float8_e4m3fn, with the parameters that give them meaning."""
-
-    codes: Tensor
-    params: QuantizationParams
-    args: QuantizationArgs
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] as compressed-tensors computes it when the checkpoint is loaded in `dtype`.
-
-        That is (code - zero_point) * scale with every operand in `dtype`, rounded once by the product. Where
-        scales have a dtype of their own, the library multiplies in bfloat16 or float32 and gives bfloat16.
-        """
-        if self.args.scale_dtype is not None:
-            return self._times_scale(torch.float32).to(torch.bfloat16).to(dtype)
-        return self._times_scale(dtype)
-
-    def _times_scale(self, dtype: torch.dtype) -> Tensor:
-        values = group_columns(self.codes.to(dtype), self.args)
-        params = self.params.by_row(self.args, len(self.codes))
-        if params.zero_point is not None:
-            values -= params.zero_point.to(dtype).unsqueeze(-1)
-        values *= params.scale.to(dtype).unsqueeze(-1)
-        return values.flatten(1)
-
-    def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """Output rows start to stop, where each has scales of its own: one linear out of a stacked solve."""
-        return QuantizedWeight(self.codes[start:stop], self.params.rows(start, stop), self.args)
-
-
-def require_finite_weight(name: str, weight: Tensor) -> None:
-    """Refuse NaN and Inf in the weight of module `name`.
-
-    Raises:
-        NumericalError: `non_finite_weights`.
-    """
-    if not all_finite(weight):
-        raise NumericalError(
-            "non_finite_weights",
-            f"The weight of {name} holds NaN or Inf.",
-            "The source checkpoint is damaged: download it again.",
-        )
-
-
-def require_finite_result(name: str, weight: Tensor) -> None:
-    """Refuse a compressed weight of module `name`, as readers get it, for which its dtype is too narrow.
-
-    Raises:
-        NumericalError: `weights_out_of_range`.
-    """
-    if not all_finite(weight):
-        raise NumericalError(
-            "weights_out_of_range",
-            f"The weight of {name} is so large that it leaves {weight.dtype} when it is compressed.",
-            "Leave this module out with ignore, or convert the checkpoint to a dtype with a wider range.",
-        )
-
-
-def require_finite_input_scale(name: str, scale: Tensor) -> None:
-    """Refuse what calibration fixes of the input of module `name` where its dtype is too narrow.
-
-    Raises:
-        NumericalError: `non_finite_activations`.
-    """
-    if not all_finite(scale):
-        raise NumericalError(
-            "non_finite_activations",
-            f"The input of {name} holds numbers beyond {scale.dtype}, in which its scale is stored.",
-            "Use a scheme that finds this at run time, such as FP8_DYNAMIC, or convert the checkpoint to a "
-            "dtype with a wider range.",
-        )
+def observe(
+    weight: Tensor,
+    gram: Gram | None,
+    observer: Observer | None,
+    args: QuantizationArgs,
+    scale_dtype: torch.dtype,
+) -> QuantizationParams:
+    """The parameters of `weight` [out, in] float32, as they are stored. gram: of its input."""
+    if observer == "minmax":
+        return minmax_params(weight.to(scale_dtype), args, scale_dtype)
+    if observer == "mse":
+        return search_params(weight, args, scale_dtype)
+    assert gram is not None  # the plan refuses these observers without a dataset
+    if observer == "gram":
+        return search_params(weight, args, scale_dtype, gram=gram.matrix)
+    return search_params(weight, args, scale_dtype, importance=gram.importance())
 
 
 def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
@@ -123,6 +62,22 @@ def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dty
     Computed in `scale_dtype`, step by step, as compressed-tensors does (`calculate_qparams`): the same bits.
     """
     return spanning_params(weight, args, scale_dtype).as_stored(args)
+
+
+def spanning_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
+    """Scales that span the smallest to the largest of the weights that share one, zero included."""
+    rows, columns = weight.shape
+    low, high = group_columns(weight, args).aminmax(dim=-1)
+    global_scale = None
+    if args.strategy == "tensor_group":
+        global_scale = global_scale_of(torch.maximum(-low.amin(), high.amax()).reshape(1), scale_dtype)
+    if (sharing := rows_sharing(args, rows)) > 1:
+        shape = args.scale_shape((rows, columns))
+        low = over_rows(low.t(), sharing, torch.amin).t().reshape(shape)
+        high = over_rows(high.t(), sharing, torch.amax).t().reshape(shape)
+    elif args.strategy == "tensor":
+        low, high = low.reshape(1), high.reshape(1)
+    return params_of_range(low, high, args, scale_dtype, global_scale)
 
 
 def search_params(
@@ -163,66 +118,6 @@ def search_params(
             if params.zero_point is not None and found.zero_point is not None:
                 params.zero_point[here, group] = found.zero_point
     return params.as_stored(args)
-
-
-def quantize(weight: Tensor, params: QuantizationParams, args: QuantizationArgs) -> Tensor:
-    """Codes [out, in] nearest to the weight [out, in], int8 or float8_e4m3fn; ties to even, clamped."""
-    by_row = params.by_row(args, len(weight))
-    scaled = group_columns(weight.float(), args) / by_row.scale.unsqueeze(-1)
-    if by_row.zero_point is not None:
-        scaled += by_row.zero_point.float().unsqueeze(-1)
-    return round_to_grid(scaled, args, out=scaled).flatten(1).to(code_dtype(args))
-
-
-def code_dtype(args: QuantizationArgs) -> torch.dtype:
-    """The dtype that holds codes in memory."""
-    return torch.float8_e4m3fn if args.type == "float" else torch.int8
-
-
-def fake_quantize(x: Tensor, args: QuantizationArgs, fixed: Tensor | None = None) -> Tensor:
-    """Activations [..., features] rounded as compressed-tensors' quantized forward rounds them.
-
-    Symmetric min-max scale per token, or group of a token's features, every step in x's dtype (with a global
-    scale in float32), as a reader of the checkpoint does. fixed: [1], what is not found at run time, which is
-    the scale of strategy `tensor`, the global scale of `tensor_group`.
-    """
-    values = x if args.columns is None else x.reshape(*x.shape[:-1], -1, args.columns)
-    if args.dynamic is False:
-        assert fixed is not None
-        step = fixed.to(x.dtype)
-    else:
-        low, high = values.aminmax(dim=-1, keepdim=True)
-        params = params_of_range(low, high, args, x.dtype, fixed)
-        step = params.scale if args.scale_dtype is None else params.steps(args)
-        if args.scale_dtype == "E8M0":
-            step = step.to(x.dtype)
-            step.masked_fill_(step == 0, 1.0)  # float16 has no such small number
-    scaled = values / step
-    rounded = round_to_grid(scaled, args, out=scaled).mul_(step).to(x.dtype)
-    return rounded if args.columns is None else rounded.flatten(-2)
-
-
-def fixed_input_scale(largest: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> Tensor:
-    """What calibration fixes of activations of which `largest` is the largest magnitude: [1], as stored.
-
-    The scale in `scale_dtype` with strategy `tensor`, the global scale in float32 with `tensor_group`.
-    """
-    largest = largest.reshape(1)
-    if args.strategy == "tensor_group":
-        return global_scale_of(largest, scale_dtype)
-    return params_of_range(-largest, largest, args, scale_dtype).scale
-
-
-def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor) -> Tensor:
-    """The code nearest to each scaled value, in the values' float dtype; `out` may be `values` itself."""
-    torch.clamp(values, *args.range, out=out)
-    if args.type == "int":
-        return out.round_()
-    if args.num_bits == 4:
-        magnitude = out.abs()
-        spacing = torch.ones_like(out).masked_fill_(magnitude < 2, 0.5).masked_fill_(magnitude >= 4, 2.0)
-        return out.div_(spacing).round_().mul_(spacing)
-    return out.copy_(out.to(torch.float8_e4m3fn))
 
 
 _Cost = Callable[[Tensor, slice], Tensor]
