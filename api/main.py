@@ -49,7 +49,8 @@ GRACE_SECONDS = 5
 SUBMITTING_THREADS = 8
 """Submissions that are planned at once. More would not be faster, as planning is work for the processor."""
 
-_NEW_OBJECTS = 50_000  # those that a request leaves die young: Python looks for them after 700
+_NEW_OBJECTS = 50_000
+"""Threshold of young collections (700 by default). The objects of a request die young anyway."""
 
 log = structlog.get_logger(__name__)
 
@@ -100,8 +101,8 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def settle(app: FastAPI) -> None:
-    """What a process does last before it serves: leave all that it has out of garbage collections, and make
-    them rarer. Otherwise a whole one holds up every request for 0.2 to 0.5 s now and then."""
+    """Call this last before serving: it takes all objects made so far out of garbage collections, and makes
+    those rarer. Otherwise a full collection stops every request for 0.2 to 0.5 s now and then."""
     app.openapi()  # made at the first use, and large
     gc.collect()
     gc.freeze()

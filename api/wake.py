@@ -1,4 +1,5 @@
-"""Telling workers to look for work. The database is the queue: a message may be lost, doubled or late."""
+"""Wake-ups: messages that make a worker look for jobs at once. The database is the queue, so a message may be
+lost, doubled or late."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def wake(device_class: str, *, broker_url: str | None = None) -> bool:
 
 
 def wake_all(counts: Mapping[str, int], *, broker_url: str) -> None:
-    """Ask so many workers of each class to look; the first message that cannot be sent is the last one."""
+    """Send that many wake-ups to each device class. Stops at the first that cannot be sent."""
     all(
         wake(device_class, broker_url=broker_url)
         for device_class, count in counts.items()
