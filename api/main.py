@@ -66,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         hasher=KeyHasher.from_settings(settings),
         key_uses=KeyUses(database),
         submitting=ThreadLimit(SUBMITTING_THREADS),
+        waking=ThreadLimit(1),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
         readiness=Readiness(settings, database.engine, store),
