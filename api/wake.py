@@ -16,7 +16,7 @@ from api.settings import get_settings
 LOOK = "bitmill.look"
 EXPIRES_SECONDS = 30
 _CONNECT_SECONDS = 2
-_PAUSE_SECONDS = 5.0
+_PAUSE_SECONDS = 2.0
 """How long a broker that did not answer is left alone. Workers find the jobs of that time by themselves."""
 
 _next_try: dict[str, float] = {}  # broker -> time.monotonic()
