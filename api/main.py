@@ -47,7 +47,8 @@ GRACE_SECONDS = 5
 """For requests that are being answered, and streams that are being read, when the process shall end."""
 
 SUBMITTING_THREADS = 8
-"""Submissions that are planned at once. More would not be faster, as planning is work for the processor."""
+"""Submissions that are planned at once. More are no faster, and others wait longer (docs/adr/0033 has
+figures)."""
 
 _NEW_OBJECTS = 50_000
 """Threshold of young collections (700 by default). The objects of a request die young anyway."""
