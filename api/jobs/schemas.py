@@ -24,6 +24,7 @@ from api.database import Columns
 from api.jobs.models import AttemptOutcome, Job, JobStatus
 from api.projects.schemas import S3Prefix
 from compression.errors import PlanError
+from compression.planning.planner import Require
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.steps import GroupSize, Observer
 
@@ -104,7 +105,10 @@ class JobSubmit(BaseModel):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     quality_gate: QualityGate | None = None
-    require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
+    require: Require | None = Field(
+        default=None,
+        description="Refuse what vLLM has no kernels for, what Transformers does not load, or either.",
+    )
     resources: Resources = Resources()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher goes first.")
     name: Name | None = None
