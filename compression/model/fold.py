@@ -18,7 +18,7 @@ from compression.finite import all_finite
 from compression.gram import Gram, Precision, accumulate_gram, require_finite_gram
 from compression.methods.awq import Rounded, SharedChannels, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.model.activations import Activations, Group
+from compression.model.activations import Activations, LinearGroup
 from compression.model.streamed import StreamedModel
 from compression.planning.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import Recipe
@@ -54,7 +54,7 @@ class LinearFolds:
 
 def fold(
     planned: FoldPlan,
-    group: Group,
+    group: LinearGroup,
     weights: Sequence[Tensor],
     gram: Gram,
     model: StreamedModel,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compression.errors import Problem
-from compression.planning.treatment import Linear, Treated
+from compression.planning.assignment import Assignment, Linear
 from compression.schemes import Scheme
 
 NOT_LOADED = "not_loaded_by_transformers"
@@ -20,7 +20,7 @@ _SERVED = "vLLM serves them. Transformers takes experts in W4A16, W8A16, FP8_DYN
 _SEPARATE_EXPERTS = ("Llama4ForCausalLM",)
 """Architectures whose experts Transformers makes linears of when a checkpoint is quantized."""
 
-Modules = Sequence[tuple[Linear, Treated]]
+Modules = Sequence[tuple[Linear, Assignment]]
 
 
 def unloaded(architecture: str, modules: Modules) -> list[Problem]:
@@ -28,11 +28,11 @@ def unloaded(architecture: str, modules: Modules) -> list[Problem]:
 
     modules: every linear with what becomes of it, in forward order.
     """
-    quantized = [(linear, treated) for linear, treated in modules if treated.scheme is not None]
+    quantized = [(linear, assigned) for linear, assigned in modules if assigned.scheme is not None]
     if not quantized:
         return []
     fused = [] if architecture in _SEPARATE_EXPERTS else [each for each in modules if each[0].experts]
-    steps = {treated.step: treated.scheme for _, treated in quantized if treated.scheme is not None}
+    steps = {assigned.step: assigned.scheme for _, assigned in quantized if assigned.scheme is not None}
     alone = len(steps) == 1 and not fused
     unread = [(step, scheme) for step, scheme in steps.items() if not scheme.weights.symmetric]
     return [_zero_points(step, scheme, alone) for step, scheme in unread] + _experts(fused, quantized[0][1])
@@ -48,12 +48,12 @@ def _zero_points(step: int | None, scheme: Scheme, alone: bool) -> Problem:
     )
 
 
-def _experts(experts: Modules, first: Treated) -> list[Problem]:
+def _experts(experts: Modules, first: Assignment) -> list[Problem]:
     """What is wrong with experts that Transformers keeps as one tensor.
 
     first: what becomes of the first linear that is quantized. By its scheme experts are read that have none.
     """
-    schemes = {treated.scheme: treated for _, treated in experts}
+    schemes = {assigned.scheme: assigned for _, assigned in experts}
     left = schemes.pop(None, None)
     if len(schemes) > 1:
         names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes if scheme))
@@ -70,10 +70,10 @@ def _experts(experts: Modules, first: Treated) -> list[Problem]:
         message = f"{_READER} refuses experts that stay as they are beside linears in {read.scheme.name}."
         hint = "vLLM serves them. Compress the experts of every layer, or use FP8_DYNAMIC for the others."
         problems.append(_problem(message, hint, read.step))
-    for scheme, treated in schemes.items():
+    for scheme, assigned in schemes.items():
         shapes = {linear.shape for linear, each in experts if each.scheme == scheme}
         if scheme and scheme.weights.symmetric and (how := _misread(scheme, shapes)):
-            problems.append(_problem(f"{_READER} {how}", _SERVED, treated.step))
+            problems.append(_problem(f"{_READER} {how}", _SERVED, assigned.step))
     return problems
 
 
@@ -86,7 +86,7 @@ def _misread(scheme: Scheme, shapes: set[tuple[int, int]]) -> str:
     if scheme.format == "int-quantized" or (_is_plain_fp8(scheme) and weights.scale_dtype):
         return refused
     scales = ((weights.scale_shape(shape), shape) for shape in shapes)
-    broadcast = all(part in (1, size) for pair in scales for part, size in zip(*pair, strict=True))
+    broadcast = all(part in (1, size) for pair in scales for part, size in zip(*pair, strict=False))
     return refused if _is_plain_fp8(scheme) and not broadcast else ""
 
 
