@@ -45,7 +45,8 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         *("nothing_to_compress", "pattern_invalid", "pattern_matches_nothing", "lm_head_not_supported"),
         *("group_size_does_not_divide", "group_size_not_applicable", "fused_group_mismatch"),
         *("too_few_outputs", "mask_structure_does_not_divide", "experts_need_dynamic_activations"),
-        *("experts_not_smoothed", "nothing_to_smooth", "kv_cache_not_supported", "not_served_by_vllm"),
+        *("experts_not_smoothed", "nothing_to_smooth", "kv_cache_not_supported"),
+        *("not_served_by_vllm", "not_loaded_by_transformers"),
     ),
     503: ("hub_unreachable", "s3_unreachable"),
 }

@@ -246,6 +246,11 @@ class TestRefused:
         problem = refused(server, scheme="W3A16", require="vllm")
         assert pointers(problem) == {"/scheme": "not_served_by_vllm"}
 
+    @pytest.mark.parametrize("reader", ["transformers", "both"])
+    def test_so_is_what_transformers_does_not_load(self, reader: str, server: Server) -> None:
+        problem = refused(server, scheme="W4A16_ASYM", require=reader)
+        assert pointers(problem) == {"/scheme": "not_loaded_by_transformers"}
+
     def test_gptq_without_data(self, server: Server) -> None:
         assert "/dataset" in pointers(refused(server, method="gptq", dataset=None))
 
