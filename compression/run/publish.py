@@ -11,7 +11,11 @@ import yaml
 
 import compression
 from compression.checkpoint.formats import quantization_config
+from compression.checkpoint.reader import same_data
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
+from compression.families.configuration import ties, with_ties
+from compression.families.decoder import LM_HEAD
+from compression.families.families import FAMILIES
 from compression.planning.plans import Plan
 from compression.report import Report
 from compression.run.journal import Journal
@@ -31,7 +35,7 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
         copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
     quantization = quantization_config(plan)
-    config = {**checkpoint.config, **({"quantization_config": quantization} if quantization else {})}
+    config = _config(plan) | ({"quantization_config": quantization} if quantization else {})
     write_file(folder / "config.json", _json(config))
     recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
     write_file(folder / "recipe.yaml", recipe.encode())
@@ -39,6 +43,15 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
     journal.close()
     _rename(folder, output_dir)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    """The source's, saying of lm_head what is written: readers go by the flag, or by the tensors."""
+    tensors, family = plan.checkpoint.tensors, FAMILIES[plan.model_type]
+    config = dict(plan.checkpoint.config)
+    head = tensors.get(f"{LM_HEAD}.weight")
+    tied = head is None or (ties(config, family) and same_data(head, tensors[family.embedding]))
+    return config if tied == ties(config, family) else with_ties(config, family, tied)
 
 
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
