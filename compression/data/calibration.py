@@ -16,11 +16,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from compression.data.columns import Document, Messages
 from compression.data.documents import dataset_digest, open_documents
@@ -202,8 +204,13 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
     Raises SourceError: tokenizer_missing.
     """
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except StrictDataclassError:  # of config.json, of which a tokenizer needs no more than the model_type
+            config = PreTrainedConfig.from_pretrained(source, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             "tokenizer_missing",

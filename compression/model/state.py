@@ -7,7 +7,7 @@ without storage leaves none behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,17 +37,17 @@ class Found:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._buffers = _copied(module._buffers)
-        self._attributes = _copied(_attributes(module))
+        self._buffers = _mapped(Tensor.clone, module._buffers)
+        self._attributes = _mapped(Tensor.clone, _attributes(module))
 
     def put_back(self) -> None:
         """Make the module what it was; what it got since is gone."""
         own = vars(self._module)
         for name in _attributes(self._module).keys() - self._attributes.keys():
             del own[name]
-        own.update(_copied(self._attributes))
+        own.update(_mapped(Tensor.clone, self._attributes))
         self._module._buffers.clear()
-        self._module._buffers.update(_copied(self._buffers))
+        self._module._buffers.update(_mapped(Tensor.clone, self._buffers))
 
 
 def forget_between_calls(modules: Iterable[nn.Module]) -> None:
@@ -66,8 +66,8 @@ def without_storage(modules: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as undo:
         for module in modules:
             undo.callback(Found(module).put_back)
-            for name, buffer in list(module._buffers.items()):
-                module._buffers[name] = None if buffer is None else _zeros(buffer)
+            module._buffers.update(_mapped(_zeros, module._buffers))
+            vars(module).update(_mapped(_zeros, _attributes(module)))
             before = module.register_forward_pre_hook(
                 lambda _module, args, kwargs: tree_map_only(Tensor, _zeros, (args, kwargs)),
                 with_kwargs=True,
@@ -108,8 +108,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tree_map_only(Tensor, Tensor.clone, value) for name, value in values.items()}
+def _mapped(change: Callable[[Tensor], Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, every tensor in them changed."""
+    return {name: tree_map_only(Tensor, change, value) for name, value in values.items()}
 
 
 def _zeros(tensor: Tensor) -> Tensor:
