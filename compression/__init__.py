@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from compression.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from compression.errors import (
         CompressionError,
@@ -21,22 +23,7 @@ if TYPE_CHECKING:
         SelfCheckError,
         SourceError,
     )
-    from compression.modifiers import (
-        AWQModifier,
-        GPTQModifier,
-        QuantizationModifier,
-        SmoothQuantModifier,
-        SparseGPTModifier,
-        WandaPruningModifier,
-        oneshot,
-    )
-    from compression.pipeline import compress
-    from compression.planning.planner import plan
-    from compression.planning.plans import Plan
-    from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-    from compression.report import Report
-    from compression.schemes import SCHEMES, Scheme, get_scheme
-    from compression.steps import (
+    from compression.methods import (
         AWQStep,
         GPTQStep,
         MagnitudeStep,
@@ -45,8 +32,21 @@ if TYPE_CHECKING:
         SparseGPTStep,
         WandaStep,
     )
+    from compression.modifiers import oneshot
+    from compression.pipeline import compress
+    from compression.planning.planner import plan
+    from compression.planning.plans import Plan
+    from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+    from compression.report import Report
+    from compression.schemes import SCHEMES, Scheme, get_scheme
 
-__version__ = "0.1.0"
+    AWQModifier = AWQStep
+    GPTQModifier = GPTQStep
+    QuantizationModifier = RTNStep
+    SmoothQuantModifier = SmoothQuantStep
+    SparseGPTModifier = SparseGPTStep
+    WandaPruningModifier = WandaStep
+
 
 __all__ = [
     "SCHEMES",
@@ -89,28 +89,25 @@ _HOME = {
         "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
         "SourceError",
     ),
-    "compression.modifiers": (
-        "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "SparseGPTModifier",
-        "WandaPruningModifier", "oneshot",
-    ),
+    "compression.modifiers": ("oneshot",),
     "compression.pipeline": ("compress",),
     "compression.planning.planner": ("plan",),
     "compression.planning.plans": ("Plan",),
     "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "Recipe"),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),
-    "compression.steps": (
-        "AWQStep", "GPTQStep", "MagnitudeStep", "RTNStep", "SmoothQuantStep", "SparseGPTStep", "WandaStep",
-    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(module), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    if name.endswith(("Step", "Modifier")):  # every method's, under our name and under LLM Compressor's
+        steps = import_module("compression.methods").public_names()
+        if name in steps:
+            return steps[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compression.model.forward import Forwards, Stream
+from compression.model.batches import SuspendedBatches
+from compression.model.hooks import ForwardHooks
 from compression.model.streamed import StreamedModel
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
@@ -30,16 +31,16 @@ def planned(folder: Path) -> Plan:
     return plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
 
 
-def forwards_of(model: StreamedModel, folder: Path) -> Forwards:
+def hooks_of(model: StreamedModel, folder: Path) -> ForwardHooks:
     groups = {m.name: m.group for layer in planned(folder).layers for m in layer.modules}
-    return Forwards(model, groups, {})
+    return ForwardHooks(model, groups, {})
 
 
 def tokens(batch: int = 2, seq: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
+def through_all_layers(model: StreamedModel, stream: SuspendedBatches) -> list[Tensor]:
     for index in range(len(model)):
         model.load_layer(index)
         stream.run_through(index)
@@ -51,5 +52,5 @@ def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
 def logits_of(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
     """What the engine computes for the original, in float32."""
     model = streamed(folder)
-    stream = forwards_of(model, folder).stream(batches, quantize_activations=False)
+    stream = hooks_of(model, folder).stream(batches, quantize_activations=False)
     return through_all_layers(model, stream)
