@@ -18,7 +18,7 @@ from compression.checkpoint.stated import stated_dtype
 from compression.data.sources import headers_of
 from compression.errors import PlanError, Problem, SourceError
 from compression.families.naming import module_names, on_disk
-from compression.planning import checks
+from compression.planning import checks, model_checks
 from compression.planning.assignment import Assignments, assign_steps
 from compression.planning.cost import disk_estimate, duration
 from compression.planning.guide import guide_estimate
@@ -85,10 +85,13 @@ def plan(
     problems += [warning for warning in assigned.warnings if warning.code in _REQUIRED[require]]
     problems += checks.smoothing_problems(recipe, decoder)
     problems += checks.cache_problems(recipe, decoder, attention_linear(decoder))
+    calibrates = has_data and recipe.needs_data
+    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates)
+    runs = has_data and bool(parked.total)
+    problems += model_checks.position_problems(decoder, calibration) if runs else []
     if problems:
         raise PlanError(*problems)
 
-    calibrates = has_data and recipe.needs_data
     modules = _module_plans(model, assigned)
     caches = recipe.kv_cache_step is not None
     layers, outside = assign_shards(
@@ -97,8 +100,7 @@ def plan(
     stored = [stored_layer(checkpoint, layer) for layer in layers]
     rest = [{key: info.spec for key, info in on_disk(checkpoint, keys).items()} for _, keys in outside]
     output_bytes = sum(map(file_size, [*stored, *rest]))
-    parked = ParkedTokens.of(calibration, evaluation, calibrates=calibrates)
-    running = parked if has_data and parked.total else None
+    running = parked if runs else None
     generates = dataset is not None and dataset.generated is True
     work = make_workload(
         checkpoint, decoder, layers, stored, recipe, running, activation_budget_bytes, generates=generates
@@ -126,6 +128,7 @@ def plan(
             *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(work.held_bytes, activation_budget_bytes, work.spill_bytes),
             *checks.generation_warnings(work),
+            *(model_checks.position_warnings(decoder, calibration) if runs else ()),
             *checks.unknown_warnings(model.unknown),
             *checks.dtype_warnings(
                 stated_dtype(checkpoint.config),

@@ -8,7 +8,11 @@ from typing import Any
 import compressed_tensors
 
 from compression.checkpoint.formats import SCALE_DTYPES
+from compression.checkpoint.reader import same_data
 from compression.checkpoint.stated import in_bfloat16
+from compression.families.configuration import ties, with_ties
+from compression.families.decoder import LM_HEAD
+from compression.families.families import FAMILIES
 from compression.planning.plans import ModulePlan, Plan
 from compression.schemes import KV_CACHE, QuantizationArgs, Scheme
 from compression.steps import QuantizingStep
@@ -55,7 +59,7 @@ def quantization_config(plan: Plan) -> dict[str, Any] | None:
 
 def written_config(plan: Plan) -> dict[str, Any]:
     """config.json: that of the source, with how it is quantized; in bfloat16 where readers know no other."""
-    config = dict(plan.checkpoint.config)
+    config = _with_lm_head(plan)
     quantization = quantization_config(plan)
     if quantization is None:
         return config
@@ -109,3 +113,12 @@ def _args_dict(
         "scale_dtype": str(SCALE_DTYPES[args.scale_dtype]) if args.scale_dtype else None,
         "zp_dtype": None if args.symmetric else "torch.int8",
     }
+
+
+def _with_lm_head(plan: Plan) -> dict[str, Any]:
+    """The source's, saying of lm_head what is written: readers go by the flag, or by the tensors."""
+    tensors, family = plan.checkpoint.tensors, FAMILIES[plan.model_type]
+    config = dict(plan.checkpoint.config)
+    head = tensors.get(f"{LM_HEAD}.weight")
+    tied = head is None or (ties(config, family) and same_data(head, tensors[family.embedding]))
+    return config if tied == ties(config, family) else with_ties(config, family, tied)
