@@ -33,8 +33,8 @@ from sqlalchemy.types import TypeDecorator
 from api.write_queue import WriteQueue, write_queue
 
 AWAY = (OperationalError, InterfaceError, TimeoutError)
-"""What is raised while the database does not answer. A transaction may have been committed all the same: its
-answer may be what was lost."""
+"""Errors that are raised while the database does not answer. The transaction may have been committed all the
+same, if only the answer was lost."""
 BUSY_TIMEOUT_SECONDS = 5
 """How long SQLite waits for a writer in another process."""
 WRITE_WAIT_SECONDS = 30.0
@@ -48,7 +48,7 @@ _WRITING: dict[str, dict[str, Any]] = {
     "postgresql": {"immediate": True, "isolation_level": "READ COMMITTED"},
 }
 _FRESH_SECONDS = 1.0
-"""A connection that was used so short a time ago is not asked whether it still stands."""
+"""A connection that was used less than this ago is not pinged before it is used again."""
 _POOL_SIZE = 40  # as many as FastAPI has threads for routes; connections above are opened for each use
 _POOL_OVERFLOW = 20  # for submissions, which have threads of their own, probes, and a worker in the process
 _TURN = "write_queue"  # in a connection's info, while it has SQLite's write lock
@@ -121,23 +121,23 @@ def now(session: Session) -> datetime:
 
 
 def lock(session: Session, name: str) -> None:
-    """Let no other transaction past this line with the same name until this one ends.
+    """Take an advisory lock of that name until the transaction ends.
 
-    For what has no row yet that could be locked. A writer on SQLite is alone as it is.
+    For what has no row yet that could be locked. On SQLite there is one writer at a time anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def reason(error: Exception) -> str:
-    """What a database said, without the statement that it said it of."""
+    """The database's message, without the statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
 class Database:
     """Sessions on one database.
 
-    A session is a transaction, unless it looks only: it begins with its first statement, commits when the
+    A session of `read` or `write` is a transaction: it begins with its first statement, commits when the
     block ends and rolls back when the block raises. Objects stay readable after the block.
     """
 
@@ -150,14 +150,14 @@ class Database:
 
     @contextmanager
     def look(self) -> Iterator[Session]:
-        """A session that only reads, each statement for itself: what two of them found may not go together.
-        Saves PostgreSQL and us two messages."""
+        """A session without a transaction, in autocommit: each statement reads for itself, and two may see
+        different states. Saves two round trips to PostgreSQL."""
         with self._look() as session:
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only reads, all of it as of its first statement."""
+        """A session that only reads, from one snapshot: the state at its first statement."""
         with self._read() as session:
             yield session
 
@@ -190,7 +190,7 @@ def make_engine(url: str) -> Engine:
             skip_autocommit_rollback=True,
         )
         event.listen(engine, "checkin", _note_use)
-        event.listen(engine, "checkout", partial(_ask_if_it_stands, engine.dialect))
+        event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
         return engine
     if parts.get_backend_name() != "sqlite":
         raise ValueError(f"Bitmill keeps its jobs in SQLite or PostgreSQL, not in {parts.get_backend_name()}")
@@ -219,8 +219,8 @@ def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
     record.info["used"] = time.monotonic()
 
 
-def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-    """Before a connection is used again: the server may have gone away and come back meanwhile."""
+def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Ping a connection that lay idle: the server may have been restarted meanwhile."""
     used = record.info.get("used")
     if used is None or time.monotonic() - used < _FRESH_SECONDS:
         return

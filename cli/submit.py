@@ -87,7 +87,8 @@ def submit(
         float | None, typer.Option(help="Fail the job if perplexity rises by more than this factor.", **_Data)
     ] = None,
     require: Annotated[
-        str | None, typer.Option(help="vllm: refuse what vLLM has no kernels for.", **_Run)
+        str | None,
+        typer.Option(help="vllm, transformers or both: refuse what they could not load or run.", **_Run),
     ] = None,
     device_class: Annotated[str | None, typer.Option(help="any, cpu or cuda.", **_Run)] = None,
     priority: Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.", **_Run)] = None,

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import tokenizers
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateSyntaxError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from compression.boundary import foreign, is_out_of_memory, reason
 from compression.data.columns import Document, Messages
@@ -145,7 +147,12 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
         f"The model's tokenizer ({', '.join(found[:5])}) cannot be read",
         f"Download it again, or save it with tokenizers {tokenizers.__version__} or an earlier version.",
     ):
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except StrictDataclassError:  # of config.json, of which a tokenizer needs no more than the model_type
+            config = PreTrainedConfig.from_pretrained(source, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
     return tokenizer
 
 

@@ -86,14 +86,12 @@ def assign_steps(linears: Sequence[Linear], module_names: Sequence[str], recipe:
         members = [linear for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD]
         schemes[number] = _resolve(number, step, [linear.shape[1] for linear in members], result)
         result.problems += _zero_point_problems(number, schemes[number], members)
-        if any(linear.experts for linear, (index, _) in chosen if index == number):
+        if any(linear.experts for linear in members):
             result.problems += _expert_problems(number, schemes[number])
-        fused = [
-            [linear.shape[0] for linear, _ in members]
-            for members in _fused(chosen)
-            if members[0][1] == number and len(members) > 1
-        ]
-        result.warnings += unserved(number, schemes[number], fused)
+        together = [[linear for linear, _ in m] for m in _fused(chosen) if m[0][1] == number]
+        matrices = [[linear.shape[0] for linear in m] for m in together if not m[0].experts]
+        experts = [[linear.shape for linear in m] for m in together if m[0].experts]
+        result.warnings += unserved(number, schemes[number], matrices, experts)
     for number, pruning in recipe.pruning.items():
         result.problems += _structure_problems(
             number, pruning, {linear.shape[1] for linear, index in any_step if index == number}

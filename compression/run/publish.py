@@ -11,9 +11,11 @@ import yaml
 
 from compression.boundary import writing
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
+from compression.planning.loaded import NOT_LOADED
 from compression.planning.plans import Plan
+from compression.planning.served import NOT_SERVED
 from compression.report import Report
-from compression.run.config import quantization_config
+from compression.run.config import written_config
 from compression.run.journal import Journal
 from compression.version import VERSION
 
@@ -32,9 +34,7 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     if (checkpoint.folder / "README.md").exists():
         copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
-    quantization = quantization_config(plan)
-    config = {**checkpoint.config, **({"quantization_config": quantization} if quantization else {})}
-    write_file(folder / "config.json", _json(config))
+    write_file(folder / "config.json", _json(written_config(plan)))
     recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
     write_file(folder / "recipe.yaml", recipe.encode())
     write_file(folder / "README.md", _card(plan, report).encode())
@@ -65,7 +65,7 @@ def _card(plan: Plan, report: Report) -> str:
         f"# {plan.name}, compressed",
         "",
         f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
-        f"{VERSION}, in the compressed-tensors format that Transformers and vLLM load.",
+        f"{VERSION}, in the compressed-tensors format{_readers(plan)}.",
         "",
         "| | original | compressed |",
         "| --- | --- | --- |",
@@ -96,6 +96,13 @@ def _card(plan: Plan, report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _readers(plan: Plan) -> str:
+    """Which readers load the checkpoint, as far as the plan knows."""
+    codes = {warning.code for warning in plan.warnings}
+    names = [name for name, code in (("Transformers", NOT_LOADED), ("vLLM", NOT_SERVED)) if code not in codes]
+    return f" that {' and '.join(names)} load{'s' if len(names) == 1 else ''}" if names else ""
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from api.jobs.ledger.models import DeviceClass
 from api.jobs.ledger.views import QualityGate
 from api.projects.schemas import S3Prefix
 from compression.errors import PlanError
+from compression.planning.planner import Require
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import Observer
 from compression.steps import GroupSize
@@ -97,7 +98,10 @@ class JobSubmit(BaseModel):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     quality_gate: QualityGate | None = None
-    require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
+    require: Require | None = Field(
+        default=None,
+        description="Refuse what vLLM has no kernels for, what Transformers does not load, or either.",
+    )
     resources: Resources = Resources()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher goes first.")
     name: Name | None = None

@@ -181,7 +181,7 @@ def test_no_room_is_disk_full_and_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 import os, resource, signal, tempfile
 from pathlib import Path
-from api.artifacts.local import LocalStore
+from api.store.local import LocalStore
 from compression.errors import ResourceError
 source = Path({str(tmp_path / "big")!r})
 source.write_bytes(b"x" * 1_000_000)
