@@ -27,6 +27,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+from api.private import make_file, make_folder
+
 AWAY = (OperationalError, InterfaceError, TimeoutError)
 """What is raised while the database does not answer. A transaction may have been committed all the same: its
 answer may be what was lost."""
@@ -188,13 +190,14 @@ def make_engine(url: str) -> Engine:
     file = parts.database
     if not file or file == ":memory:":
         raise ValueError("SQLite needs a file: every connection to :memory: is a database of its own")
-    Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(Path(file).parent)
     engine = create_engine(
         url,
         pool_size=_POOL_SIZE,
         max_overflow=_POOL_OVERFLOW,
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
     )
+    event.listen(engine, "do_connect", partial(_make_private, Path(file)))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -218,6 +221,11 @@ def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolE
         dialect.do_ping(connection)
     except dialect.loaded_dbapi.Error as error:
         raise InvalidatePoolError from error
+
+
+def _make_private(file: Path, *_connecting: Any) -> None:
+    """Before SQLite makes the file, with a mode for everybody. Its -wal and -shm get the mode of the file."""
+    make_file(file)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

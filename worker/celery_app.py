@@ -7,6 +7,7 @@ import threading
 from celery import Celery, signals
 from celery.worker import state
 
+from api.data_dir import secure_and_log
 from api.observability import configure_logging
 from api.readiness import check_schema
 from api.settings import Settings
@@ -76,6 +77,7 @@ def run_worker(settings: Settings) -> None:
             "Set it to a redis:// URL, the same for the API and every worker."
         )
     configure_logging(settings)
+    secure_and_log(settings)
     worker = WorkerContext.open(settings)
     check_schema(worker.database.engine)
     presence = Presence(worker)

@@ -24,6 +24,7 @@ from api.artifacts.store import (
     open_store,
     work_key,
 )
+from api.private import mode_of
 
 
 @pytest.fixture
@@ -220,3 +221,21 @@ def test_a_folder_that_is_gone_is_unreachable(local: Store, tmp_path: Path) -> N
     (tmp_path / "the store").rename(tmp_path / "elsewhere")
     with pytest.raises(StoreUnreachable):
         local.probe()
+
+
+def test_objects_are_for_those_who_can_access_the_folder(tmp_path: Path) -> None:
+    for root_mode, file_mode in ((0o700, 0o600), (0o755, 0o644), (0o770, 0o660)):
+        source = tmp_path / f"{root_mode:o}.source"
+        source.write_bytes(b"x")
+        source.chmod(0o640)
+        root = tmp_path / f"{root_mode:o}"
+        store = LocalStore(root)
+        assert mode_of(root) == 0o700
+        root.chmod(root_mode)
+        store.put("a/b/file", source)
+        store.link("a/b/file", "c/file")
+        for key in ("a/b/file", "c/file"):
+            assert mode_of(root / key) == file_mode
+            assert mode_of((root / key).parent) == root_mode
+        store.get("c/file", tmp_path / f"{root_mode:o}.copy")
+        assert mode_of(root / "c/file") == file_mode
