@@ -22,7 +22,6 @@ def upgrade(as_json: JsonOption = False) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     import migrations
-
     from api.data_dir import secure_data_dir
 
     warning = secure_data_dir(settings).warning

@@ -25,7 +25,7 @@ from api.settings import Settings
 from worker.celery_app import CeleryThread, make_app
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.reaper import housekeeping
+from worker.housekeeping import housekeeping
 
 _LIVENESS_SECONDS = 0.5
 
@@ -79,7 +79,7 @@ def run_embedded(settings: Settings, on_listening: OnListening) -> None:
 
 @contextmanager
 def _worker(settings: Settings) -> Iterator[CeleryThread]:
-    """A worker beside the API. No other can be alive, so every lease that is held is given back first."""
+    """A worker beside the API. No other worker can be alive, so every lease is released first."""
     worker = WorkerContext.open(settings)
     with worker.database.write() as session:
         released = leases.release_all(session)

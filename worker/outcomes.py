@@ -1,12 +1,15 @@
-"""Why an attempt did not succeed, and what is written of it."""
+"""Why an attempt did not succeed, whether another one is worth it, and what is written of it."""
 
 from __future__ import annotations
 
+import errno
 from typing import Any, NamedTuple
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from api import database
 from api.artifacts.store import StoreUnavailable
 from api.jobs import leases
 from api.jobs.leases import AttemptFacts, Lease
@@ -14,13 +17,25 @@ from api.jobs.models import AttemptOutcome
 from compression.errors import CompressionError
 from worker.context import ShuttingDown
 from worker.heartbeat import CancelRequested
-from worker.runner import explain, is_disk_full
+from worker.messages import storable
+from worker.runner import MESSAGE_CHARACTERS, REPORT_HINT, explain, is_disk_full
+
+_TRANSIENT = frozenset({
+    errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN, errno.ESTALE,
+    errno.ETIMEDOUT, errno.ETXTBSY,
+})  # fmt: skip
+"""Errors of the system that are about a moment or a host, and not about the job's paths and names."""
 
 log = structlog.get_logger(__name__)
 
 
 class AttemptFailed(Exception):
-    """Why an attempt failed. report: what a job keeps that was compressed and then refused."""
+    """Why an attempt failed.
+
+    retryable: whether another attempt may succeed. report: what a job keeps that was compressed and then
+    refused.
+    """
 
     def __init__(
         self,
@@ -39,46 +54,50 @@ class AttemptFailed(Exception):
         self.report = report
 
 
-class Ending(NamedTuple):
+class Outcome(NamedTuple):
     """How an attempt ended. code: why, where it failed or was given back for a reason."""
 
     outcome: AttemptOutcome
     code: str | None = None
 
 
-def end(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Ending:
-    """Write why the attempt did not succeed."""
+def write(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Outcome:
+    """End an attempt that `reason` stopped: its job is cancelled, given back, retried or failed."""
     if isinstance(reason, CancelRequested):
         leases.mark_cancelled(session, lease, facts)
-        return Ending(AttemptOutcome.CANCELLED)
+        return Outcome(AttemptOutcome.CANCELLED)
     if isinstance(reason, ShuttingDown):
         leases.release(session, lease, facts)
-        return Ending(AttemptOutcome.PREEMPTED)
+        return Outcome(AttemptOutcome.PREEMPTED)
     if isinstance(reason, StoreUnavailable):
         leases.lose_store(session, lease, reason.code, str(reason), facts)
-        return Ending(AttemptOutcome.STORE_LOST, reason.code)
+        return Outcome(AttemptOutcome.STORE_LOST, reason.code)
     failure = _failure(reason)
     leases.fail(
         session,
         lease,
         failure.outcome,
         failure.code,
-        failure.message,
+        storable(failure.message),
         retryable=failure.retryable,
         report=failure.report,
         facts=facts,
     )
-    return Ending(failure.outcome, failure.code)
+    return Outcome(failure.outcome, failure.code)
 
 
 def _failure(error: Exception) -> AttemptFailed:
-    """What a job is told. An error that nobody foresaw is the worker's, so another attempt is worth it."""
+    """What a job is told. An error that nobody foresaw is retried only where it is about this host."""
     if isinstance(error, AttemptFailed):
         return error
     if isinstance(error, CompressionError) or is_disk_full(error):
-        told = explain(error)
-        return AttemptFailed(AttemptOutcome.FAILED, told["code"], f"{told['message']} {told['hint']}".strip())
+        explained = explain(error)
+        message = f"{explained['message']} {explained['hint']}".strip()
+        return AttemptFailed(AttemptOutcome.FAILED, explained["code"], message)
     log.error("worker_error", exc_info=error)
+    retryable = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _TRANSIENT)
+    said = database.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
+    message = f"{type(error).__name__}: {said}"[:MESSAGE_CHARACTERS]
     return AttemptFailed(
-        AttemptOutcome.CRASHED, "worker_error", f"{type(error).__name__}: {error}", retryable=True
+        AttemptOutcome.CRASHED, "worker_error", f"{message} {REPORT_HINT}", retryable=retryable
     )

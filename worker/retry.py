@@ -1,4 +1,4 @@
-"""Waiting for a store or a database that is away for a while: work goes on where it stood."""
+"""Retries while a store or a database is away: work goes on where it stood."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from sqlalchemy.orm import Session
 from api.artifacts.store import Check, StoreUnreachable
 from api.database import AWAY, Database, reason
 
-PATIENCE_SECONDS = 300.0
-"""How long a file waits for the store. Then the job goes back to the queue, for a worker that reaches it."""
-_PAUSE_SECONDS = 0.5
-_PAUSE_MAX_SECONDS = 30.0
+STORE_RETRY_SECONDS = 300.0
+"""How long a call to the store is retried. Then the job goes back to the queue, for another worker."""
+_BACKOFF_SECONDS = 0.5
+_BACKOFF_MAX_SECONDS = 30.0
 _DATABASE_PAUSE_SECONDS = 1.0
-_TICK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
+"""How often `check` is called during a pause: a cancel has to take effect within 5 seconds."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,50 +26,50 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-def patiently(check: Check, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `action` gives, tried again with growing pauses for as long as the store is unreachable.
+def retry_store(check: Check, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `action` returns, retried with exponential backoff while the store is unreachable.
 
-    check: called a few times a second meanwhile; whatever it raises ends the wait.
+    check: called during the pauses; what it raises ends the retries.
 
     Raises:
-        StoreUnreachable: it still was when patience ended.
+        StoreUnreachable: it still was after STORE_RETRY_SECONDS.
     """
-    give_up = time.monotonic() + PATIENCE_SECONDS
-    pause = _PAUSE_SECONDS
+    deadline = time.monotonic() + STORE_RETRY_SECONDS
+    pause = _BACKOFF_SECONDS
     while True:
         try:
             return action(*args, **kwargs)
         except StoreUnreachable as error:
-            if time.monotonic() + pause > give_up:
+            if time.monotonic() + pause > deadline:
                 raise
             log.warning("store_unreachable", reason=error.message, pause_seconds=pause)
         _wait(pause, check)
-        pause = min(2 * pause, _PAUSE_MAX_SECONDS)
+        pause = min(2 * pause, _BACKOFF_MAX_SECONDS)
 
 
-def write_patiently(check: Check, database: Database, action: Callable[[Session], T]) -> T:
-    """What `action` gives in a transaction of its own, tried again for as long as the database is away.
+def write_with_retry(database: Database, action: Callable[[Session], T], check: Check) -> T:
+    """What `action` returns in a transaction of its own, retried for as long as the database is away.
 
-    There is no end to that: a worker without its database has nothing else to do, and should the job be
-    another's by then, the fence says so. Where only the answer was lost, `action` happens twice, so it has to
-    be one that may: at worst an event is told again.
+    There is no deadline. A worker without its database has nothing else to do, and the fencing token refuses
+    the write if the job is another worker's by then. Where only the answer of a commit was lost, `action`
+    runs twice, so it has to be idempotent; at worst an event is repeated.
 
-    check: called a few times a second meanwhile; whatever it raises ends the wait.
+    check: called during the pauses; what it raises ends the retries.
     """
-    away = False
+    is_away = False
     while True:
         try:
             with database.write() as session:
                 return action(session)
         except AWAY as error:
-            if not away:
+            if not is_away:
                 log.warning("database_away", error=reason(error))
-            away = True
+            is_away = True
         _wait(_DATABASE_PAUSE_SECONDS, check)
 
 
 def _wait(seconds: float, check: Check) -> None:
-    again = time.monotonic() + seconds
-    while time.monotonic() < again:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         check()
-        time.sleep(_TICK_SECONDS)
+        time.sleep(_POLL_SECONDS)

@@ -1,7 +1,7 @@
 """Scratch folders: one for each worker process, and in it one for each attempt.
 
-A worker process holds a lock on its folder for as long as it lives; the kernel drops it with the process. So
-a folder whose lock is free belongs to nobody, and a worker that starts removes it.
+A worker process holds a lock on its folder, which the kernel drops with the process. A folder whose lock is
+free was left by a process that died: the next worker that starts removes it.
 """
 
 from __future__ import annotations

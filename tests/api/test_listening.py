@@ -22,7 +22,7 @@ with announced(Path(sys.argv[1]), sys.argv[2]):
 """
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_listens(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_listens() -> None:
     with listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
