@@ -1,4 +1,4 @@
-"""From credentials to a client, and from what can go wrong on the way to an exit code."""
+"""A client of the configured server, and the exit codes of its errors."""
 
 from __future__ import annotations
 

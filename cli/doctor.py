@@ -1,4 +1,4 @@
-"""Looks at everything a server and a worker need, and says what to do about what is missing."""
+"""Checks what a server and a worker need, and says what to do about what is missing."""
 
 from __future__ import annotations
 
