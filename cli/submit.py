@@ -89,7 +89,7 @@ def submit(
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
     callback: Annotated[
-        str | None, typer.Option(help="A webhook that gets a message when the job ends.", **_Run)
+        str | None, typer.Option(help="Webhook that gets a message at its end.", **_Run)
     ] = None,
     cache: Annotated[
         bool, typer.Option(help="Take what another job of the project has made of the same.", **_Run)

@@ -25,9 +25,9 @@ from sqlalchemy.orm import Session
 from api.jobs import leases, twins
 from api.jobs.leases import AttemptFacts, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job
+from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
-from compression.sources import asks_s3, local
 from worker import outcomes
 from worker.cache_key import compute_cache_key
 from worker.context import ShuttingDown, WorkerContext

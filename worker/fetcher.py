@@ -21,7 +21,7 @@ def fetch(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
 
     Returns {"dataset"}: pinned to the state that was found, where the job named none; else None.
     """
-    from compression import sources  # here, so that a broken installation is reported as a failure too
+    from compression.data import sources  # here, so that a broken installation is reported as a failure too
 
     signal.signal(signal.SIGTERM, _terminate)
     found = sources.fetch(spec.source, spec.dataset, spec.calibration, spec.evaluation, on_event)
