@@ -17,7 +17,7 @@ from api import database
 from api.jobs import leases
 from api.jobs.models import IdempotencyKey, Job, JobLayer, JobStatus
 from tests.worker.conftest import Submit
-from worker import reaper
+from worker import housekeeping
 from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
 from worker.deliveries import Sender
@@ -172,7 +172,7 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
 def test_keys_of_requests_are_forgotten_after_a_day_a_part_at_a_time(
     worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(housekeeping, "_ROWS_AT_ONCE", 2)
     submit()
     with worker.database.write() as session:
         (project_id,) = session.scalars(select(Job.project_id))
