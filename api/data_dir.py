@@ -11,9 +11,9 @@ from pathlib import Path
 import structlog
 from sqlalchemy import make_url
 
-from api.artifacts.store import local_folder
 from api.private import UMASK, is_exposed, make_folder, mode_of
 from api.settings import Settings
+from api.store.factory import local_folder
 from compression.hub.environment import CACHE_VARIABLES
 
 _OWN_NAMES = ("credentials.json", "secret.key", "serve.lock", "listening", "artifacts", "scratch")

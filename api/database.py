@@ -1,8 +1,11 @@
 """The database: engine, sessions, and the one clock that every host agrees on.
 
 Writers on SQLite begin with BEGIN IMMEDIATE, so that a transaction that read and then writes never fails
-half-way; on PostgreSQL they run beside each other, and lock the rows or the names that they decide by.
-Readers see one snapshot on both. Who asks a single question needs no transaction for that.
+half-way, and take turns (write_queue.py). On PostgreSQL they run beside each other, and lock the rows or the
+names that they decide by. Readers see one snapshot on both. A single query needs no transaction.
+
+A transaction ends in the function that opened it, `with database.write() as session:` (docs/adr/0033). None
+is open while a request waits for a thread, the network or a store.
 """
 
 from __future__ import annotations
@@ -28,11 +31,15 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from api.private import make_file, make_folder
+from api.write_queue import WriteQueue, write_queue
 
 AWAY = (OperationalError, InterfaceError, TimeoutError)
-"""What is raised while the database does not answer. A transaction may have been committed all the same: its
-answer may be what was lost."""
+"""Errors that are raised while the database does not answer. The transaction may have been committed all the
+same, if only the answer was lost."""
 BUSY_TIMEOUT_SECONDS = 5
+"""How long SQLite waits for a writer in another process."""
+WRITE_WAIT_SECONDS = 30.0
+"""How long a writer on SQLite waits for the others in this process."""
 _READING: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
@@ -42,9 +49,10 @@ _WRITING: dict[str, dict[str, Any]] = {
     "postgresql": {"immediate": True, "isolation_level": "READ COMMITTED"},
 }
 _FRESH_SECONDS = 1.0
-"""A connection that was used so short a time ago is not asked whether it still stands."""
-_POOL_SIZE = 40  # as many as the server's thread pool has threads: what is above is opened for each use
-_POOL_OVERFLOW = 10  # for workers that share the process
+"""A connection that was used less than this ago is not pinged before it is used again."""
+_POOL_SIZE = 40  # as many as FastAPI has threads for routes; connections above are opened for each use
+_POOL_OVERFLOW = 20  # for submissions, which have threads of their own, probes, and a worker in the process
+_TURN = "write_queue"  # in a connection's info, while it has SQLite's write lock
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -114,23 +122,23 @@ def now(session: Session) -> datetime:
 
 
 def lock(session: Session, name: str) -> None:
-    """Let no other transaction past this line with the same name until this one ends.
+    """Take an advisory lock of that name until the transaction ends.
 
-    For what has no row yet that could be locked. A writer on SQLite is alone as it is.
+    For what has no row yet that could be locked. On SQLite there is one writer at a time anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def reason(error: Exception) -> str:
-    """What a database said, without the statement that it said it of."""
+    """The database's message, without the statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
 class Database:
     """Sessions on one database.
 
-    A session is a transaction, unless it looks only: it begins with its first statement, commits when the
+    A session of `read` or `write` is a transaction: it begins with its first statement, commits when the
     block ends and rolls back when the block raises. Objects stay readable after the block.
     """
 
@@ -143,14 +151,14 @@ class Database:
 
     @contextmanager
     def look(self) -> Iterator[Session]:
-        """A session that only reads, each statement for itself: what two of them found may not go together.
-        Saves PostgreSQL and us two messages."""
+        """A session without a transaction, in autocommit: each statement reads for itself, and two may see
+        different states. Saves two round trips to PostgreSQL."""
         with self._look() as session:
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only reads, all of it as of its first statement."""
+        """A session that only reads, from one snapshot: the state at its first statement."""
         with self._read() as session:
             yield session
 
@@ -183,7 +191,7 @@ def make_engine(url: str) -> Engine:
             skip_autocommit_rollback=True,
         )
         event.listen(engine, "checkin", _note_use)
-        event.listen(engine, "checkout", partial(_ask_if_it_stands, engine.dialect))
+        event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
         return engine
     if parts.get_backend_name() != "sqlite":
         raise ValueError(f"Bitmill keeps its jobs in SQLite or PostgreSQL, not in {parts.get_backend_name()}")
@@ -199,7 +207,8 @@ def make_engine(url: str) -> Engine:
     )
     event.listen(engine, "do_connect", partial(_make_private, Path(file)))
     event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "begin", partial(_begin_sqlite, write_queue(str(Path(file).resolve()))))
+    event.listen(engine, "checkin", _end_turn)
     return engine
 
 
@@ -212,8 +221,8 @@ def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
     record.info["used"] = time.monotonic()
 
 
-def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-    """Before a connection is used again: the server may have gone away and come back meanwhile."""
+def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Ping a connection that lay idle: the server may have been restarted meanwhile."""
     used = record.info.get("used")
     if used is None or time.monotonic() - used < _FRESH_SECONDS:
         return
@@ -248,6 +257,19 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+def _begin_sqlite(queue: WriteQueue, connection: Connection) -> None:
+    if not connection.get_execution_options().get("immediate", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    if _TURN not in connection.info:
+        if not queue.acquire(WRITE_WAIT_SECONDS):
+            raise TimeoutError(f"other writers took more than {WRITE_WAIT_SECONDS:g} seconds")
+        connection.info[_TURN] = queue
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _end_turn(_connection: Any, record: ConnectionPoolEntry) -> None:
+    """When a connection goes back to the pool, its transaction is committed or rolled back."""
+    queue = record.info.pop(_TURN, None)
+    if queue is not None:
+        queue.release()

@@ -1,4 +1,5 @@
-"""Asking what may not answer, without waiting for it longer than one wants to."""
+"""Checks of things that may hang: the caller can stop waiting, and a check that hangs is not started
+again."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from typing import Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
-from api.artifacts.store import open_store
 from api.data_dir import examine_data_dir
 from api.database import make_engine
 from api.private import make_folder
 from api.settings import Settings
+from api.store.factory import open_store
 from cli.formats import bytes_text
 from compression.errors import CompressionError
 

@@ -38,11 +38,13 @@ class JobOptions:
     group_size: str | None = None
     targets: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
+    strict: bool = False
     recipe: Path | None = None
     num_calibration_samples: int | None = None
     max_seq_length: int | None = None
     packing: bool | None = None
     seed: int | None = None
+    max_dropped_share: float | None = None
     evaluation: bool = True
     num_evaluation_samples: int | None = None
     max_perplexity_ratio: float | None = None
@@ -73,12 +75,14 @@ def body(options: JobOptions) -> JobSubmit:
         group_size=_group_size(options.group_size),
         targets=options.targets or None,
         ignore=options.ignore or None,
+        strict=options.strict or None,
         recipe=None if options.recipe is None else _recipe(options.recipe),
         calibration=_given(
             num_calibration_samples=options.num_calibration_samples,
             max_seq_length=options.max_seq_length,
             packing=options.packing,
             seed=options.seed,
+            max_dropped_share=options.max_dropped_share,
         ),
         evaluation=_given(
             enabled=None if options.evaluation else False, num_samples=options.num_evaluation_samples

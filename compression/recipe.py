@@ -7,50 +7,62 @@ identity is computed from. Two spellings of the same recipe have the same canoni
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+import operator
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from compression.boundary import reason
 from compression.errors import PlanError, Problem
 from compression.hub.presets import PRESETS
 from compression.hub.references import HubRef
-from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
+from compression.methods import METHODS, any_step, makers, method_of, peer_names
+from compression.peer_recipe import is_peer_recipe, peer_steps
 from compression.s3.client import S3Ref
 from compression.schemes import get_scheme, sparse_fields
-from compression.steps import (
-    PRUNING,
-    QUANTIZING,
-    AWQStep,
-    Frozen,
-    PruningStep,
-    QuantizingStep,
-    SmoothingStep,
-    Step,
-)
+from compression.steps import Frozen, PruningStep, QuantizingStep, SmoothingStep, Step
 
-_OF_AWQ = frozenset({"type", *AWQStep.model_fields})
+if TYPE_CHECKING:
+    AnyStep = Step
+else:
+    AnyStep = any_step()
 
 
 def _written_out(step: Any) -> list[Any]:
-    """A step as people write it -> the steps it stands for. AWQ with a scheme: AWQ, then round to nearest."""
+    """A step as people write it -> the steps it stands for.
+
+    One that moves scales and has a scheme, such as AWQ, stands for itself, then round to nearest.
+    """
     if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         return [step]
-    step = {**step, "type": STEP_TYPES.get(step["type"], step["type"])}
-    if step["type"] != "awq" or "scheme" not in step:
+    step = {**step, "type": peer_names().get(step["type"], step["type"])}
+    method = METHODS.get(step["type"])
+    if method is None or not method.tries_rounding or "scheme" not in step:
         return [step]
-    own = {key: value for key, value in step.items() if key in _OF_AWQ}
-    rounding = {key: value for key, value in step.items() if key not in _OF_AWQ}
+    fields = {"type", *method.step.model_fields}
+    own = {key: value for key, value in step.items() if key in fields}
+    rounding = {key: value for key, value in step.items() if key not in fields}
     return [own, {**rounding, "type": "rtn"}]
+
+
+def _peer_steps(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Raises ValueError alone: pydantic lets other errors of a validator through as they are."""
+    try:
+        return peer_steps(document)
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the recipe cannot be read: {reason(error)}") from error
 
 
 class Recipe(Frozen):
     """An ordered list of steps: at most one that smooths, then those that prune, then those that quantize.
 
     A linear is pruned by the first pruning step that targets it, and what is left of it is quantized by the
-    first quantizing step that does.
+    first quantizing step that does. strict: a pattern in `ignore` that matches no module of the model is an
+    error; otherwise it is a warning, as recipes serve several models.
     """
 
-    steps: tuple[Step, ...] = Field(min_length=1, max_length=16)
+    steps: tuple[AnyStep, ...] = Field(min_length=1, max_length=16)
+    strict: bool = Field(default=False, strict=True, exclude_if=operator.not_)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +70,8 @@ class Recipe(Frozen):
         if isinstance(value, list | tuple):
             value = {"steps": value}
         elif isinstance(value, dict) and is_peer_recipe(value):
-            value = {"steps": peer_steps(value)}
+            strict = {"strict": value["strict"]} if "strict" in value else {}
+            value = {"steps": _peer_steps(value), **strict}
         if isinstance(value, dict) and isinstance(value.get("steps"), list | tuple):
             return {**value, "steps": [part for step in value["steps"] for part in _written_out(step)]}
         return value
@@ -69,8 +82,9 @@ class Recipe(Frozen):
             raise ValueError("a recipe needs a step that quantizes or prunes, such as gptq or sparsegpt")
         if any(isinstance(step, SmoothingStep) for step in self.steps[1:]):
             raise ValueError("smoothquant or awq is the first step, once, and not both")
-        if self.steps[0].type == "awq" and not self.quantizing:
-            raise ValueError("awq needs a scheme, or a step after it that quantizes, such as rtn or gptq")
+        if method_of(self.steps[0]).tries_rounding and not self.quantizing:
+            name = self.steps[0].type
+            raise ValueError(f"{name} needs a scheme, or a step after it that quantizes, such as rtn or gptq")
         if self.quantizing and self.pruning and max(self.pruning) > min(self.quantizing):
             raise ValueError("steps that prune come before those that quantize")
         if sum(step.kv_cache_scheme is not None for step in self.quantizing.values()) > 1:
@@ -84,6 +98,7 @@ class Recipe(Frozen):
         *,
         method: str | None = None,
         has_dataset: bool,
+        strict: bool = False,
         **options: Any,
     ) -> Recipe:
         """The recipe of the short form.
@@ -96,7 +111,7 @@ class Recipe(Frozen):
         """
         given = {name: value for name, value in options.items() if value is not None}
         sparse = sparse_fields(scheme)
-        fitting, others = (QUANTIZING, PRUNING) if sparse is None else (PRUNING, QUANTIZING)
+        fitting, others = makers(sparse=sparse is not None), makers(sparse=sparse is None)
         if method in others:
             message = f"{method} does not make {scheme}."
             raise PlanError(
@@ -104,12 +119,12 @@ class Recipe(Frozen):
             )
         if sparse is not None:
             method = method or ("sparsegpt" if has_dataset else "magnitude")
-            return cls.model_validate({"steps": [{"type": method, **sparse, **given}]})
+            return cls.model_validate({"steps": [{"type": method, **sparse, **given}], "strict": strict})
         if method is None:
             weights = get_scheme(scheme).weights
             coarse = weights.type == "int" or weights.num_bits == 4
             method = "gptq" if coarse and has_dataset else "rtn"
-        return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
+        return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}], "strict": strict})
 
     @property
     def smoothing(self) -> SmoothingStep | None:
@@ -148,13 +163,10 @@ class Recipe(Frozen):
     def needs_data(self) -> bool:
         """Whether any step cannot be solved without calibration data."""
         return (
-            self.smoothing is not None
-            or self.kv_cache_step is not None
-            or any(step.type != "magnitude" for step in self.pruning.values())
+            self.kv_cache_step is not None
+            or any(method_of(step).needs_data for step in self.steps)
             or any(
-                step.type == "gptq"
-                or step.observer in ("imatrix", "gram")
-                or get_scheme(step.scheme).fixed_input
+                step.observer in ("imatrix", "gram") or get_scheme(step.scheme).fixed_input
                 for step in self.quantizing.values()
             )
         )
@@ -245,12 +257,15 @@ class Calibration(Frozen):
 
     With packing, one sample is one block of max_seq_length tokens; without, one sample is one document,
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
+    max_dropped_share: of the documents that are read, how many may be unusable: conversations that the chat
+    template refuses, text that is no Unicode. They are dropped, counted and named; more are an error.
     """
 
     num_calibration_samples: int = Field(default=512, strict=True, ge=1, le=1_000_000)
     max_seq_length: int = Field(default=2048, strict=True, ge=2, le=1 << 20)
     packing: bool = Field(default=True, strict=True)
     seed: int = Field(default=0, strict=True, ge=0, lt=1 << 63)
+    max_dropped_share: float = Field(default=0.05, strict=True, ge=0, le=1, allow_inf_nan=False)
 
 
 class Evaluation(Frozen):

@@ -63,17 +63,22 @@ class EvaluationReport:
     kl_divergence_stderr: float
     top1_agreement: float
     top1_agreement_stderr: float
-    split: str  # "documents", or "blocks" where there were fewer than two documents
+    split: str  # "documents", or "blocks" where the held-out text and the calibration's share a document
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the calibration text."""
+    """What became of the calibration text.
+
+    documents: those that were drawn, without documents_dropped, which have no tokens. tokens_dropped: of what
+    was tokenized; a long document is tokenized only as far as it is used.
+    """
 
     documents: int
     samples: int
     tokens_used: int
     tokens_dropped: int
+    documents_dropped: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from compression.errors import PlanError, Problem
 NumberType = Literal["int", "float"]
 Strategy = Literal["tensor", "channel", "group", "tensor_group", "block", "token"]
 ScaleDtype = Literal["F8_E4M3", "E8M0"]
+Observer = Literal["minmax", "mse", "imatrix", "gram"]
+"""How scales are found: `compression.math.search` says what each does."""
 
 SERVED_GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM has weight-only kernels for, the largest first."""
@@ -97,6 +99,25 @@ class Scheme:
     def takes_group_size(self) -> bool:
         """Whether the group size is a choice: for float types readers fix it."""
         return self.weights.type == "int" and self.weights.strategy == "group"
+
+    @property
+    def served_group_sizes(self) -> tuple[int | None, ...]:
+        """Group sizes that vLLM has kernels for, None for a scale per channel; empty where none is chosen."""
+        activations = self.input_activations
+        if self.format != "pack-quantized":
+            return ()
+        if activations is not None and activations.type == "float":
+            return (128,)
+        return (*SERVED_GROUP_SIZES, None)
+
+    @property
+    def read_in_bfloat16(self) -> bool:
+        """Whether readers compute in bfloat16 only.
+
+        compressed-tensors 0.20 dequantizes to it what has scales of a dtype of their own, whatever the model
+        is in, and its first forward dies; vLLM's kernels of MX formats take nothing else.
+        """
+        return self.weights.scale_dtype is not None
 
     @property
     def fixed_input(self) -> str | None:

@@ -22,9 +22,9 @@ import structlog
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.orm import Session
 
-from api.jobs import leases, twins
-from api.jobs.leases import AttemptFacts, Lease, LeaseLost
-from api.jobs.models import AttemptOutcome, Job
+from api.jobs.ledger.models import AttemptOutcome, Job
+from api.jobs.queue import deduplication, leases
+from api.jobs.queue.leases import AttemptFacts, Lease, LeaseLost
 from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
@@ -203,11 +203,11 @@ class Attempt:
         self._recorder.cache_key = cache_key
 
         def take(session: Session) -> bool:
-            twins.hold(session, self._job.project_id)
+            deduplication.lock_project(session, self._job.project_id)
             leases.save_cache_key(session, self._lease, cache_key.value)
-            if cache_key.value is None or not twins.looks(self._job):
+            if cache_key.value is None or not deduplication.may_deduplicate(self._job):
                 return False
-            return twins.take(session, self._job.id, self._lease.attempt)
+            return deduplication.end_as_duplicate(session, self._job.id, self._lease.attempt)
 
         return self._write(take)
 

@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 
 import migrations
 from api.data_dir import secure_and_log
-from api.jobs import leases
+from api.jobs.queue import leases
 from api.listening import listen
 from api.main import create_app, settle
 from api.observability import configure_logging

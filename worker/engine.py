@@ -14,8 +14,8 @@ from pathlib import Path
 
 import structlog
 
-from api.artifacts.store import Check, go_on
 from api.private import UMASK, opener
+from api.store.base import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
 from worker.messages import BadMessage, Message, parse
 from worker.runner import EngineSpec

@@ -9,10 +9,12 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreError, artifact_folder, open_store
-from api.jobs import leases
-from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
-from api.jobs.models import Job
+from api.jobs.ledger.models import Job
+from api.jobs.queue import leases
+from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.store.base import Check, StoreError
+from api.store.factory import open_store
+from api.store.keys import artifact_folder
 from worker import upload
 from worker.context import WorkerContext
 from worker.heartbeat import CancelRequested

@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, Store
 from api.database import Database
-from api.jobs import leases
-from api.jobs.leases import Lease
+from api.jobs.queue import leases
+from api.jobs.queue.leases import Lease
+from api.store.base import Check, Store
 from compression.events import PARTIAL_SUFFIX
 from worker import upload
 from worker.cache_key import CacheKey

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from api.artifacts.store import Check, ObjectNotFound, Store
-from api.jobs.models import JobLayer
+from api.jobs.ledger.models import JobLayer
 from api.private import make_folder, opener
+from api.store.base import Check, ObjectNotFound, Store
 from compression.events import JOURNAL_FILE
 from worker.retry import retry_store
 

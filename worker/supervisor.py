@@ -9,9 +9,9 @@ from typing import Any
 
 import structlog
 
-from api.artifacts.store import Check, StoreError
-from api.jobs.leases import AttemptFacts
-from api.jobs.models import AttemptOutcome
+from api.jobs.ledger.models import AttemptOutcome
+from api.jobs.queue.leases import AttemptFacts
+from api.store.base import Check, StoreError
 from worker.context import ShuttingDown
 from worker.engine import EngineProcess
 from worker.heartbeat import CancelRequested

@@ -1,4 +1,4 @@
-"""Queries over all projects, each of which an index answers alone."""
+"""Queries over all projects. Each is answered from an index, without reading rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.jobs.models import ACTIVE, TERMINAL, Attempt, AttemptOutcome, Job, JobStatus
+from api.jobs.ledger.models import ACTIVE, TERMINAL, Attempt, AttemptOutcome, Job, JobStatus
 from api.webhooks.models import Delivery, DeliveryStatus
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 from compression.checkpoint.headers import Checkpoint
@@ -11,9 +11,10 @@ from compression.data.documents import check_format
 from compression.errors import Problem, SourceError
 from compression.families.decoder import Decoder
 from compression.families.native_models import NATIVE_MODEL_TYPES
+from compression.methods import method_of
 from compression.planning.memory import Workload
 from compression.recipe import DatasetSpec, Recipe
-from compression.schemes import get_scheme
+from compression.schemes import Scheme, get_scheme
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
 
@@ -59,10 +60,10 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     if recipe.kv_cache_step is not None:
         pointer = f"/recipe/steps/{recipe.kv_cache_step}/kv_cache_scheme"
         learning.append(("The scale of the KV cache", pointer))
-    learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
+    learning += [(step.type, "/dataset") for step in recipe.pruning.values() if method_of(step).needs_data]
     for number, step in recipe.quantizing.items():
-        if step.type == "gptq":
-            learning.append(("gptq", "/dataset"))
+        if method_of(step).needs_data:
+            learning.append((step.type, "/dataset"))
         elif step.observer in ("imatrix", "gram"):
             learning.append((f"The observer {step.observer}", f"/recipe/steps/{number}/observer"))
     return problems + [
@@ -170,15 +171,17 @@ def tensor_problems(
 
 
 def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
-    """A step that smooths, on a model whose linears read no norm. AWQ also folds into linears."""
+    """A step that moves scales, on a model where there is nothing in front of linears to move them into."""
     step, groups = recipe.smoothing, decoder.family.groups
-    if step is None or any(group.norm or (step.type == "awq" and group.producer) for group in groups):
+    if step is None or any(
+        group.norm or (method_of(step).folds_linears and group.producer) for group in groups
+    ):
         return []
     return [
         Problem(
             "nothing_to_smooth",
             f"{decoder.family.architecture} has no norm in front of its linears to fold scales into.",
-            "Leave smoothquant out of the recipe.",
+            f"Leave {step.type} out of the recipe.",
             "/recipe/steps/0",
         )
     ]
@@ -235,6 +238,24 @@ def fp8_warnings(checkpoint: Checkpoint) -> list[Problem]:
             "source_dequantized",
             f"{len(weights)} weights are stored in block FP8. They are compressed from {weights[0].dtype}; "
             "those that are not compressed are written in it.",
+        )
+    ]
+
+
+def dtype_warnings(stated: str | None, dtypes: Collection[str], schemes: Iterable[Scheme]) -> list[Problem]:
+    """A model in another dtype than the one in which readers compute with what a scheme makes.
+
+    stated: what config.json says. dtypes: those of the compressed weights.
+    """
+    names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes if scheme.read_in_bfloat16))
+    if not names or stated == "bfloat16" or (stated is None and set(dtypes) == {"BF16"}):
+        return []
+    return [
+        Problem(
+            "read_in_bfloat16",
+            f"Readers compute with {names} in bfloat16 only, and the model is in "
+            f"{stated or ', '.join(sorted(dtypes))}: the config.json that is written says bfloat16. Tensors "
+            "that are not compressed keep their dtype on disk.",
         )
     ]
 

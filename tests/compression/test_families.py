@@ -24,9 +24,9 @@ from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
 from compression.families.naming import on_disk
 from compression.families.native_models import NATIVE_MODEL_TYPES
-from compression.methods.rtn import rtn
+from compression.math.grid import rtn
+from compression.math.search import minmax_params
 from compression.planning.planner import plan
-from compression.quantizer import minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES
 from tests.support.models import TOWERS, new_model, tiny_model
@@ -134,7 +134,7 @@ def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: str) -> None:
     """A config.json may hold little; defaults then come from the configuration class."""
-    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160}
+    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160, "vocab_size": 200_000}
     del sizes["num_key_value_heads"]
     stated = {"text_config": sizes} if model_type in TOWERS else sizes
     whole = AutoConfig.for_model(model_type, **deepcopy(stated))

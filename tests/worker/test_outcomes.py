@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from api.jobs.models import Attempt, Job, JobStatus
+from api.jobs.ledger.models import Attempt, Job, JobStatus
 from api.private import mode_of
 from api.settings import Settings
 from compression.recipe import Recipe
