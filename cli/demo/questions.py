@@ -1,0 +1,28 @@
+"""What both models are asked, and what a sensible answer says."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Question(NamedTuple):
+    """A chat message, and a regular expression that every sensible answer begins with, case aside."""
+
+    text: str
+    sensible: str
+
+    def answered_by(self, answer: str) -> bool:
+        """Whether that is a sensible answer."""
+        return re.match(self.sensible, answer, re.IGNORECASE | re.DOTALL) is not None
+
+
+QUESTIONS = (
+    Question("What is the capital of France?", r"the capital of france is paris\b"),
+    Question("What is the opposite of big?", r"the opposite of big is small\b"),
+    Question("Name the four seasons of the year.", r".*spring.*summer.*(autumn|fall).*winter"),
+    Question(
+        "Write a Python function that returns the square of a number.", r".*def \w+\((\w+)\):.*return \1 ?\*"
+    ),
+    Question("What is photosynthesis?", r"photosynthesis is .*process.*plants.*(light|energy)"),
+)
