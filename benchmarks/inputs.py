@@ -13,8 +13,8 @@ from benchmarks import train_small
 from benchmarks.heldout import heldout_text
 from benchmarks.python_reference import write_python_reference
 from cli.demo.model import make_demo_model
+from compression.data.calibration import load_blocks
 from compression.recipe import Calibration, DatasetSpec, Evaluation
-from compression.text.calibration import load_blocks
 
 GROUP_SIZE = 64
 """128 does not divide SmolLM2's hidden size, 576."""

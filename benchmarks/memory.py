@@ -23,8 +23,8 @@ from rich.console import Console
 
 from benchmarks.python_reference import write_python_reference
 from benchmarks.random_llama import make
-from compression.device import DTYPES
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES, estimate
+from compression.machine.arithmetic import DTYPES
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES, estimate
 from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 

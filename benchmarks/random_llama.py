@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint.writer import Shard, write_file, write_index, write_shard
-from compression.device import DTYPES
+from compression.machine.arithmetic import DTYPES
 from tests.support.models import tiny_tokenizer
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compression.errors import CompressionError
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
 from compression.events import (
     Event,
     FetchProgress,
@@ -24,6 +23,7 @@ from compression.events import (
     WarningRaised,
 )
 from compression.peer_recipe import load_recipe_yaml
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
 from compression.schemes import SCHEMES, SPARSE_SCHEMES

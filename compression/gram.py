@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
-from compression.estimates.memory import CHUNK_TOKENS
 from compression.finite import all_finite
+from compression.planning.memory import CHUNK_TOKENS
 
 Precision = Literal["mixed", "float32"]
 _DIVIDED_ROWS = 512

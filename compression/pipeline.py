@@ -4,7 +4,7 @@ plan ─▶ empty model ─▶ for each decoder layer:
                           load it ─▶ original batches pass ─▶ for each group of linears that share an input:
                                                          Gram of what they really see ─▶ smooth it ─▶ solve
                           compressed batches pass ─▶ write its shard ─▶ journal ─▶ drop it
-     ─▶ compare the two streams ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
+     ─▶ compare the two models ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compression import device as machine
-from compression.architectures.naming import on_disk
+from compression.checkpoint.formats import decode, encode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
-from compression.device import DTYPES, Arithmetic
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
+from compression.data.calibration import dataset_digest, load_blocks
+from compression.data.sources import Sources, fetch, local
 from compression.events import (
     GenerationProgress,
     LayerReplayed,
@@ -35,25 +34,26 @@ from compression.events import (
     Teller,
     WarningRaised,
 )
-from compression.folding import fold, fold_linears
+from compression.families.naming import on_disk
 from compression.gram import require_finite_gram
-from compression.output.formats import decode, encode
-from compression.output.identity import resolve, source_digests
-from compression.output.journal import FinishedLayer, Journal
-from compression.output.publish import publish
-from compression.output.selfcheck import check_against_model, check_files
+from compression.machine import arithmetic as machine
+from compression.machine import host_memory
+from compression.machine.arithmetic import DTYPES, Arithmetic
+from compression.machine.clock import Clock
+from compression.model.activations import Activations
+from compression.model.fold import fold, fold_linears
+from compression.model.generate import written_by_model
+from compression.model.streamed import StreamedModel
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.planning.planner import plan as make_plan
 from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import ModuleReport, Report, Totals
-from compression.running import host_memory
-from compression.running.clock import Clock
-from compression.running.generation import written_by_model
-from compression.running.model import StreamedModel
-from compression.running.streams import Streams
+from compression.run.fingerprint import resolve, source_digests
+from compression.run.journal import FinishedLayer, Journal
+from compression.run.publish import publish
+from compression.run.verify import check_against_model, check_files
 from compression.solve import solve
-from compression.sources import Sources, fetch, local
-from compression.text.calibration import dataset_digest, load_blocks
 
 
 @torch.no_grad()
@@ -124,12 +124,12 @@ def compress(
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []
     shards: list[Shard] = []
-    with closing(Streams(plan, model, blocks, arithmetic, journal.scratch, clock)) as streams:
+    with closing(Activations(plan, model, blocks, arithmetic, journal.scratch, clock)) as activations:
         for layer in plan.layers:
             before = clock.total
             with clock.phase("read"):
                 model.load_layer(layer.index)
-            streams.pass_original(layer.index)
+            activations.pass_original(layer.index)
             finished = journal.finished.get(layer.index)
             if finished:
                 with clock.phase("read"):
@@ -137,22 +137,22 @@ def compress(
                     stored = layer.in_model(read_infos(read_header(journal.folder / shard.file).values()))
                     model.set_weights(_decode(layer.modules, stored))
                     model.set_parameters({key: stored[key] for key in layer.folded})
-                streams.pass_calibration(layer)
+                activations.pass_calibration(layer)
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
-                stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
-                stored.update(streams.pass_calibration(layer))
+                stored, modules = _solve_layer(layer, plan, model, activations, arithmetic, clock)
+                stored.update(activations.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
                     tensors: dict[str, Tensor | StoredTensor] = {**stored, **copied}
                     shard = write_shard(journal.folder / layer.shard, layer.on_disk(tensors))
                     finished = journal.commit(layer.index, shard, modules)
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))
-            streams.pass_compressed(layer, stored)
+            activations.pass_compressed(layer, stored)
             model.drop_layer(layer.index)
             rows.extend(finished.modules)
             shards.append(shard)
-        measured = streams.compare()
+        measured = activations.compare()
 
     emit(PhaseChanged("verify"))
     with clock.phase("write"):
@@ -225,7 +225,7 @@ def _solve_layer(
     layer: LayerPlan,
     plan: Plan,
     model: StreamedModel,
-    streams: Streams,
+    activations: Activations,
     arithmetic: Arithmetic,
     clock: Clock,
 ) -> tuple[dict[str, Tensor], list[ModuleReport]]:
@@ -237,9 +237,9 @@ def _solve_layer(
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
     with clock.phase("solve"):
-        folds = fold_linears(layer, model, streams, plan.recipe, arithmetic.gram_precision)
+        folds = fold_linears(layer, model, activations, plan.recipe, arithmetic.gram_precision)
         stored.update(folds.biases)
-    for group in streams.groups(layer):
+    for group in activations.groups(layer):
         names = [module.name for module in group.modules]
         weights = [folds.weights.pop(n, w) for n, w in zip(names, model.weights(names), strict=True)]
         smoothed = group.name in folds.groups
@@ -250,7 +250,7 @@ def _solve_layer(
         with clock.phase("solve"):
             if planned := layer.folds.get(group.name):
                 assert gram is not None
-                folded = fold(planned, group, weights, gram, model, streams, plan.recipe)
+                folded = fold(planned, group, weights, gram, model, activations, plan.recipe)
                 stored.update(folded.norm)
                 weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
             largest = group.largest_input()

@@ -17,7 +17,7 @@ from worker.runner import EngineSpec, main
 
 def fetch(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
     """Fetch what is not in the cache. {"dataset"}: pinned, where the job did not say which state it means."""
-    from compression import sources  # when `run` looks: a broken installation is a reason too
+    from compression.data import sources  # when `run` looks: a broken installation is a reason too
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that half a file is removed
     found = sources.fetch(spec.source, spec.dataset, spec.calibration, spec.evaluation, on_event)

@@ -24,8 +24,8 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict
 
 from compression.errors import CompressionError
-from compression.estimates.memory import ACTIVATION_BUDGET_BYTES
 from compression.events import Event, OnEvent
+from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

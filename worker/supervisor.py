@@ -28,9 +28,9 @@ from api.artifacts.store import Check, StoreError, artifact_folder, open_store
 from api.jobs import leases, twins
 from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.jobs.models import AttemptOutcome, Job, JobLayer
+from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
-from compression.sources import asks_s3, local
 from worker import endings, upload
 from worker.context import ShuttingDown, WorkerContext
 from worker.endings import AttemptFailed, Ending

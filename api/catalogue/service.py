@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from api.catalogue.schemas import CalibrationParameter, DatasetKindRead, DatasetList, NamedDatasetRead
 from api.settings import Settings
+from compression.data.columns import KNOWN_COLUMNS
 from compression.hub.environment import HubEnvironment
 from compression.hub.presets import PRESETS, DatasetPreset
 from compression.recipe import DATASET_SUFFIXES, Calibration
-from compression.text.columns import KNOWN_COLUMNS
 
 _SIZE = "Of any size: no more is read than is needed."
 

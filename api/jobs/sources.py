@@ -10,13 +10,13 @@ from pathlib import Path
 
 from api.errors import Unavailable
 from api.projects.prefixes import S3Access
+from compression.data.hub_streaming import HubDataset
 from compression.errors import PlanError, Problem, SourceError
 from compression.hub.client import HubClient
 from compression.hub.environment import HubEnvironment
 from compression.hub.headers import header_folder
 from compression.hub.references import HubRef
 from compression.hub.snapshots import cached_commit, fetch_model
-from compression.hub.streaming import HubDataset
 from compression.recipe import DATASET_SUFFIXES, DatasetSpec
 from compression.s3.client import S3Ref
 from compression.s3.models import S3ModelRef, s3_header_folder

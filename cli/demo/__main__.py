@@ -39,9 +39,11 @@ FOLDER = ROOT / ".demo"
 DATA_DIR = FOLDER / "data"
 MODEL = "SmolLM2-135M-Instruct"
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
-"""Prompts of our own, answered by this model in bfloat16: at temperature 0.7, from the 50 likeliest tokens, and
-256 at most; an answer that was cut ends with its last sentence. Five garbled answers were left out. What the
-answers say is the model's, and often wrong."""
+"""Prompts of our own, answered by this model in bfloat16, at temperature 0.7, from the 50 likeliest tokens.
+
+An answer has 256 tokens at most; one that was cut ends with its last sentence. Five garbled ones were left out.
+What the answers say is the model's, and often wrong.
+"""
 DATASET = FOLDER / CONVERSATIONS.name
 
 SAMPLES, LENGTH, HELD_OUT = 48, 512, 8

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from compression.architectures.decoder import Decoder
-from compression.architectures.native_models import NATIVE_MODEL_TYPES
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.tensors import BlockScaledWeight
+from compression.data.documents import check_format
 from compression.errors import Problem, SourceError
-from compression.estimates.memory import Workload
+from compression.families.decoder import Decoder
+from compression.families.native_models import NATIVE_MODEL_TYPES
+from compression.planning.memory import Workload
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import get_scheme
-from compression.text.documents import check_format
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
 

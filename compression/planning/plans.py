@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.errors import Problem
-from compression.estimates.disk import DiskEstimate
-from compression.estimates.duration import Duration
-from compression.estimates.guide import GuideEstimate
-from compression.estimates.memory import MemoryEstimate, Workload, estimate
+from compression.planning.cost import DiskEstimate, Duration
+from compression.planning.guide import GuideEstimate
+from compression.planning.memory import MemoryEstimate, Workload, estimate
 from compression.recipe import Calibration, Evaluation, Recipe
 from compression.schemes import Scheme
 

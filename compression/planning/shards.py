@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from compression.architectures.decoder import LM_HEAD, Decoder, LayerShape
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
+from compression.families.decoder import LM_HEAD, Decoder, LayerShape
 from compression.planning.plans import CachePlan, FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.schemes import Scheme
 from compression.steps import AWQStep, SmoothingStep

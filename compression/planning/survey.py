@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from compression.architectures.decoder import LM_HEAD, Decoder, read_decoder
-from compression.architectures.naming import module_names, with_model_names
-from compression.architectures.stacks import unstacked
 from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.errors import PlanError, Problem
-from compression.estimates.guide import GuideModel
+from compression.families.decoder import LM_HEAD, Decoder, read_decoder
+from compression.families.naming import module_names, with_model_names
+from compression.families.stacks import unstacked
 from compression.planning import checks
-from compression.planning.treatment import Linear
+from compression.planning.assignment import Linear
+from compression.planning.guide import GuideModel
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import prod
 
-from compression.architectures.decoder import LM_HEAD, Decoder
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
-from compression.estimates.memory import GroupWork, ParkedTokens, Workload
+from compression.families.decoder import LM_HEAD, Decoder
+from compression.planning.memory import ParkedTokens, Workload
 from compression.planning.plans import LayerPlan, ModulePlan
+from compression.planning.solver_memory import GroupWork
 from compression.recipe import Recipe
 
 
@@ -67,8 +68,8 @@ def make_workload(
 
 def _active_experts(checkpoint: Checkpoint, experts: int) -> int:
     """Of a token in one layer; all of them where config.json does not say."""
-    told = checkpoint.config.get("num_experts_per_tok")
-    return told if type(told) is int and 0 < told <= experts else experts
+    active = checkpoint.config.get("num_experts_per_tok")
+    return active if type(active) is int and 0 < active <= experts else experts
 
 
 def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iterator[GroupWork]:

@@ -15,8 +15,8 @@ from api.projects import service as projects
 from api.projects.schemas import ProjectUpdate
 from api.settings import Settings
 from compression import catalogue
+from compression.data.hub_streaming import HubDataset
 from compression.errors import PlanError
-from compression.hub.streaming import HubDataset
 from compression.recipe import Calibration, DatasetSpec, Recipe
 from compression.schemes import get_scheme
 from tests.api.conftest import Server

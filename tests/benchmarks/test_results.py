@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import perplexity, results
 from benchmarks.sides import write_recipe
 from compression import Recipe, compress
-from compression.output.formats import decode
+from compression.checkpoint.formats import decode
 from compression.peer_recipe import load_recipe_yaml
 from compression.schemes import get_scheme
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, plan
-from compression import device as machine
-from compression.folding import fold, fold_linears
+from compression.data.calibration import load_blocks
 from compression.gram import accumulate_gram
+from compression.machine import arithmetic as machine
+from compression.machine.clock import Clock
+from compression.model.activations import Activations
+from compression.model.fold import fold, fold_linears
+from compression.model.streamed import StreamedModel
 from compression.planning.plans import Plan
 from compression.report import EvaluationReport
-from compression.running.clock import Clock
-from compression.running.model import StreamedModel
-from compression.running.streams import Streams
-from compression.text.calibration import load_blocks
 
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
 FEW = Evaluation(num_samples=8)
@@ -49,7 +49,7 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
     blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=True)
     arithmetic = machine.choose("cpu", "F32")
     done = set()
-    with closing(Streams(made, model, blocks, arithmetic, Path(), Clock())) as streams:
+    with closing(Activations(made, model, blocks, arithmetic, Path(), Clock())) as streams:
         for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
-from compression.architectures.decoder import Decoder, read_decoder
-from compression.architectures.families import FAMILIES
-from compression.text.calibration import load_blocks
+from compression.data.calibration import load_blocks
+from compression.families.decoder import Decoder, read_decoder
+from compression.families.families import FAMILIES
 from tests.support.models import single_experts, tiny_model
 from tests.support.readers import perplexity
 

@@ -20,6 +20,7 @@ from compression import (
     compress,
     plan,
 )
+from compression.data.calibration import load_blocks
 from compression.gram import accumulate_gram
 from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
 from compression.methods.rtn import rtn
@@ -27,7 +28,6 @@ from compression.quantizer import search_params
 from compression.report import Report
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.steps import AWQ_ROWS, Observer
-from compression.text.calibration import load_blocks
 from tests.compression.folds import FEW, SMALL, folded_only, planned, with_outliers
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model

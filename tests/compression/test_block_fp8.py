@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
+from compression.data.calibration import load_blocks
 from compression.report import Report
-from compression.text.calibration import load_blocks
 from tests.compression.plans import problem_of
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression.data.calibration import TokenBlocks, load_blocks
 from compression.errors import SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
-from compression.text.calibration import TokenBlocks, load_blocks
 from tests.support.models import tiny_tokenizer
 
 BOS = 256
@@ -142,7 +142,7 @@ def test_another_process_gives_the_same_blocks(source: Path, tiny_texts: Path) -
     """Whatever the hash seed and the number of tokenizer threads."""
     code = (
         "from pathlib import Path; from compression.recipe import *;"
-        "from compression.text.calibration import load_blocks;"
+        "from compression.data.calibration import load_blocks;"
         f"blocks = load_blocks(DatasetSpec(path={str(tiny_texts)!r}), Path({str(source)!r}),"
         "Calibration(num_calibration_samples=9, max_seq_length=100, seed=5), Evaluation(num_samples=3));"
         "print([block.tolist() for block in blocks.calibration + blocks.evaluation])"
@@ -180,7 +180,7 @@ def test_only_as_many_documents_are_tokenized_as_needed(
     wanted = Calibration(num_calibration_samples=5, max_seq_length=64)
     whole = load_blocks(DatasetSpec(path=str(path)), source, wanted, OFF)
     assert whole.report.documents == 4
-    monkeypatch.setattr("compression.text.calibration._BATCH_CHARACTERS", 150)
+    monkeypatch.setattr("compression.data.calibration._BATCH_CHARACTERS", 150)
     by_two = load_blocks(DatasetSpec(path=str(path)), source, wanted, OFF)
     assert as_lists(by_two.calibration) == as_lists(whole.calibration)
     assert by_two.report == whole.report

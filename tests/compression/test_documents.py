@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compression.data.documents import dataset_digest, open_documents
 from compression.errors import SourceError
 from compression.recipe import DatasetSpec
-from compression.text.documents import dataset_digest, open_documents
 
 
 def spec(path: Path, content: str | bytes, **columns: str) -> DatasetSpec:
@@ -152,5 +152,5 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 
 def test_reading_documents_needs_no_torch() -> None:
     unwanted = "'torch' in sys.modules or 'transformers' in sys.modules"
-    code = f"import sys, compression.text.documents; sys.exit({unwanted})"
+    code = f"import sys, compression.data.documents; sys.exit({unwanted})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

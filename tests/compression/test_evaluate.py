@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compression.errors import NumericalError
-from compression.evaluate import Comparison
+from compression.math.comparison import Comparison
 from compression.report import EvaluationReport
 
 

@@ -17,14 +17,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from compression.architectures.decoder import Decoder, read_decoder
-from compression.architectures.families import FAMILIES
-from compression.architectures.naming import on_disk
-from compression.architectures.native_models import NATIVE_MODEL_TYPES
+from compression.checkpoint.formats import encode
 from compression.checkpoint.reader import TORCH_DTYPES, read_tensors
 from compression.checkpoint.writer import write_shard
+from compression.families.decoder import Decoder, read_decoder
+from compression.families.families import FAMILIES
+from compression.families.naming import on_disk
+from compression.families.native_models import NATIVE_MODEL_TYPES
 from compression.methods.rtn import rtn
-from compression.output.formats import encode
 from compression.planning.planner import plan
 from compression.quantizer import minmax_params
 from compression.recipe import DatasetSpec, Recipe

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from compression.gram import Gram
 from compression.methods.gptq import gptq
+from compression.model.activations import LinearGroup
 from compression.planning.planner import plan
 from compression.planning.plans import ModulePlan
 from compression.quantizer import QuantizedWeight, fake_quantize, fixed_input_scale, minmax_params
 from compression.recipe import Recipe
-from compression.running.streams import Group
 from compression.schemes import get_scheme
 from compression.solve import solve
 from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
@@ -130,7 +130,7 @@ def test_powers_of_two_are_exact(exponent: int) -> None:
 def test_the_largest_input_is_looked_for_where_a_scheme_fixes_it(scheme: str, tmp_path: Path) -> None:
     made = plan(fake_llama(tmp_path / "model"), recipe(scheme), dataset=DATA, calibration=FEW)
     module = made.layers[0].modules[0]
-    group = Group((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
+    group = LinearGroup((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
     assert group.largest_input() == (3.0 if scheme == "FP8" else None)
 
 

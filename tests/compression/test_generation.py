@@ -21,13 +21,13 @@ from compression import (
     compress,
     plan,
 )
-from compression.architectures.families import FAMILIES
-from compression.estimates.memory import estimate
 from compression.events import Event, GenerationProgress, PhaseChanged
+from compression.families.families import FAMILIES
+from compression.model import generate as generation
+from compression.model.generate import LIKELIEST, written_by_model
+from compression.model.streamed import StreamedModel
+from compression.planning.memory import estimate
 from compression.planning.plans import Plan
-from compression.running import generation
-from compression.running.generation import LIKELIEST, written_by_model
-from compression.running.model import StreamedModel
 from tests.support.interruption import interrupted
 from tests.support.models import load_model, tiny_model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compression.running import host_memory
+from compression.machine import host_memory
 
 
 def resident():

@@ -15,13 +15,13 @@ import pyarrow.parquet as parquet
 import pytest
 from pydantic import ValidationError
 
+from compression.data.calibration import load_blocks
+from compression.data.documents import Document, dataset_digest, open_documents
+from compression.data.hub_rows import fetch_rows
 from compression.errors import SourceError
 from compression.hub.environment import HubEnvironment
 from compression.hub.presets import PRESETS
-from compression.hub.rows import fetch_rows
 from compression.recipe import Calibration, DatasetSpec, Evaluation
-from compression.text.calibration import load_blocks
-from compression.text.documents import Document, dataset_digest, open_documents
 from tests.support.hub import Hub, online, running_hub
 from tests.support.models import tiny_tokenizer
 

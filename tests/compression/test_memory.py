@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from compression import compress
-from compression.architectures.decoder import Decoder, read_decoder
-from compression.architectures.families import FAMILIES
 from compression.checkpoint.headers import read_checkpoint
-from compression.device import DTYPES, choose
-from compression.estimates.memory import CUDA_CONTEXT_BYTES, MemoryEstimate, Phase, estimate
+from compression.data.calibration import load_blocks
+from compression.families.decoder import Decoder, read_decoder
+from compression.families.families import FAMILIES
+from compression.machine.arithmetic import DTYPES, choose
+from compression.machine.clock import Clock
+from compression.model.activations import Activations
+from compression.model.streamed import StreamedModel
+from compression.planning.memory import CUDA_CONTEXT_BYTES, MemoryEstimate, Phase, estimate
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.running.clock import Clock
-from compression.running.model import StreamedModel
-from compression.running.streams import Streams
-from compression.text.calibration import load_blocks
 from tests.compression.fake_checkpoints import LLAMA_3_8B, TINY, fake_llama, llama_shapes
 from tests.compression.seed_models import deepseek_r1
 from tests.support.allocations import tensor_peak
@@ -235,10 +235,10 @@ def test_a_suspended_forward_holds_what_the_plan_counts(
             model.drop_layer(layer.index)
 
 
-def _streams(made: Plan, model: StreamedModel, texts: Path) -> Streams:
+def _streams(made: Plan, model: StreamedModel, texts: Path) -> Activations:
     dataset = DatasetSpec(path=str(texts))
     blocks = load_blocks(dataset, made.source, made.calibration, made.evaluation, calibrate=True)
-    return Streams(made, model, blocks, choose("cpu", "F32"), Path(), Clock())
+    return Activations(made, model, blocks, choose("cpu", "F32"), Path(), Clock())
 
 
 def _tensors() -> list[torch.Tensor]:

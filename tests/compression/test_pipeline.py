@@ -26,11 +26,11 @@ from compression import (
     oneshot,
     plan,
 )
+from compression.data.calibration import load_blocks
 from compression.events import JOURNAL_FILE, Event, LayerReplayed, LayerSolved, WarningRaised
-from compression.output.selfcheck import check_against_model, check_files
+from compression.model.streamed import StreamedModel
 from compression.report import Report
-from compression.running.model import StreamedModel
-from compression.text.calibration import load_blocks
+from compression.run.verify import check_against_model, check_files
 from tests.support.models import tiny_model
 from tests.support.readers import perplexity
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress
+from compression.checkpoint.formats import decode, encode
 from compression.errors import NumericalError
 from compression.gram import Gram, accumulate_gram
 from compression.methods.awq import Rounded, awq_scales
 from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.output.formats import decode, encode
 from compression.planning.plans import ModulePlan
 from compression.report import ModuleReport
 from compression.schemes import SCHEMES, Scheme, get_scheme

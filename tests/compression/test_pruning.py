@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress, plan
+from compression.checkpoint.formats import decode
+from compression.data.calibration import load_blocks
 from compression.methods.gptq import gptq
 from compression.methods.masks import keep_by_row, keep_in_groups, keep_largest, magnitude_keep, wanda_keep
 from compression.methods.sparsegpt import sparsegpt
-from compression.output.formats import decode
 from compression.quantizer import minmax_params
 from compression.report import Report
-from compression.text.calibration import load_blocks
 from tests.compression.grids import WEIGHTS, correlated_inputs
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model

@@ -16,10 +16,10 @@ import pytest
 from pydantic import ValidationError
 
 from compression import Calibration, DatasetSpec, Evaluation, PlanError, Recipe, SourceError, compress, plan
+from compression.data.documents import dataset_digest, open_documents
+from compression.data.sources import Sources, fetch
 from compression.events import Event, FetchProgress
 from compression.s3.client import S3Ref
-from compression.sources import Sources, fetch
-from compression.text.documents import dataset_digest, open_documents
 from tests.support.s3 import ADMIN, S3Server
 
 TEXTS = ["The first text.", "The second text."]

@@ -26,9 +26,9 @@ from compression import (
     plan,
 )
 from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.output.selfcheck import check_against_model
+from compression.model.streamed import StreamedModel
 from compression.report import Report
-from compression.running.model import StreamedModel
+from compression.run.verify import check_against_model
 from tests.compression import folds
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
@@ -233,7 +233,7 @@ def test_a_fold_that_would_change_the_function_is_not_made(
     def wrong(weight: Tensor, bias: Tensor | None, scales: Tensor, *, offset: float) -> object:
         return fold_norm(weight, bias, scales, offset=offset)._replace(scales=2 * scales)
 
-    monkeypatch.setattr("compression.folding.fold_norm", wrong)
+    monkeypatch.setattr("compression.model.fold.fold_norm", wrong)
     step = {"type": "rtn", "scheme": "W8A8", "observer": "minmax"}
     report = run(tiny_llama, tmp_path / "out", tiny_texts, SMOOTH, step)
     run(tiny_llama, tmp_path / "plain", tiny_texts, step)

@@ -10,9 +10,9 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
+from compression.data.documents import dataset_digest, open_documents
 from compression.errors import SourceError
 from compression.recipe import DatasetSpec
-from compression.text.documents import dataset_digest, open_documents
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

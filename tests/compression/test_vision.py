@@ -1,7 +1,7 @@
 """Models that also read images: the decoder is compressed, everything else keeps its names and its bytes.
 
 What they share with other decoders is tested with these: test_architectures.py, test_families.py,
-test_forward.py, test_spill.py.
+test_batches.py, test_spill.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress
-from compression.architectures.families import FAMILIES
+from compression.data.calibration import load_blocks
 from compression.events import Event, LayerReplayed, LayerSolved
-from compression.output.selfcheck import check_against_model
+from compression.families.families import FAMILIES
+from compression.model.streamed import StreamedModel
 from compression.planning.planner import plan
 from compression.report import Report
-from compression.running.model import StreamedModel
-from compression.text.calibration import load_blocks
+from compression.run.verify import check_against_model
 from tests.compression.fake_checkpoints import LLAMA_3_8B, llama_shapes, write_config, write_fake
 from tests.compression.plans import problem_of, recipe
 from tests.compression.seed_models import qwen_2_5_vl_7b

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compression import compress
+from compression.data.calibration import load_blocks
 from compression.params import QuantizationParams
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.steps import KVCacheScheme
-from compression.text.calibration import load_blocks
 from tests.compression.grids import spread
 from tests.conformance.peer import in_peer
 from tests.support.models import tiny_model

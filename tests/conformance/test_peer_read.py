@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
-from compression.output.formats import decode
+from compression.checkpoint.formats import decode
+from compression.data.calibration import load_blocks
 from compression.planning.plans import Plan
-from compression.text.calibration import load_blocks
 from tests.conformance.peer import in_peer
 from tests.support import readers
 from tests.support.models import tiny_model

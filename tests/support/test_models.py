@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compression.architectures.families import FAMILIES
+from compression.families.families import FAMILIES
 from tests.support.models import load_model, tiny_model
 
 

@@ -1,0 +1,1 @@
+"""What depends on the machine: its arithmetic, its memory, its clock."""

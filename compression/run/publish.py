@@ -1,0 +1,103 @@
+"""From a working folder full of shards to a checkpoint that readers load: everything around the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
+from compression.planning.plans import Plan
+from compression.report import Report
+from compression.run.config import quantization_config
+from compression.run.journal import Journal
+from compression.version import VERSION
+
+
+def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Report, output_dir: Path) -> None:
+    """Write config, index, card, recipe and report, copy the source's other files, and rename the folder.
+
+    Raises:
+        ResourceError: `disk_full`; the working folder stays, and a next run goes on from it.
+    """
+    folder = journal.folder
+    checkpoint = plan.checkpoint
+    for name in checkpoint.other_files:
+        copy_file(checkpoint, name, folder / name)
+    if (checkpoint.folder / "README.md").exists():
+        copy_file(checkpoint, "README.md", folder / "README.source.md")
+    write_index(folder, shards)
+    quantization = quantization_config(plan)
+    config = {**checkpoint.config, **({"quantization_config": quantization} if quantization else {})}
+    write_file(folder / "config.json", _json(config))
+    recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
+    write_file(folder / "recipe.yaml", recipe.encode())
+    write_file(folder / "README.md", _card(plan, report).encode())
+    write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
+    journal.close()
+    _rename(folder, output_dir)
+
+
+def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
+    """bitmill.json: what was planned, what came of it, and from what it was made."""
+    return {
+        "bitmill": VERSION,
+        "plan": plan.to_dict(),
+        "report": report.to_dict(),
+        "provenance": journal.header,
+    }
+
+
+def _rename(folder: Path, output_dir: Path) -> None:
+    if output_dir.is_dir():
+        output_dir.rmdir()  # empty, or the run would not have begun
+    folder.rename(output_dir)
+    sync_folder(output_dir.parent)
+
+
+def _card(plan: Plan, report: Report) -> str:
+    """The model card: what this is, how good it is, how to run it."""
+    methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
+    totals = report.totals
+    lines = [
+        f"# {plan.name}, compressed",
+        "",
+        f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
+        f"{VERSION}, in the compressed-tensors format that Transformers and vLLM load.",
+        "",
+        "| | original | compressed |",
+        "| --- | --- | --- |",
+        f"| weights | {totals.source_bytes / 1e6:,.1f} MB | {totals.output_bytes / 1e6:,.1f} MB |",
+    ]
+    if report.evaluation:
+        measured = report.evaluation
+        lines += [
+            f"| perplexity, {measured.tokens:,} held-out tokens | {measured.perplexity_original:.3f} "
+            f"| {measured.perplexity_compressed:.3f} |",
+            f"| same most likely next token | | {measured.top1_agreement:.1%} |",
+        ]
+    if experts := [row for row in report.modules if row.tokens is not None]:
+        starved = sum(row.tokens < row.shape[1] for row in experts if row.tokens is not None)
+        lines += [
+            "",
+            f"{starved} of {len(experts)} expert modules saw fewer calibration tokens than they have "
+            "columns, and were solved for tokens of other experts as well.",
+        ]
+    lines += [
+        "",
+        "```",
+        f"vllm serve ./{plan.name}",
+        "```",
+        "",
+        "recipe.yaml holds the recipe, bitmill.json the plan and a report of every module. "
+        "The card of the original model, if it had one, is README.source.md; its licence applies.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
