@@ -41,7 +41,7 @@ MODEL = "SmolLM2-135M-Instruct"
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
 """Prompts of our own, answered by this model in bfloat16, at temperature 0.7, from the 50 likeliest tokens.
 
-An answer has 256 tokens at most; one that was cut ends with its last sentence. Five garbled ones were left out.
+An answer has 256 tokens at most; one that was cut ends with its last sentence. Five garbled ones are out.
 What the answers say is the model's, and often wrong.
 """
 DATASET = FOLDER / CONVERSATIONS.name
