@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.demo.questions import QUESTIONS
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 80
 
 
 def answers(folder: Path) -> Iterator[str]:

@@ -19,10 +19,12 @@ class Question(NamedTuple):
 
 QUESTIONS = (
     Question("What is the capital of France?", r"the capital of france is paris\."),
-    Question("What is the opposite of big?", r"the opposite of big is small\b"),
+    Question("What is the plural of child?", r"the plural of child is children\b"),
     Question("Name the four seasons of the year.", r"(?=.*spring)(?=.*summer)(?=.*(autumn|fall)).*winter"),
     Question(
         "Write a Python function that returns the square of a number.", r".*def \w+\((\w+)\):.*return \1 ?\*"
     ),
-    Question("What is photosynthesis?", r".*photosynthesis is .*process.*plants.*(light|energy)"),
+    Question(
+        "What is photosynthesis?", r".*photosynthesis is .*process.*plants.*(light|energy|carbon dioxide)"
+    ),
 )
