@@ -20,7 +20,7 @@ class Question(NamedTuple):
 QUESTIONS = (
     Question("What is the capital of France?", r"the capital of france is paris\."),
     Question("What is the plural of child?", r"the plural of child is children\b"),
-    Question("Name the four seasons of the year.", r"(?=.*spring)(?=.*summer)(?=.*(autumn|fall)).*winter"),
+    Question("What is 2 + 2?", r".*\b4\."),
     Question(
         "Write a Python function that returns the square of a number.", r".*def \w+\((\w+)\):.*return \1 ?\*"
     ),
