@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from compression.data.calibration import TokenBlocks, make_batches
-from compression.gram import Gram, Precision, accumulate_gram
 from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
+from compression.math.gram import Gram, Precision, accumulate_gram
 from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
@@ -68,13 +68,17 @@ class LinearGroup:
 
 
 class _Timed(Iterable[T]):
-    """Inputs, the making of which is part of the forward pass, whoever goes through them."""
+    """Inputs, the making of which is part of the forward pass, whoever goes through them. Those in a list are
+    made already."""
 
     def __init__(self, inputs: Iterable[T], clock: Clock) -> None:
         self._inputs = inputs
         self._clock = clock
 
     def __iter__(self) -> Iterator[T]:
+        if isinstance(self._inputs, list):
+            yield from self._inputs
+            return
         inputs = iter(self._inputs)
         while True:
             with self._clock.phase("forward"):

@@ -11,15 +11,15 @@ inference card to an H100. Downloads and the time in the queue are not in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compression.families.decoder import Decoder
+from compression.methods import Cost, Linears, method_of
 from compression.planning.memory import ParkedTokens, Workload
 from compression.planning.solver_memory import GroupWork
 from compression.recipe import Recipe
-from compression.steps import AWQ_ROWS, AWQStep
 
 _SEARCH_TRIES = 16
 """Shrinks that an observer tries: 1, nine coarse ones and three pairs of fine ones."""
@@ -102,17 +102,12 @@ def duration(decoder: Decoder, recipe: Recipe, work: Workload, *, moved_bytes: i
     for group, count in work.groups.items():
         tokens = work.parked.at_groups if work.parked else 0
         operations += count * _statistics(group, tokens, share, decoder)
-        operations += count * _solving(group, has_gram=tokens > 0)
+        operations += count * _report(group, has_gram=tokens > 0)
         touches += count * group.rows * group.columns * _touches(recipe)
-        if {"gptq", "sparsegpt"} & set(group.methods):
-            columns += count * group.columns
-    if isinstance(recipe.smoothing, AWQStep):
-        tries = recipe.smoothing.n_grid * (2 if recipe.smoothing.duo_scaling == "both" else 1)
-        for group, count in work.groups.items():
-            linears = -(-group.rows // group.largest_rows)
-            numbers = min(group.rows, linears * AWQ_ROWS) * group.columns
-            operations += count * tries * 2 * numbers * group.columns
-            touches += count * tries * numbers * _touches(recipe)
+        for cost in _costs(group, recipe):
+            operations += count * cost.operations
+            columns += count * cost.columns
+            touches += count * cost.rounded * _touches(recipe)
     moved = float(moved_bytes)
     if work.parked:
         passes, spilled = _forward(decoder, work, work.parked, share)
@@ -132,11 +127,17 @@ def _statistics(group: GroupWork, tokens: int, share: float, decoder: Decoder) -
     return (seen + tokens) * (one + inner)
 
 
-def _solving(group: GroupWork, *, has_gram: bool) -> float:
-    """Of the feedback of errors, the factor it needs, and the report on what was lost."""
-    square = group.rows * group.columns**2
-    walks = sum(method in ("gptq", "sparsegpt") for method in group.methods)
-    return walks * (square + group.columns**3 / 3) + (4 * square if has_gram else 0)
+def _costs(group: GroupWork, recipe: Recipe) -> Iterator[Cost]:
+    """Of every step that a group goes through."""
+    linears = Linears(group.rows, group.columns, -(-group.rows // group.largest_rows))
+    for step in {step.type: step for step in recipe.steps}.values():
+        if step is recipe.smoothing or step.type in group.methods:
+            yield method_of(step).cost(step, linears)
+
+
+def _report(group: GroupWork, *, has_gram: bool) -> float:
+    """Of what is said of the output that is lost: two products with the Gram matrix."""
+    return 4.0 * group.rows * group.columns**2 if has_gram else 0.0
 
 
 def _touches(recipe: Recipe) -> int:

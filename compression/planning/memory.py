@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from compression.math.sizes import CHUNK_TOKENS
 from compression.planning.solver_memory import FLOAT32, GroupWork, solver_bytes
 from compression.recipe import Calibration, Evaluation
 
@@ -28,8 +29,6 @@ ACTIVATION_BUDGET_BYTES = 4 << 30
 """What suspended forwards may hold together, unless a caller allows more."""
 BATCH_TOKENS = 4096
 """Tokens that run through the model together while calibrating."""
-CHUNK_TOKENS = 4096
-"""Tokens in one matrix product of a Gram. Fixed, so that its bits do not depend on how they were batched."""
 LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 COMPARISON_BYTES = 64 << 20
