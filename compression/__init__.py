@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from compression.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from compression.errors import (
         CompressionError,
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     SparseGPTModifier = SparseGPTStep
     WandaPruningModifier = WandaStep
 
-__version__ = "0.1.0"
 
 __all__ = [
     "SCHEMES",

@@ -4,7 +4,7 @@ plan ─▶ empty model ─▶ for each decoder layer:
                           load it ─▶ original batches pass ─▶ for each group of linears that share an input:
                                                          Gram of what they really see ─▶ smooth it ─▶ solve
                           compressed batches pass ─▶ write its shard ─▶ journal ─▶ drop it
-     ─▶ compare the two streams ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
+     ─▶ compare the two models ─▶ copy the rest ─▶ read everything back ─▶ publish by one rename
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from compression.math.grid import QuantizedWeight, Rounded, fixed_input_scale
 from compression.math.prune import Pruned
 from compression.math.search import observe
 from compression.methods import method_of
+from compression.model.activations import Activations
 from compression.model.fold import fold, fold_linears
 from compression.model.generate import written_by_model
 from compression.model.streamed import StreamedModel
-from compression.model.streams import Streams
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.planning.planner import plan as make_plan
 from compression.planning.plans import LayerPlan, ModulePlan, Plan
@@ -135,12 +135,12 @@ def compress(
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []
     shards: list[Shard] = []
-    with closing(Streams(plan, model, blocks, arithmetic, journal.scratch, clock)) as streams:
+    with closing(Activations(plan, model, blocks, arithmetic, journal.scratch, clock)) as activations:
         for layer in plan.layers:
             before = clock.total
             with clock.phase("read"):
                 model.load_layer(layer.index)
-            streams.pass_original(layer.index)
+            activations.pass_original(layer.index)
             finished = journal.finished.get(layer.index)
             if finished:
                 with clock.phase("read"):
@@ -148,22 +148,22 @@ def compress(
                     stored = layer.in_model(read_infos(read_header(journal.folder / shard.file).values()))
                     model.set_weights(_decode(layer.modules, stored))
                     model.set_parameters({key: stored[key] for key in layer.folded})
-                streams.pass_calibration(layer)
+                activations.pass_calibration(layer)
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
-                stored, modules = _solve_layer(layer, plan, model, streams, arithmetic, clock)
-                stored.update(streams.pass_calibration(layer))
+                stored, modules = _solve_layer(layer, plan, model, activations, arithmetic, clock)
+                stored.update(activations.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
                     tensors: dict[str, Tensor | StoredTensor] = {**stored, **copied}
                     shard = write_shard(journal.folder / layer.shard, layer.on_disk(tensors))
                     finished = journal.commit(layer.index, shard, modules)
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))
-            streams.pass_compressed(layer, stored)
+            activations.pass_compressed(layer, stored)
             model.drop_layer(layer.index)
             rows.extend(finished.modules)
             shards.append(shard)
-        measured = streams.compare()
+        measured = activations.compare()
 
     emit(PhaseChanged("verify"))
     with clock.phase("write"):
@@ -236,7 +236,7 @@ def _solve_layer(
     layer: LayerPlan,
     plan: Plan,
     model: StreamedModel,
-    streams: Streams,
+    activations: Activations,
     arithmetic: Arithmetic,
     clock: Clock,
 ) -> tuple[dict[str, Tensor], list[ModuleReport]]:
@@ -248,9 +248,9 @@ def _solve_layer(
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
     with clock.phase("solve"):
-        folds = fold_linears(layer, model, streams, plan.recipe, arithmetic.gram_precision)
+        folds = fold_linears(layer, model, activations, plan.recipe, arithmetic.gram_precision)
         stored.update(folds.biases)
-    for group in streams.groups(layer):
+    for group in activations.groups(layer):
         names = [module.name for module in group.modules]
         weights = [folds.weights.pop(n, w) for n, w in zip(names, model.weights(names), strict=True)]
         smoothed = group.name in folds.groups
@@ -261,7 +261,7 @@ def _solve_layer(
         with clock.phase("solve"):
             if planned := layer.folds.get(group.name):
                 assert gram is not None
-                folded = fold(planned, group, weights, gram, model, streams, plan.recipe)
+                folded = fold(planned, group, weights, gram, model, activations, plan.recipe)
                 stored.update(folded.norm)
                 weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
             largest = group.largest_input()

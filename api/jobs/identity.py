@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import compression
 from api.jobs.models import Job
 from compression.checkpoint.headers import Checkpoint
 from compression.recipe import DatasetSpec
+from compression.version import VERSION
 
 _DATASET = "/dataset"  # names of the model's files are relative
 _CARD = "README.md"
@@ -80,7 +80,7 @@ def cache_key(job: Job, dataset: DatasetSpec | None, digests: Mapping[str, str])
         "calibration": job.calibration,
         "evaluation": job.evaluation,
         "quality_gate": job.quality_gate,
-        "engine": compression.__version__,
+        "engine": VERSION,
     }
     return _hash(work)
 

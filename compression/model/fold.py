@@ -18,8 +18,8 @@ from compression.math.finite import all_finite
 from compression.math.gram import Gram, Precision, accumulate_gram, require_finite_gram
 from compression.math.scaling import Readers, SharedChannels, ToRound, fold_norm
 from compression.methods import method_of
+from compression.model.activations import Activations, LinearGroup
 from compression.model.streamed import StreamedModel
-from compression.model.streams import Group, Streams
 from compression.planning.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import Recipe
 
@@ -53,11 +53,11 @@ class LinearFolds:
 
 def fold(
     planned: FoldPlan,
-    group: Group,
+    group: LinearGroup,
     weights: Sequence[Tensor],
     gram: Gram,
     model: StreamedModel,
-    streams: Streams,
+    activations: Activations,
     recipe: Recipe,
 ) -> Fold:
     """Smooth one group, parked before its linears: the norm in the model and the parked inputs change.
@@ -79,12 +79,12 @@ def fold(
     if folded.bias is not None:
         after[f"{planned.norm}.bias"] = folded.bias
     model.set_parameters(after)
-    streams.renew_inputs(planned)
+    activations.renew_inputs(planned)
     scaled = [weight.float() * folded.scales for weight in weights]
     same = _same(read_before, _sample(group.inputs) * folded.scales, [model.compute_dtype, *_biases(before)])
     if not (same and all(map(all_finite, scaled))):
         model.set_parameters(before)
-        streams.renew_inputs(planned)
+        activations.renew_inputs(planned)
         return Fold(list(weights), gram, before, done=False)
     return Fold(scaled, gram.divided(folded.scales), after, done=True)
 
@@ -92,7 +92,7 @@ def fold(
 def fold_linears(
     layer: LayerPlan,
     model: StreamedModel,
-    streams: Streams,
+    activations: Activations,
     recipe: Recipe,
     precision: Precision,
 ) -> LinearFolds:
@@ -106,7 +106,7 @@ def fold_linears(
     for planned in layer.linear_folds:
         assert step is not None
         members = [module for module in layer.modules if module.group == planned.group]
-        inputs = streams.rehearsed(layer.index, planned.group)
+        inputs = activations.rehearsed(layer.index, planned.group)
         gram = accumulate_gram(inputs, precision=precision)
         require_finite_gram(planned.group, gram)
         shared = _shared_channels(planned, len(gram.matrix))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.math.finite import require_finite_input_scale
 from compression.math.grid import fake_quantize, fixed_input_scale
-from compression.model.forward import Stream, running_stream
+from compression.model.hooks import running_role
+from compression.model.suspended import Role
 from compression.planning.plans import CachePlan
 from compression.schemes import KV_CACHE
 
@@ -25,11 +26,11 @@ from compression.schemes import KV_CACHE
 class KVCache:
     """Stands in for the cache of every attention module of a model, one layer of which runs at a time.
 
-    learns_from: the stream whose keys and values decide the scales, from all of its batches.
+    learns_from: the role of the batches whose keys and values decide the scales, all of them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.learns_from: Stream | None = None
+        self.learns_from: Role | None = None
         self._largest: dict[str, Tensor] = {}
         self._scales: Mapping[str, Tensor] = {}
         for module in modules:
@@ -37,10 +38,10 @@ class KVCache:
 
     def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention calls: keys, values [batch, heads, seq, head_dim]."""
-        stream = running_stream()
-        if stream is not None and stream.quantizes_activations:
+        role = running_role()
+        if role is not None and role.quantizes_activations:
             return self._rounded("k", keys), self._rounded("v", values)
-        if stream is not None and stream is self.learns_from:
+        if role is not None and role is self.learns_from:
             self._see("k", keys)
             self._see("v", values)
         return keys, values

@@ -14,8 +14,7 @@ from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.errors import Problem
 from compression.methods import method_of
-from compression.planning.disk import DiskEstimate
-from compression.planning.duration import Duration
+from compression.planning.cost import DiskEstimate, Duration
 from compression.planning.guide import GuideEstimate
 from compression.planning.memory import MemoryEstimate, Workload, estimate
 from compression.recipe import Calibration, Evaluation, Recipe

@@ -68,8 +68,8 @@ def make_workload(
 
 def _active_experts(checkpoint: Checkpoint, experts: int) -> int:
     """Of a token in one layer; all of them where config.json does not say."""
-    told = checkpoint.config.get("num_experts_per_tok")
-    return told if type(told) is int and 0 < told <= experts else experts
+    active = checkpoint.config.get("num_experts_per_tok")
+    return active if type(active) is int and 0 < active <= experts else experts
 
 
 def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iterator[GroupWork]:

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import compression
 from compression.machine.arithmetic import Arithmetic
 from compression.planning.plans import Plan
+from compression.version import VERSION
 
 
 def source_digests(plan: Plan) -> dict[str, str]:
@@ -34,7 +34,7 @@ def resolve(
         "recipe": json.loads(plan.recipe.canonical_json()),
         "calibration": plan.calibration.model_dump(mode="json"),
         "evaluation": plan.evaluation.model_dump(mode="json"),
-        "engine": compression.__version__,
+        "engine": VERSION,
     }
     resolved = {**work, "arithmetic": arithmetic.to_dict()}
     return {"type": "plan", "work_key": _hash(work), "fingerprint": _hash(resolved), "resolved": resolved}

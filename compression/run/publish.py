@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-import compression
-from compression.checkpoint.formats import quantization_config
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
 from compression.planning.plans import Plan
 from compression.report import Report
+from compression.run.config import quantization_config
 from compression.run.journal import Journal
+from compression.version import VERSION
 
 
 def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Report, output_dir: Path) -> None:
@@ -44,7 +44,7 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
     """bitmill.json: what was planned, what came of it, and from what it was made."""
     return {
-        "bitmill": compression.__version__,
+        "bitmill": VERSION,
         "plan": plan.to_dict(),
         "report": report.to_dict(),
         "provenance": journal.header,
@@ -66,7 +66,7 @@ def _card(plan: Plan, report: Report) -> str:
         f"# {plan.name}, compressed",
         "",
         f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
-        f"{compression.__version__}, in the compressed-tensors format that Transformers and vLLM load.",
+        f"{VERSION}, in the compressed-tensors format that Transformers and vLLM load.",
         "",
         "| | original | compressed |",
         "| --- | --- | --- |",

@@ -11,7 +11,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from compression.checkpoint.formats import decode, quantization_config
+from compression.checkpoint.formats import decode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.layout import TensorSpec
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
@@ -22,6 +22,7 @@ from compression.model.streamed import StreamedModel
 from compression.planning.plans import ModulePlan, Plan
 from compression.planning.shards import stored_layer, stored_tensors
 from compression.report import ModuleReport
+from compression.run.config import quantization_config
 
 _FAULT = "This is a fault of Bitmill's tables; please report it with the model's config.json."
 

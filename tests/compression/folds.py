@@ -14,9 +14,9 @@ from compression.data.calibration import load_blocks
 from compression.machine import arithmetic as machine
 from compression.machine.clock import Clock
 from compression.math.gram import accumulate_gram
+from compression.model.activations import Activations
 from compression.model.fold import fold, fold_linears
 from compression.model.streamed import StreamedModel
-from compression.model.streams import Streams
 from compression.planning.plans import Plan
 from compression.report import EvaluationReport
 
@@ -49,7 +49,7 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
     blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=True)
     arithmetic = machine.choose("cpu", "F32")
     done = set()
-    with closing(Streams(made, model, blocks, arithmetic, Path(), Clock())) as streams:
+    with closing(Activations(made, model, blocks, arithmetic, Path(), Clock())) as streams:
         for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)

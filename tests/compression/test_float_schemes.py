@@ -14,7 +14,7 @@ from compression.math.gptq import gptq
 from compression.math.gram import Gram
 from compression.math.grid import QuantizedWeight, fake_quantize, fixed_input_scale
 from compression.math.search import minmax_params
-from compression.model.streams import Group
+from compression.model.activations import LinearGroup
 from compression.pipeline import solve, stacks
 from compression.planning.planner import plan
 from compression.planning.plans import ModulePlan
@@ -132,7 +132,7 @@ def test_powers_of_two_are_exact(exponent: int) -> None:
 def test_the_largest_input_is_looked_for_where_a_scheme_fixes_it(scheme: str, tmp_path: Path) -> None:
     made = plan(fake_llama(tmp_path / "model"), recipe(scheme), dataset=DATA, calibration=FEW)
     module = made.layers[0].modules[0]
-    group = Group((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
+    group = LinearGroup((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
     assert group.largest_input() == (3.0 if scheme == "FP8" else None)
 
 

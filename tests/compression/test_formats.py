@@ -10,12 +10,13 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from compression.checkpoint.formats import decode, encode, quantization_config
+from compression.checkpoint.formats import decode, encode
 from compression.math.grid import QuantizationParams, QuantizedWeight, code_dtype, fixed_input_scale, rtn
 from compression.math.search import minmax_params
 from compression.planning.planner import plan
 from compression.planning.shards import stored_tensors
 from compression.recipe import DatasetSpec, Recipe
+from compression.run.config import quantization_config
 from compression.schemes import SCHEMES, Scheme, get_scheme
 from tests.compression.fake_checkpoints import fake_llama
 from tests.compression.grids import SCALE_DTYPES, WEIGHTS, all_codes

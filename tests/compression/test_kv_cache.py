@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress
-from compression.checkpoint.formats import quantization_config
 from compression.data.calibration import load_blocks
 from compression.events import Event, LayerReplayed, LayerSolved
 from compression.planning.planner import plan
 from compression.report import Report
+from compression.run.config import quantization_config
 from tests.compression.fake_checkpoints import fake_llama
 from tests.compression.plans import DATA, FEW, problem_of
 from tests.support.models import tiny_model

@@ -18,9 +18,10 @@ from compression.checkpoint.reader import read_tensors
 from compression.errors import PlanError
 from compression.events import Event, LayerSolved
 from compression.families.families import FAMILIES
+from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams
 from compression.model.experts import Experts, Routed, unfuse
-from compression.model.forward import ExpertsInputs, Forwards
+from compression.model.hooks import ForwardHooks
 from compression.model.streamed import StreamedModel
 from tests.compression.expert_runs import GPTQ, run
 from tests.compression.plans import codes, problem_of, problems_of
@@ -151,8 +152,8 @@ def parked_before_experts(folder: Path) -> tuple[Experts, list[Routed]]:
     model.load_embeddings()
     modules = made.layers[0].modules
     experts = {m.group: m.experts for m in modules if m.experts}
-    forwards = Forwards(model, {m.name: m.group for m in modules}, {}, experts=experts)
-    stream = forwards.stream([tokens(0), tokens(1)], quantize_activations=False)
+    hooks = ForwardHooks(model, {m.name: m.group for m in modules}, {}, experts=experts)
+    stream = SuspendedBatches(hooks, [tokens(0), tokens(1)], quantize_activations=False)
     model.load_layer(0)
     inputs = next(group for group in stream.groups(0) if isinstance(group, ExpertsInputs))
     module = model.module.get_submodule(f"{BLOCK}.experts")

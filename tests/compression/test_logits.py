@@ -21,8 +21,8 @@ from compression.data.calibration import load_blocks
 from compression.machine import arithmetic as machine
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
+from compression.model.activations import Activations
 from compression.model.streamed import StreamedModel
-from compression.model.streams import Streams
 from compression.planning.plans import Plan
 from compression.report import EvaluationReport
 from tests.support import readers
@@ -57,7 +57,7 @@ def engine_logits(made: Plan, out: Path, texts: Path) -> tuple[Tensor, Tensor, E
     blocks = load_blocks(DatasetSpec(path=str(texts)), made.source, SMALL, FEW, calibrate=False)
     arithmetic = machine.choose("cpu", "F32")
     model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=torch.float32)
-    with closing(Streams(made, model, blocks, arithmetic, out, Clock())) as streams:
+    with closing(Activations(made, model, blocks, arithmetic, out, Clock())) as streams:
         for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)

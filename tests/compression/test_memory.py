@@ -18,8 +18,8 @@ from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
 from compression.machine.arithmetic import DTYPES, choose
 from compression.machine.clock import Clock
+from compression.model.activations import Activations
 from compression.model.streamed import StreamedModel
-from compression.model.streams import Streams
 from compression.planning.memory import CUDA_CONTEXT_BYTES, MemoryEstimate, Phase, estimate
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
@@ -235,10 +235,10 @@ def test_a_suspended_forward_holds_what_the_plan_counts(
             model.drop_layer(layer.index)
 
 
-def _streams(made: Plan, model: StreamedModel, texts: Path) -> Streams:
+def _streams(made: Plan, model: StreamedModel, texts: Path) -> Activations:
     dataset = DatasetSpec(path=str(texts))
     blocks = load_blocks(dataset, made.source, made.calibration, made.evaluation, calibrate=True)
-    return Streams(made, model, blocks, choose("cpu", "F32"), Path(), Clock())
+    return Activations(made, model, blocks, choose("cpu", "F32"), Path(), Clock())
 
 
 def _tensors() -> list[torch.Tensor]:

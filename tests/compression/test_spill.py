@@ -16,7 +16,8 @@ from torch import Tensor
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, ResourceError, compress, plan
 from compression.events import Event, LayerSolved
 from compression.families.families import FAMILIES
-from compression.model.forward import ExpertsInputs, Forwards, Stream
+from compression.model.batches import ExpertsInputs, SuspendedBatches
+from compression.model.hooks import ForwardHooks
 from compression.model.spill import Spill
 from compression.model.streamed import StreamedModel
 from compression.report import Report
@@ -62,18 +63,18 @@ def test_a_tensor_comes_back_as_it_was(dtype: torch.dtype, spill: Spill, tmp_pat
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def streamed(folder: Path, spill: Spill | None, dtype: torch.dtype) -> tuple[StreamedModel, Stream]:
+def streamed(folder: Path, spill: Spill | None, dtype: torch.dtype) -> tuple[StreamedModel, SuspendedBatches]:
     made = plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
     model = StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=dtype)
     model.load_embeddings()
     modules = [m for layer in made.layers for m in layer.modules]
     experts = {m.group: m.experts for m in modules if m.experts}
-    forwards = Forwards(model, {m.name: m.group for m in modules}, {}, experts=experts)
+    hooks = ForwardHooks(model, {m.name: m.group for m in modules}, {}, experts=experts)
     batches = [torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(3)]
-    return model, forwards.stream(batches, quantize_activations=False, spill=spill)
+    return model, SuspendedBatches(hooks, batches, quantize_activations=False, spill=spill)
 
 
-def seen(model: StreamedModel, stream: Stream) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
+def seen(model: StreamedModel, stream: SuspendedBatches) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
     """Every group's inputs, in order, and the logits."""
     inputs = []
     for index in range(len(model)):

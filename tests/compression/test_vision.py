@@ -1,7 +1,7 @@
 """Models that also read images: the decoder is compressed, everything else keeps its names and its bytes.
 
 What they share with other decoders is tested with these: test_architectures.py, test_families.py,
-test_forward.py, test_spill.py.
+test_batches.py, test_spill.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from compression.data.calibration import make_batches
 from compression.errors import PlanError
 from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
-from compression.model.forward import Forwards, Stream
+from compression.model.batches import SuspendedBatches
+from compression.model.hooks import ForwardHooks
 from compression.model.streamed import StreamedModel
 from compression.planning.planner import plan
 from compression.planning.plans import Plan
@@ -47,16 +48,16 @@ def planned(folder: Path) -> Plan:
     return plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
 
 
-def forwards_of(model: StreamedModel, folder: Path) -> Forwards:
+def hooks_of(model: StreamedModel, folder: Path) -> ForwardHooks:
     groups = {m.name: m.group for layer in planned(folder).layers for m in layer.modules}
-    return Forwards(model, groups, {})
+    return ForwardHooks(model, groups, {})
 
 
 def tokens(batch: int = 2, seq: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def through_all_layers(model: StreamedModel, stream: Stream) -> list[Tensor]:
+def through_all_layers(model: StreamedModel, stream: SuspendedBatches) -> list[Tensor]:
     for index in range(len(model)):
         model.load_layer(index)
         stream.run_through(index)
@@ -87,7 +88,7 @@ def test_one_layer_at_a_time_gives_the_bits_of_the_whole_model(
     folder = tiny_model(tmp_path, model_type, layers=3, tied=model_type == "qwen3", shards=2)
     model = streamed(folder, dtype)
     batches = [tokens(seed=1), tokens(seed=2), tokens(batch=1, seq=7, seed=3)]
-    stream = forwards_of(model, folder).stream(batches, quantize_activations=False)
+    stream = SuspendedBatches(hooks_of(model, folder), batches, quantize_activations=False)
     ours = through_all_layers(model, stream)
     reference = load_model(folder, dtype=dtype, experts_implementation="eager")
     for module in reference.modules():
@@ -117,7 +118,7 @@ def test_shared_inputs_of_the_empty_model_are_those_of_the_plan(model_type: str,
 def test_groups_hand_over_what_the_linears_get_and_see_weights_that_were_replaced(tiny_llama: Path) -> None:
     model = streamed(tiny_llama)
     batches = [tokens(seed=4), tokens(seed=5)]
-    stream = forwards_of(model, tiny_llama).stream(batches, quantize_activations=False)
+    stream = SuspendedBatches(hooks_of(model, tiny_llama), batches, quantize_activations=False)
     reference = load_model(tiny_llama, dtype=torch.float32)
     halved = {name: 0.5 * m.weight for name, m in reference.named_modules() if name.endswith("v_proj")}
     for name, weight in halved.items():
@@ -149,8 +150,8 @@ def test_groups_hand_over_what_the_linears_get_and_see_weights_that_were_replace
 def test_a_wrong_table_of_shared_inputs_is_a_plan_mismatch(tiny_llama: Path) -> None:
     model = streamed(tiny_llama)
     attention = "model.layers.0.self_attn."
-    forwards = Forwards(model, {attention + "q_proj": "together", attention + "o_proj": "together"}, {})
-    stream = forwards.stream([tokens()], quantize_activations=False)
+    hooks = ForwardHooks(model, {attention + "q_proj": "together", attention + "o_proj": "together"}, {})
+    stream = SuspendedBatches(hooks, [tokens()], quantize_activations=False)
     model.load_layer(0)
     with pytest.raises(PlanError) as caught:
         stream.run_through(0)
@@ -160,7 +161,7 @@ def test_a_wrong_table_of_shared_inputs_is_a_plan_mismatch(tiny_llama: Path) -> 
 
 def test_closing_a_stream_frees_what_its_batches_hold(tiny_llama: Path) -> None:
     model = streamed(tiny_llama)
-    stream = forwards_of(model, tiny_llama).stream([tokens()], quantize_activations=False)
+    stream = SuspendedBatches(hooks_of(model, tiny_llama), [tokens()], quantize_activations=False)
     model.load_layer(0)
     group = next(stream.groups(0))
     held = weakref.ref(group.inputs[0])

@@ -1,18 +1,28 @@
-"""Runs of the model, or of one layer, that can park: a greenlet each. forward.py says what they are for."""
+"""Runs of the model, or of one layer, that can be suspended: a greenlet each. batches.py says what for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import greenlet
 from torch import Tensor, nn
 
 from compression.model.experts import Routed
 
-if TYPE_CHECKING:
-    from compression.model.forward import Stream
+
+@dataclass(eq=False)
+class Role:
+    """What all batches of one kind have in common: those of calibration, of the original, of the compressed
+    model.
+
+    quantizes_activations: whether linears read their inputs as a server quantizes them. parks_at_groups:
+    whether batches park where the first linear of a group wants its input.
+    """
+
+    quantizes_activations: bool
+    parks_at_groups: bool = False
 
 
 @dataclass
@@ -28,16 +38,16 @@ class SharedInput:
     readers_left: int
 
 
-class Pass(greenlet.greenlet):
+class SuspendedRun(greenlet.greenlet):
     """A run through a part of the model that can park.
 
     group: before which group it is parked, or before which module of experts. shown: what it hands over
     there. parks_at: whether to park where the first linear of a group wants its input.
     """
 
-    def __init__(self, stream: Stream, parks_at: Callable[[str], bool]) -> None:
+    def __init__(self, role: Role, parks_at: Callable[[str], bool]) -> None:
         super().__init__()
-        self.stream = stream
+        self.role = role
         self.parks_at = parks_at
         self.group: str | None = None
         self.shown: Tensor | Routed | None = None
@@ -57,23 +67,23 @@ class Pass(greenlet.greenlet):
             self.shown = None
 
 
-class Batch(Pass):
+class SuspendedBatch(SuspendedRun):
     """One batch's forward pass. `layer`: at whose entry it is parked; `entry`: what it gives that layer."""
 
-    def __init__(self, module: nn.Module, tokens: Tensor, stream: Stream, slot: int) -> None:
-        super().__init__(stream, lambda _group: stream.parks_at_groups)
+    def __init__(self, module: nn.Module, tokens: Tensor, role: Role, slot: int) -> None:
+        super().__init__(role, lambda _group: role.parks_at_groups)
         self.module = module
         self.slot = slot
         self.tokens = tokens
         self.layer = -1
-        self.entry: Entry | None = None
+        self.entry: LayerCall | None = None
         self.logits: Tensor | None = None
 
     def run(self) -> None:
         self.logits = self.module(input_ids=self.tokens, use_cache=False).logits
 
 
-class Entry(NamedTuple):
+class LayerCall(NamedTuple):
     """A call of a decoder layer that has not begun yet. Its first argument is the hidden state."""
 
     layer: nn.Module
@@ -86,11 +96,11 @@ class Entry(NamedTuple):
         return state
 
 
-class Rehearsal(Pass):
+class Rehearsal(SuspendedRun):
     """A run of one layer up to one group, whose input it shows, and no further."""
 
-    def __init__(self, batch: Batch, group: str) -> None:
-        super().__init__(batch.stream, lambda wanted: wanted == group)
+    def __init__(self, batch: SuspendedBatch, group: str) -> None:
+        super().__init__(batch.role, lambda wanted: wanted == group)
         assert batch.entry is not None
         self._entry = batch.entry
 

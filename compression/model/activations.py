@@ -1,4 +1,5 @@
-"""The roles in which batches pass through the model, layer by layer.
+"""The activations of a run: all batches, held between layers, in the roles in which they pass the model.
+Others call this the calibration cache.
 
 calibration   what statistics are taken from: it sees the compressed weights of all that came before it
 original      held-out text through the weights of the checkpoint
@@ -22,9 +23,10 @@ from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
 from compression.math.gram import Gram, Precision, accumulate_gram
+from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
-from compression.model.forward import ExpertsInputs, Forwards, Stream
+from compression.model.hooks import ForwardHooks
 from compression.model.kv_cache import KVCache
 from compression.model.spill import Spill
 from compression.model.streamed import StreamedModel
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears that read one tensor, and that tensor in every batch: [batch, seq, in], or [rows, in] of an
     expert; None without data."""
 
@@ -76,14 +78,14 @@ class _Timed(Iterable[T]):
         inputs = iter(self._inputs)
         while True:
             with self._clock.phase("forward"):
-                here = next(inputs, None)
-            if here is None:
+                each = next(inputs, None)
+            if each is None:
                 return
-            yield here
+            yield each
 
 
-class Streams:
-    """All batches of a run, parked between layers. Without data there are none, and every pass is empty."""
+class Activations:
+    """All batches of a run, suspended between layers. Without data there are none; every pass is empty."""
 
     def __init__(
         self,
@@ -98,17 +100,26 @@ class Streams:
         self._model = model
         self._experts_at_once = plan.experts_at_once
         self._split = ""
-        self._calibration: Stream | None = None
-        self._original: Stream | None = None
-        self._compressed: Stream | None = None
+        self._calibration: SuspendedBatches | None = None
+        self._original: SuspendedBatches | None = None
+        self._compressed: SuspendedBatches | None = None
         self._spill: Spill | None = None
-        self._forwards: Forwards | None = None
+        self._hooks: ForwardHooks | None = None
         self._cache: KVCache | None = None
         if blocks is None:
             return
+        try:
+            self._begin(plan, blocks, arithmetic, scratch)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, plan: Plan, blocks: TokenBlocks, arithmetic: Arithmetic, scratch: Path) -> None:
+        """Run every batch up to the entry of layer 0."""
+        model = self._model
         if plan.spill_bytes:
             self._spill = Spill(scratch)
-        with clock.phase("read"):
+        with self._clock.phase("read"):
             model.load_embeddings()
         modules = [module for layer in plan.layers for module in layer.modules]
         activations = {
@@ -116,21 +127,21 @@ class Streams:
         }
         norms = {fold.group: fold.norm for layer in plan.layers for fold in layer.folds.values()}
         experts = {m.group: m.experts for m in modules if m.experts}
-        self._forwards = Forwards(model, {m.name: m.group for m in modules}, activations, norms, experts)
+        self._hooks = ForwardHooks(model, {m.name: m.group for m in modules}, activations, norms, experts)
         if attentions := [layer.cache.attention for layer in plan.layers if layer.cache]:
             self._cache = KVCache(map(model.module.get_submodule, attentions))
-        stream = partial(self._forwards.stream, spill=self._spill)
+        suspended = partial(SuspendedBatches, self._hooks, spill=self._spill)
         if plan.calibrates:
             batches = make_batches(blocks.calibration, arithmetic.batch_tokens)
-            self._calibration = stream(batches, quantize_activations=False)
+            self._calibration = suspended(batches, quantize_activations=False)
             if self._cache:
-                self._cache.learns_from = self._calibration
+                self._cache.learns_from = self._calibration.role
         if blocks.evaluation:
             self._split = blocks.split
             vocabulary = model.module.config.get_text_config().vocab_size
             batches = make_batches(blocks.evaluation, LOGITS_IN_A_BATCH // vocabulary)
-            self._original = stream(batches, quantize_activations=False)
-            self._compressed = stream(batches, quantize_activations=True)
+            self._original = suspended(batches, quantize_activations=False)
+            self._compressed = suspended(batches, quantize_activations=True)
         model.drop_embeddings()
 
     def pass_original(self, layer: int) -> None:
@@ -139,7 +150,7 @@ class Streams:
             if self._original:
                 self._original.run_through(layer)
 
-    def groups(self, layer: LayerPlan) -> Iterator[Group]:
+    def groups(self, layer: LayerPlan) -> Iterator[LinearGroup]:
         """The layer's groups in the order in which it runs them, each with the inputs it is about to get.
 
         Statistics come from the calibration stream; where the recipe needs none, from the compressed one, for
@@ -148,31 +159,31 @@ class Streams:
         members = {group: tuple(modules) for group, modules in groupby(layer.modules, lambda m: m.group)}
         stream = self._calibration or self._compressed
         if stream is None:
-            yield from (Group(modules, None) for modules in members.values())
+            yield from (LinearGroup(modules, None) for modules in members.values())
             return
         parked = stream.groups(layer.index)
         while True:
             with self._clock.phase("forward"):
-                here = next(parked, None)
-            if here is None:
+                waiting = next(parked, None)
+            if waiting is None:
                 return
-            if isinstance(here, ExpertsInputs):
-                yield from self._expert_groups(here, members.values())
+            if isinstance(waiting, ExpertsInputs):
+                yield from self._expert_groups(waiting, members.values())
             else:
-                yield Group(members[here.group], _Timed(here.inputs, self._clock))
+                yield LinearGroup(members[waiting.group], _Timed(waiting.inputs, self._clock))
 
     def _expert_groups(
-        self, here: ExpertsInputs, groups: Iterable[tuple[ModulePlan, ...]]
-    ) -> Iterator[Group]:
+        self, waiting: ExpertsInputs, groups: Iterable[tuple[ModulePlan, ...]]
+    ) -> Iterator[LinearGroup]:
         """The groups of a layer's experts, in the order of the plan, whether or not tokens come to them."""
-        experts = self._model.module.get_submodule(here.experts)
+        experts = self._model.module.get_submodule(waiting.experts)
         assert isinstance(experts, Experts)
-        grams = ExpertGrams(experts, _Timed(here.inputs, self._clock), self._experts_at_once)
+        grams = ExpertGrams(experts, _Timed(waiting.inputs, self._clock), self._experts_at_once)
         for modules in groups:
-            if modules[0].experts == here.experts:
-                number, leaf = modules[0].name.removeprefix(here.experts + ".").split(".")
+            if modules[0].experts == waiting.experts:
+                number, leaf = modules[0].name.removeprefix(waiting.experts + ".").split(".")
                 stage = experts.expert(int(number)).stage(leaf)
-                yield Group(modules, ExpertInputs(grams, stage, int(number)))
+                yield LinearGroup(modules, ExpertInputs(grams, stage, int(number)))
 
     def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
         """What calibration batches, which wait at the layer's entry, would hand to a group as things are."""
@@ -203,10 +214,10 @@ class Streams:
         stored: the layer's tensors as they are on disk, which also say how its activations are quantized.
         """
         with self._clock.phase("evaluate"):
-            if self._compressed and self._forwards:
+            if self._compressed and self._hooks:
                 if self._cache and layer.cache:
                     self._cache.use(layer.cache, stored)
-                self._forwards.fixed_inputs = {
+                self._hooks.fixed_inputs = {
                     m.name: stored[f"{m.name}.{m.scheme.fixed_input}"].to(self._model.device)
                     for m in layer.modules
                     if m.scheme and m.scheme.fixed_input

@@ -1,4 +1,4 @@
-"""Which step of a recipe treats which linear, with which group size, and what speaks against it."""
+"""Which step of a recipe compresses which linear, with which group size, and what speaks against it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Treated:
-    """What becomes of one linear. Without step and pruning, both positions in the recipe, it is kept, for
+class Assignment:
+    """The steps of one linear. step, pruning: their positions in the recipe; with neither it is kept, for
     `reason`."""
 
     scheme: Scheme | None
@@ -41,17 +41,17 @@ class Treated:
 
 
 @dataclass
-class Treatment:
-    """Every linear with what becomes of it, in forward order, and what was found on the way."""
+class Assignments:
+    """Every linear with its steps, in forward order, and what was found on the way."""
 
-    modules: list[tuple[Linear, Treated]] = field(default_factory=list)
+    modules: list[tuple[Linear, Assignment]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
 
-def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe) -> Treatment:
+def assign_steps(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe) -> Assignments:
     """Apply the recipe's patterns. module_names: every module with tensors, linear or not."""
-    result = Treatment()
+    result = Assignments()
     steps: dict[int, QuantizingStep | PruningStep] = {**recipe.pruning, **recipe.quantizing}
     for number, step in steps.items():
         result.problems += _pattern_problems(number, step, linears, module_names)
@@ -80,9 +80,9 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
     result.problems += _fused_problems(chosen)
     schemes = {}
     for number, step in recipe.quantizing.items():
-        treated = [linear for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD]
-        schemes[number] = _resolve(number, step, [linear.shape[1] for linear in treated], result)
-        result.problems += _zero_point_problems(number, schemes[number], treated)
+        members = [linear for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD]
+        schemes[number] = _resolve(number, step, [linear.shape[1] for linear in members], result)
+        result.problems += _zero_point_problems(number, schemes[number], members)
         if any(linear.experts for linear, (index, _) in chosen if index == number):
             result.problems += _expert_problems(number, schemes[number])
         fused = [
@@ -97,7 +97,7 @@ def treat(linears: Sequence[Linear], module_names: Sequence[str], recipe: Recipe
         )
     for (linear, (index, reason)), (_, (pruning_index, _)) in zip(chosen, pruned, strict=True):
         scheme = None if index is None else schemes[index]
-        result.modules.append((linear, Treated(scheme, index, pruning_index, reason)))
+        result.modules.append((linear, Assignment(scheme, index, pruning_index, reason)))
     return result
 
 
@@ -182,7 +182,7 @@ def _fused(chosen: _Chosen) -> list[list[tuple[Linear, int | None]]]:
 
 
 def _fused_problems(chosen: _Chosen) -> list[Problem]:
-    """One step treats all linears that vLLM fuses, or none does."""
+    """All linears that vLLM fuses have one step, or none has any."""
     split = [members for members in _fused(chosen) if len({step for _, step in members}) > 1]
     if not split:
         return []
@@ -193,7 +193,7 @@ def _fused_problems(chosen: _Chosen) -> list[Problem]:
     return [
         Problem(
             "fused_group_mismatch",
-            f"Linears that vLLM fuses are treated differently in {len(split)} groups; the first: {how}.",
+            f"Linears that vLLM fuses have different steps in {len(split)} groups; the first: {how}.",
             "Name all of q_proj, k_proj, v_proj, both of gate_proj, up_proj, and all experts of a layer, in "
             "targets or in ignore.",
             "/recipe/steps/0/targets",
@@ -201,7 +201,7 @@ def _fused_problems(chosen: _Chosen) -> list[Problem]:
     ]
 
 
-def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: Treatment) -> Scheme:
+def _resolve(number: int, step: QuantizingStep, columns: Sequence[int], result: Assignments) -> Scheme:
     """The step's scheme with its group size decided; problems and warnings go to the result."""
     scheme = get_scheme(step.scheme)
     pointer = f"/recipe/steps/{number}/group_size"
