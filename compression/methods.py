@@ -326,6 +326,7 @@ register(
         "compression.math.prune:wanda",
         "Prunes by weight times input norm, row by row.",
         "Moderate recovery; hardly any time beside the statistics.",
+        source="https://arxiv.org/abs/2306.11695",
         peer_name="WandaPruningModifier",
         work_bytes=_sorted_scores,
     )

@@ -96,7 +96,8 @@ def compress(
         CompressionError: with a stable code; what is published is whole or not there.
     """
     emit = on_event or (lambda _event: None)
-    clock = Clock()
+    device = machine.resolve_device(device)
+    clock = Clock(device)
     planned = partial(
         make_plan,
         recipe=recipe,
@@ -120,13 +121,13 @@ def compress(
             emit(WarningRaised(warning.code, warning.message))
         journal = Journal.open(Path(output_dir))
         arithmetic = _begin(plan, sources, device, journal, emit)
-        model = _model(plan, arithmetic)
+        model = _model(plan, arithmetic, device)
         check_against_model(plan, model)
     if dataset is not None and dataset.generated:
         emit(PhaseChanged("generate"))
         with clock.phase("generate"):
             told = Teller(emit, GenerationProgress)
-            dataset = written_by_model(plan, _model(plan, arithmetic), journal.scratch, told)
+            dataset = written_by_model(plan, _model(plan, arithmetic, device), journal.scratch, told)
     with clock.phase("plan"):
         blocks = None
         if dataset is not None:
@@ -187,7 +188,7 @@ def compress(
         data=None if blocks is None else blocks.report,
         phases=dict(clock.seconds),
         peak_host_bytes=machine.peak_host_bytes(),
-        peak_gpu_bytes=machine.peak_device_bytes(arithmetic.device),
+        peak_gpu_bytes=machine.peak_device_bytes(device),
         bytes_may_differ=journal.header.get("bytes_may_differ", False),
         warnings=[{"code": w.code, "message": w.message} for w in plan.warnings],
     )
@@ -196,7 +197,10 @@ def compress(
 
 
 def _begin(plan: Plan, sources: Sources, device: str, journal: Journal, emit: OnEvent) -> Arithmetic:
-    """Resolve the plan, or obey the one that an interrupted run of the same work resolved."""
+    """Resolve the plan, or obey the one that an interrupted run of the same work resolved.
+
+    device: "cpu" or "cuda:N", what this run computes on; an earlier one may have used another card.
+    """
     digests = source_digests(plan)
     data = None if sources.dataset is None else dataset_digest(sources.dataset)
     here = machine.choose(device, _stored_dtype(plan))
@@ -206,24 +210,24 @@ def _begin(plan: Plan, sources: Sources, device: str, journal: Journal, emit: On
     if journal.header and journal.header["work_key"] != header["work_key"]:
         emit(WarningRaised("started_over", "The interrupted run here was of other work; it is begun anew."))
     elif journal.header:
-        earlier = Arithmetic(**journal.header["resolved"]["arithmetic"])
+        earlier = Arithmetic.from_dict(journal.header["resolved"]["arithmetic"])
         if earlier.obeyable(here):
             here, header = earlier, journal.header
         else:
             header["bytes_may_differ"] = True
             emit(WarningRaised("bytes_may_differ", "This machine cannot compute as the interrupted run did."))
     journal.begin(header)
-    machine.apply(here)
+    machine.apply(here, device)
     host_memory.map_large_blocks()
     emit(PlanResolved(header))
     return here
 
 
-def _model(plan: Plan, arithmetic: Arithmetic) -> StreamedModel:
+def _model(plan: Plan, arithmetic: Arithmetic, device: str) -> StreamedModel:
     return StreamedModel(
         plan.checkpoint,
         plan.layers_prefix,
-        device=arithmetic.device,
+        device=device,
         compute_dtype=DTYPES[arithmetic.compute_dtype],
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +25,27 @@ DTYPES: dict[str, torch.dtype] = {
 _THREADS_AT_IMPORT = torch.get_num_threads()
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+_MATRIX_INSTRUCTIONS = (
+    "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "avx10_1", "avx10_2", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
+)  # fmt: skip
+"""Those of `torch.cpu.get_capabilities` by which oneDNN, MKL and ATen choose the code of a product."""
+_ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_LEVELS_WITH_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
+_LIBRARY_VARIABLES = (
+    *_ISA_LIMITS, "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # fmt: skip
+"""Variables that change which code the libraries choose. ATEN_CPU_CAPABILITY shows in ATen's own level."""
+
 
 @dataclass(frozen=True)
 class Arithmetic:
     """What decides the bits of a run, besides the data and the code.
 
-    device: "cpu" or "cuda:N". capability: the instruction set or GPU architecture that kernels dispatch on.
-    compute_dtype: of the forward pass. gram_precision: see `compression.math.gram`. batch_tokens: tokens
-    in one forward pass.
+    device: "cpu" or "cuda"; which card of its kind a run uses is the worker's business, and changes no bit.
+    capability: what kernels are chosen by on this machine (`_capability`). compute_dtype: of the forward
+    pass. gram_precision: see `compression.math.gram`. batch_tokens: tokens in one forward pass.
     """
 
     device: str
@@ -45,27 +59,27 @@ class Arithmetic:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Arithmetic:
+        """What an earlier run wrote into its resolved plan; those of before named a card, "cuda:1"."""
+        return cls(**{**data, "device": device_class(data["device"])})
+
     def obeyable(self, here: Arithmetic) -> bool:
         """Whether a machine whose own choice is `here` can run this plan to the same bits."""
-        same_kind = self.device.split(":")[0] == here.device.split(":")[0]
-        same_code = (self.capability, self.torch_version) == (here.capability, here.torch_version)
-        return same_kind and same_code and self.threads <= available_threads()
+        same_kind = (self.device, self.capability) == (here.device, here.capability)
+        return same_kind and self.torch_version == here.torch_version and self.threads <= available_threads()
 
 
 def choose(device: str, stored_dtype: str, *, batch_tokens: int = 4096) -> Arithmetic:
     """This machine's arithmetic for a checkpoint whose linears are stored as `stored_dtype` ("BF16").
 
-    A CPU without native 16-bit products computes in float32: the upcast is exact, and bfloat16 products are
-    several times slower there than float32 ones.
-
-    Raises:
-        ResourceError: `device_not_available`.
+    device: "cpu" or "cuda:N", as `resolve_device` gives it. A CPU without native 16-bit products computes in
+    float32: the upcast is exact, and bfloat16 products are several times slower there than float32 ones.
     """
-    device = _resolve_device(device)
     native = device != "cpu" or (stored_dtype == "BF16" and _cpu_has_bfloat16())
     compute_dtype = _STORED[stored_dtype] if native else "float32"
     return Arithmetic(
-        device=device,
+        device=device_class(device),
         capability=_capability(device),
         compute_dtype=compute_dtype,
         gram_precision="mixed",
@@ -75,15 +89,19 @@ def choose(device: str, stored_dtype: str, *, batch_tokens: int = 4096) -> Arith
     )
 
 
-def apply(arithmetic: Arithmetic) -> None:
-    """Make this process compute as the plan says: threads, deterministic kernels, one attention backend."""
+def apply(arithmetic: Arithmetic, device: str) -> None:
+    """Make this process compute as the plan says, on `device` ("cpu" or "cuda:N"): threads, deterministic
+    kernels, float32 products in float32, one attention backend. The device's peak of memory starts anew."""
     torch.set_num_threads(arithmetic.threads)
     torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("highest")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    if arithmetic.device == "cuda":
+        torch.cuda.set_device(device)  # what names no card, such as a copy from pinned memory, uses this one
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def available_threads() -> int:
@@ -99,11 +117,21 @@ def peak_host_bytes() -> int:
 
 
 def peak_device_bytes(device: str) -> int:
-    """Highest allocation on the GPU so far; 0 on the CPU."""
+    """Highest allocation of tensors on the GPU since `apply`; 0 on the CPU."""
     return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
-def _resolve_device(device: str) -> str:
+def device_class(device: str) -> str:
+    """ "cpu" or "cuda", of a device with or without its number."""
+    return device.partition(":")[0]
+
+
+def resolve_device(device: str) -> str:
+    """The device that `device` (auto, cpu, cuda or cuda:N) means here: "cpu" or "cuda:N".
+
+    Raises:
+        ResourceError: `device_not_available`.
+    """
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -122,12 +150,28 @@ def _resolve_device(device: str) -> str:
 
 
 def _capability(device: str) -> str:
-    if device == "cpu":
-        return f"{torch.backends.cpu.get_cpu_capability()} {torch.cpu.get_capabilities()['cpu_name']}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    """What kernels are chosen by, so that two machines of which this is the same give the same bits.
+
+    Of a GPU the card, its architecture and its multiprocessors, by whose number cuBLAS cuts products: an H100
+    has 114 on PCIe and 132 on SXM, an H200 132, a part of one (MIG) fewer. Of a CPU the level that ATen
+    dispatches on, the model, the size of its level-2 cache, by which oneDNN and MKL cut products, the
+    instructions of matrix products, and the variables that keep the libraries from using them.
+    """
+    if device != "cpu":
+        card = torch.cuda.get_device_properties(device)
+        return f"{card.name}, sm_{card.major}{card.minor}, {card.multi_processor_count} multiprocessors"
+    cpu = torch.cpu.get_capabilities()
+    level = torch.backends.cpu.get_cpu_capability()
+    parts = [f"{level} {cpu['cpu_name']}", f"{cpu.get('l2_cache_size', 0) >> 10} KiB"]
+    parts += [name for name in _MATRIX_INSTRUCTIONS if cpu.get(name)]
+    parts += [f"{name}={os.environ[name]}" for name in _LIBRARY_VARIABLES if name in os.environ]
+    return ", ".join(parts)
 
 
 def _cpu_has_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    """Whether bfloat16 products run on instructions of their own, which oneDNN may be told not to use."""
+    cpu = torch.cpu.get_capabilities()
+    limit = next((os.environ[name] for name in _ISA_LIMITS if name in os.environ), "ALL").upper()
+    if limit not in ("ALL", "DEFAULT") and not limit.startswith(_LEVELS_WITH_BFLOAT16):
+        return False
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))

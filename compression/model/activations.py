@@ -68,13 +68,17 @@ class LinearGroup:
 
 
 class _Timed(Iterable[T]):
-    """Inputs, the making of which is part of the forward pass, whoever goes through them."""
+    """Inputs, the making of which is part of the forward pass, whoever goes through them. Those in a list are
+    made already."""
 
     def __init__(self, inputs: Iterable[T], clock: Clock) -> None:
         self._inputs = inputs
         self._clock = clock
 
     def __iter__(self) -> Iterator[T]:
+        if isinstance(self._inputs, list):
+            yield from self._inputs
+            return
         inputs = iter(self._inputs)
         while True:
             with self._clock.phase("forward"):

@@ -18,7 +18,10 @@ score that is 0 for all but a few: `ScaledInputs` runs it with the few.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +33,35 @@ Stage = Literal["gate_up", "down"]
 """Linears of an expert that read one tensor."""
 
 
-class Routed(NamedTuple):
+@dataclass(frozen=True)
+class Routed:
     """What a layer's experts read in one batch, and who reads what.
 
     hidden_states: [tokens, hidden]. top_k_index: int64 [tokens, k], the experts of each token; numbers that
-    belong to no expert mean none.
+    belong to no expert mean none. experts: how many there are.
     """
 
     hidden_states: Tensor
     top_k_index: Tensor
+    experts: int
 
     def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """(place among its token's experts, token) for each row of the expert's input, both int64 [rows]."""
-        place, token = torch.where(self.top_k_index.t() == expert)
-        return place, token
+        return self._by_expert[expert]
 
     def rows_of(self, expert: int) -> Tensor:
         """The expert's input, [rows, hidden]."""
         return self.hidden_states[self.tokens_of(expert)[1]]
+
+    @cached_property
+    def _by_expert(self) -> list[tuple[Tensor, Tensor]]:
+        """`tokens_of` of every expert, by one sort: a GPU has to be waited for once, not once an expert."""
+        chosen, order = self.top_k_index.t().flatten().sort(stable=True)
+        numbers = torch.arange(self.experts + 1, device=chosen.device)
+        bounds: list[int] = torch.searchsorted(chosen, numbers).tolist()
+        tokens = len(self.top_k_index)
+        place, token = order.div(tokens, rounding_mode="floor"), order.remainder(tokens)
+        return [(place[start:stop], token[start:stop]) for start, stop in pairwise(bounds)]
 
 
 class Expert(nn.Module):
@@ -91,7 +105,7 @@ class Experts(nn.ModuleList):
         if hidden_states.is_meta:
             return self._on_meta(hidden_states)
         result = torch.zeros_like(hidden_states)
-        routed = Routed(hidden_states, top_k_index)
+        routed = Routed(hidden_states, top_k_index, len(self))
         for number in range(len(self)):
             place, token = routed.tokens_of(number)
             if len(token) == 0:

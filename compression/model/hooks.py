@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compression.errors import PlanError, Problem
 from compression.math.grid import fake_quantize
-from compression.model.experts import Routed
+from compression.model.experts import Experts, Routed
 from compression.model.streamed import StreamedModel
 from compression.model.suspended import LayerCall, Role, SharedInput, SuspendedBatch, SuspendedRun
 from compression.schemes import QuantizationArgs
@@ -101,10 +101,11 @@ class ForwardHooks:
         return keep
 
     def _at_experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def show(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             batch = greenlet.getcurrent()
             if isinstance(batch, SuspendedRun):
-                batch.show(name, Routed(inputs[0], inputs[1]))
+                assert isinstance(module, Experts)
+                batch.show(name, Routed(inputs[0], inputs[1], len(module)))
 
         return show
 

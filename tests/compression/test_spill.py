@@ -82,10 +82,8 @@ def seen(model: StreamedModel, stream: SuspendedBatches) -> tuple[list[tuple[str
         for group in stream.groups(index):
             if isinstance(group, ExpertsInputs):
                 for routed in group.inputs:
-                    inputs += [
-                        (f"{group.experts} {field}", tensor.clone())
-                        for field, tensor in routed._asdict().items()
-                    ]
+                    inputs.append((f"{group.experts} hidden_states", routed.hidden_states.clone()))
+                    inputs.append((f"{group.experts} top_k_index", routed.top_k_index.clone()))
             else:
                 inputs += [(group.group, tensor.clone()) for tensor in group.inputs]
         stream.run_through(index)
