@@ -61,10 +61,11 @@ from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.planning.planner import plan as make_plan
 from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.report import ModuleReport, Report, Totals, dampening_warnings
+from compression.report import ModuleReport, Report, dampening_warnings
 from compression.run.fingerprint import resolve, source_digests
 from compression.run.journal import FinishedLayer, Journal, check_output
 from compression.run.publish import publish
+from compression.run.results import make_report
 from compression.run.verify import check_against_model, check_files, sha256_of
 
 
@@ -180,31 +181,7 @@ def compress(
     if self_check:
         with clock.phase("verify"):
             check_files(plan, journal.folder, rows)
-    report = Report(
-        work_key=journal.header["work_key"],
-        fingerprint=journal.header["fingerprint"],
-        totals=Totals(
-            source_bytes=plan.checkpoint.weight_bytes,
-            output_bytes=sum(shard.size for shard in shards),
-            parameters=plan.parameters,
-            compressed_parameters=plan.compressed_parameters,
-            seconds=clock.total,
-        ),
-        modules=rows,
-        evaluation=measured,
-        data=None if blocks is None else blocks.report,
-        phases=dict(clock.seconds),
-        peak_host_bytes=machine.peak_host_bytes(),
-        peak_gpu_bytes=machine.peak_device_bytes(device),
-        bytes_may_differ=journal.header.get("bytes_may_differ", False),
-        warnings=[
-            *(
-                {"code": w.code, "message": w.message}
-                for w in (*plan.warnings, *(blocks.warnings if blocks else ()))
-            ),
-            *dampening_warnings(rows),
-        ],
-    )
+    report = make_report(plan, journal, shards, rows, measured, blocks, clock, device)
     publish(plan, journal, shards, report, Path(output_dir))
     return report
 
