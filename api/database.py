@@ -30,6 +30,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+from api.private import make_file, make_folder
 from api.write_queue import WriteQueue, write_queue
 
 AWAY = (OperationalError, InterfaceError, TimeoutError)
@@ -197,13 +198,14 @@ def make_engine(url: str) -> Engine:
     file = parts.database
     if not file or file == ":memory:":
         raise ValueError("SQLite needs a file: every connection to :memory: is a database of its own")
-    Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(Path(file).parent)
     engine = create_engine(
         url,
         pool_size=_POOL_SIZE,
         max_overflow=_POOL_OVERFLOW,
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
     )
+    event.listen(engine, "do_connect", partial(_make_private, Path(file)))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", partial(_begin_sqlite, write_queue(str(Path(file).resolve()))))
     event.listen(engine, "checkin", _end_turn)
@@ -228,6 +230,11 @@ def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry
         dialect.do_ping(connection)
     except dialect.loaded_dbapi.Error as error:
         raise InvalidatePoolError from error
+
+
+def _make_private(file: Path, *_connecting: Any) -> None:
+    """Before SQLite makes the file, with a mode for everybody. Its -wal and -shm get the mode of the file."""
+    make_file(file)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

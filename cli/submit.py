@@ -96,7 +96,9 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", **_Run)] = None,
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
-    callback: Annotated[str | None, typer.Option(help="A webhook that is told how it ends.", **_Run)] = None,
+    callback: Annotated[
+        str | None, typer.Option(help="Webhook that gets a message at its end.", **_Run)
+    ] = None,
     cache: Annotated[
         bool, typer.Option(help="Take what another job of the project has made of the same.", **_Run)
     ] = True,
@@ -183,8 +185,8 @@ def _print_submitted(job: JobRead, *, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        twin = job["deduplicated_from"]
-        out().print(f"{job['id']} is {job['status']}" + (f", as {twin} does the same." if twin else "."))
+        same = job["deduplicated_from"]
+        out().print(f"{job['id']} is {job['status']}" + (f", as {same} does the same." if same else "."))
 
 
 def _print_outcome(job: JobDetail, report: dict[str, Any] | None, *, as_json: bool) -> None:
