@@ -133,8 +133,10 @@ class Family:
     Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
     heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
     names another key) for this table to hold. eager: attention scores are kept whole, as no fused kernel caps
-    them. vision: what stands beside the decoder, where it reads images; its sizes are then those of
-    text_config, and all names those of Transformers, whatever they are on disk.
+    them. counts_positions: its forward counts positions by a cumsum of floating point, for which CUDA has no
+    deterministic kernel, so it has to be given them. vision: what stands beside the decoder, where it reads
+    images; its sizes are then those of text_config, and all names those of Transformers, whatever they are on
+    disk.
     """
 
     architecture: str
@@ -152,6 +154,7 @@ class Family:
     outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"model.norm.weight": ("hidden",)})
     intermediate_key: str = "intermediate_size"
     eager: bool = False
+    counts_positions: bool = False
     vision: Vision = Vision()
 
     def linears(self) -> list[LinearSpec]:

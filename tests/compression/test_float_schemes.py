@@ -8,11 +8,11 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from compression.model.streams import Group
 from torch import Tensor
 
 from compression.gram import Gram
 from compression.methods.gptq import gptq
-from compression.model.streams import Group
 from compression.planning.planner import plan
 from compression.planning.plans import ModulePlan
 from compression.quantizer import QuantizedWeight, fake_quantize, fixed_input_scale, minmax_params
