@@ -13,7 +13,7 @@ from api.errors import Unprocessable
 from compression.errors import Problem
 
 
-class Placed(Protocol):
+class ListedRow(Protocol):
     """A row of such a list."""
 
     @property
@@ -31,13 +31,13 @@ class Position:
     id: str
 
     def to_cursor(self) -> str:
-        """What a caller hands back to go on behind it."""
+        """The text that a caller sends to get the page after this position."""
         text = f"{self.created_at.isoformat()} {self.id}"
         return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
     @classmethod
     def of_cursor(cls, cursor: str) -> Position:
-        """The place that `to_cursor` told.
+        """The position that `to_cursor` wrote.
 
         Raises:
             Unprocessable: `bad_cursor`.
@@ -55,7 +55,7 @@ class Position:
         return cls(moment, item_id)
 
 
-def next_cursor(found: Sequence[Placed], limit: int) -> str | None:
+def next_cursor(found: Sequence[ListedRow], limit: int) -> str | None:
     """The cursor of the next page, whose first row `found` has, if there is one, behind `limit` others."""
     if len(found) <= limit:
         return None

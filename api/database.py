@@ -1,8 +1,11 @@
 """The database: engine, sessions, and the one clock that every host agrees on.
 
 Writers on SQLite begin with BEGIN IMMEDIATE, so that a transaction that read and then writes never fails
-half-way; on PostgreSQL they run beside each other, and lock the rows or the names that they decide by.
-Readers see one snapshot on both. Who asks a single question needs no transaction for that.
+half-way, and take turns (write_queue.py). On PostgreSQL they run beside each other, and lock the rows or the
+names that they decide by. Readers see one snapshot on both. A single query needs no transaction.
+
+A transaction ends in the function that opened it, `with database.write() as session:` (docs/adr/0033). None
+is open while a request waits for a thread, the network or a store.
 """
 
 from __future__ import annotations
@@ -27,10 +30,15 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+from api.write_queue import WriteQueue, write_queue
+
 AWAY = (OperationalError, InterfaceError, TimeoutError)
 """What is raised while the database does not answer. A transaction may have been committed all the same: its
 answer may be what was lost."""
 BUSY_TIMEOUT_SECONDS = 5
+"""How long SQLite waits for a writer in another process."""
+WRITE_WAIT_SECONDS = 30.0
+"""How long a writer on SQLite waits for the others in this process."""
 _READING: dict[str, dict[str, Any]] = {
     "sqlite": {},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
@@ -41,8 +49,9 @@ _WRITING: dict[str, dict[str, Any]] = {
 }
 _FRESH_SECONDS = 1.0
 """A connection that was used so short a time ago is not asked whether it still stands."""
-_POOL_SIZE = 40  # as many as the server's thread pool has threads: what is above is opened for each use
-_POOL_OVERFLOW = 10  # for workers that share the process
+_POOL_SIZE = 40  # as many as FastAPI has threads for routes; connections above are opened for each use
+_POOL_OVERFLOW = 20  # for submissions, which have threads of their own, probes, and a worker in the process
+_TURN = "write_queue"  # in a connection's info, while it has SQLite's write lock
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -196,7 +205,8 @@ def make_engine(url: str) -> Engine:
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "begin", partial(_begin_sqlite, write_queue(str(Path(file).resolve()))))
+    event.listen(engine, "checkin", _end_turn)
     return engine
 
 
@@ -240,6 +250,19 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+def _begin_sqlite(queue: WriteQueue, connection: Connection) -> None:
+    if not connection.get_execution_options().get("immediate", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    if _TURN not in connection.info:
+        if not queue.acquire(WRITE_WAIT_SECONDS):
+            raise TimeoutError(f"other writers took more than {WRITE_WAIT_SECONDS:g} seconds")
+        connection.info[_TURN] = queue
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _end_turn(_connection: Any, record: ConnectionPoolEntry) -> None:
+    """When a connection goes back to the pool, its transaction is committed or rolled back."""
+    queue = record.info.pop(_TURN, None)
+    if queue is not None:
+        queue.release()

@@ -12,35 +12,42 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 
 import migrations
-from api import errors, health
-from api.artifacts import routes as artifacts
-from api.artifacts.store import open_store
-from api.batches import routes as batches
-from api.catalogue import routes as catalogue
 from api.database import Database
-from api.dependencies import AppContext
-from api.jobs import routes as jobs
+from api.http import (
+    artifacts,
+    batches,
+    catalogue,
+    health,
+    jobs,
+    metrics,
+    problems,
+    projects,
+    webhooks,
+    workers,
+)
+from api.http.dependencies import AppContext, KeyUses
+from api.http.limits import LimitRequests
+from api.http.openapi import ProblemAPI
+from api.http.parameters import refuse_unknown
+from api.http.request_context import RequestContext, name_in_logs
+from api.http.threads import ThreadLimit
 from api.jobs.watch import JobWatch, seqs_in
-from api.limits import LimitRequests
-from api.metrics import routes as metrics
 from api.metrics.registry import make_registry
 from api.metrics.requests import RequestMetrics
-from api.observability import RequestContext, name_in_logs
-from api.openapi import ProblemAPI
-from api.parameters import refuse_unknown
-from api.projects import routes as projects
 from api.projects.rates import open_rates
 from api.projects.repository import has_keys
 from api.projects.service import ensure_first_key
 from api.readiness import Readiness
 from api.security import KeyHasher
 from api.settings import Settings
+from api.store.factory import open_store
 from api.tracing import request_spans
-from api.webhooks import routes as webhooks
-from api.workers import routes as workers
 
 GRACE_SECONDS = 5
 """For requests that are being answered, and streams that are being read, when the process shall end."""
+
+SUBMITTING_THREADS = 8
+"""Submissions that are planned at once. More would not be faster, as planning is work for the processor."""
 
 _NEW_OBJECTS = 50_000  # those that a request leaves die young: Python looks for them after 700
 
@@ -56,6 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
         database=database,
         store=store,
         hasher=KeyHasher.from_settings(settings),
+        key_uses=KeyUses(database),
+        submitting=ThreadLimit(SUBMITTING_THREADS),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
         readiness=Readiness(settings, database.engine, store),
@@ -79,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry=request_spans(),
     )
     app.state.context = context
-    errors.install(app)
+    problems.install(app)
     for part in (jobs, batches, artifacts, webhooks, projects, workers, catalogue):
         app.include_router(part.router, dependencies=[Depends(_before_each)])
     app.include_router(health.router)

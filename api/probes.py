@@ -1,4 +1,4 @@
-"""Asking what may not answer, without waiting for it longer than one wants to."""
+"""Questions to what may not answer: whoever asks can stop waiting, and the question is not asked twice."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
-from api.artifacts.store import Store, StoreUnavailable
 from api.errors import Unavailable
 from api.probes import Probe
 from api.schemas import all_required
 from api.settings import Settings
+from api.store.base import Store, StoreUnavailable
 
 CHECK_SECONDS = 2.0
 """What a check has. All run side by side, so it is also what an answer takes at most."""
@@ -88,16 +88,16 @@ def check_schema(engine: Engine) -> str:
         log.error("database_unavailable", error=str(error))
         message = "The database does not answer."
         raise Unavailable("database_unavailable", message, "Look at BITMILL_DATABASE_URL.") from error
-    wanted = migrations.head()
-    if current == wanted:
+    needed = migrations.head()
+    if current == needed:
         return f"The schema is {current}."
     if current is None:
-        message = f"The database has no schema, this server needs {wanted}."
+        message = f"The database has no schema, this server needs {needed}."
         raise Unavailable("schema_stale", message, "Run `bitmill db upgrade`.")
     if current in migrations.known():
-        message = f"The database's schema is at {current}, this server needs {wanted}."
+        message = f"The database's schema is at {current}, this server needs {needed}."
         raise Unavailable("schema_stale", message, "Run `bitmill db upgrade`.")
-    message = f"The database's schema is at {current}, which is newer than the {wanted} of this server."
+    message = f"The database's schema is at {current}, which is newer than the {needed} of this server."
     raise Unavailable("schema_newer", message, "Run the version of Bitmill that upgraded it, or a later one.")
 
 

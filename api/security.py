@@ -1,4 +1,4 @@
-"""API keys: how they look, how they are kept, and what a caller may do.
+"""API keys: how they look, how they are kept, and which scopes they may have.
 
 A key is `bitmill_`, 32 random characters and a checksum of 6: a mistyped key is told apart without the
 database, and a leaked one is easy to search for. The database keeps HMAC-SHA256 of the key under the server's
@@ -13,11 +13,9 @@ import os
 import secrets
 import string
 import zlib
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from api.projects.limits import Limits
 from api.settings import Settings
 
 PREFIX = "bitmill_"
@@ -33,30 +31,6 @@ class Scope(StrEnum):
     READ = "read"
     SUBMIT = "submit"
     ADMIN = "admin"
-
-
-_IMPLIED = {
-    Scope.READ: {Scope.READ},
-    Scope.SUBMIT: {Scope.READ, Scope.SUBMIT},
-    Scope.ADMIN: set(Scope),
-}
-
-
-@dataclass(frozen=True)
-class Principal:
-    """Who calls: the project that owns what is made, with its limits, and the scopes of the key.
-
-    use_is_noted: whether the key's last_used_at is recent enough.
-    """
-
-    project_id: str
-    key_id: str
-    scopes: frozenset[Scope]
-    limits: Limits
-    use_is_noted: bool
-
-    def may(self, scope: Scope) -> bool:
-        return any(scope in _IMPLIED[own] for own in self.scopes)
 
 
 def new_key() -> str:

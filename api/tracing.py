@@ -1,5 +1,5 @@
-"""OpenTelemetry, where BITMILL_OTLP_ENDPOINT says that spans are wanted. Else nothing is loaded that makes or
-sends them, and what is called here does nothing.
+"""OpenTelemetry, where BITMILL_OTLP_ENDPOINT is set. Else nothing is loaded that makes or sends spans, and
+these functions do nothing.
 
     request, FastAPI's own span ── traceparent, in the job's row ──▶ attempt, in the worker
                                                                    ├── fetch, plan, compress, ...
@@ -25,11 +25,11 @@ _w3c = TraceContextTextMapPropagator()
 
 
 class TracingRefused(Exception):
-    """Spans are wanted, and cannot be made; the message says what to do."""
+    """Tracing is on, and cannot work; the message says what to do."""
 
 
 def start_tracing(settings: Settings, service: str) -> None:
-    """From here on this process sends its spans, under that name. What is left is sent at its end.
+    """Send this process's spans from now on, under that service name. The last ones are sent at its end.
 
     Raises:
         TracingRefused: the extra `otel` is not installed.

@@ -27,8 +27,8 @@ Steps = list[dict[str, Any]]
 def recipes() -> Iterator[tuple[str, Steps]]:
     """Names and steps of all that is compared. Each scheme that can be has a group_size of 32."""
     for scheme, preset in SCHEMES.items():
-        grouped = preset.weights.strategy == "group" and preset.weights.scale_dtype is None
-        size = {"group_size": 32} if grouped else {}
+        by_group = preset.weights.strategy == "group" and preset.weights.scale_dtype is None
+        size = {"group_size": 32} if by_group else {}
         for method in ("rtn", "gptq"):
             yield f"{method} {scheme}", [{"type": method, "scheme": scheme, **size}]
     grouped = {"scheme": "W4A16", "group_size": 32}

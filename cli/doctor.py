@@ -18,9 +18,9 @@ from typing import Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
-from api.artifacts.store import open_store
 from api.database import make_engine
 from api.settings import Settings
+from api.store.factory import open_store
 from cli.formats import bytes_text
 from compression.errors import CompressionError
 

@@ -34,13 +34,14 @@ LimitOption = Annotated[
 def create_project(name: NameArgument, as_json: JsonOption = False) -> None:
     """Make a project and its first API key, with the scope admin. The key is shown this once."""
     with _database(as_json=as_json) as (session, settings):
+        from api.jobs.queue import quotas
         from api.projects import service
         from api.projects.schemas import ProjectCreate
         from api.security import KeyHasher
 
         asked = ProjectCreate(name=name)
         row, key = service.create_project(session, KeyHasher.from_settings(settings), asked)
-        project = service.describe(session, row, settings)
+        project = quotas.describe(session, row, settings)
     if as_json:
         print_json({"project": project.model_dump(mode="json"), "key": key.model_dump(mode="json")})
     else:
@@ -52,9 +53,10 @@ def create_project(name: NameArgument, as_json: JsonOption = False) -> None:
 def list_projects(as_json: JsonOption = False) -> None:
     """List projects with what they use and their limits."""
     with _database(as_json=as_json) as (session, settings):
-        from api.projects import repository, service
+        from api.jobs.queue import quotas
+        from api.projects import repository
 
-        found = [service.describe(session, row, settings) for row in repository.list_projects(session)]
+        found = [quotas.describe(session, row, settings) for row in repository.list_projects(session)]
     if as_json:
         print_json({"projects": [project.model_dump(mode="json") for project in found]})
     else:
@@ -88,6 +90,7 @@ def update(
         "output_prefixes": output_prefix,
     }
     with _database(as_json=as_json) as (session, settings):
+        from api.jobs.queue import quotas
         from api.projects import service
         from api.projects.schemas import ProjectUpdate
 
@@ -97,7 +100,7 @@ def update(
             if value is not None
         }
         row = service.update(session, name, ProjectUpdate.model_validate(asked))
-        project = service.describe(session, row, settings)
+        project = quotas.describe(session, row, settings)
     if as_json:
         print_json(project.model_dump(mode="json"))
     else:

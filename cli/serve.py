@@ -118,8 +118,9 @@ def _check_urls(settings: Settings, *, as_json: bool) -> None:
     """End the command with its exit code where the URL of store or database is none."""
     from sqlalchemy.exc import ArgumentError
 
-    from api.artifacts.store import StoreError, open_store
     from api.database import make_engine
+    from api.store.base import StoreError
+    from api.store.factory import open_store
 
     try:
         open_store(settings.store_url)

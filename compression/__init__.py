@@ -23,22 +23,7 @@ if TYPE_CHECKING:
         SelfCheckError,
         SourceError,
     )
-    from compression.modifiers import (
-        AWQModifier,
-        GPTQModifier,
-        QuantizationModifier,
-        SmoothQuantModifier,
-        SparseGPTModifier,
-        WandaPruningModifier,
-        oneshot,
-    )
-    from compression.pipeline import compress
-    from compression.planning.planner import plan
-    from compression.planning.plans import Plan
-    from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-    from compression.report import Report
-    from compression.schemes import SCHEMES, Scheme, get_scheme
-    from compression.steps import (
+    from compression.methods import (
         AWQStep,
         GPTQStep,
         MagnitudeStep,
@@ -47,6 +32,20 @@ if TYPE_CHECKING:
         SparseGPTStep,
         WandaStep,
     )
+    from compression.modifiers import oneshot
+    from compression.pipeline import compress
+    from compression.planning.planner import plan
+    from compression.planning.plans import Plan
+    from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
+    from compression.report import Report
+    from compression.schemes import SCHEMES, Scheme, get_scheme
+
+    AWQModifier = AWQStep
+    GPTQModifier = GPTQStep
+    QuantizationModifier = RTNStep
+    SmoothQuantModifier = SmoothQuantStep
+    SparseGPTModifier = SparseGPTStep
+    WandaPruningModifier = WandaStep
 
 
 __all__ = [
@@ -90,28 +89,25 @@ _HOME = {
         "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
         "SourceError",
     ),
-    "compression.modifiers": (
-        "AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier", "SparseGPTModifier",
-        "WandaPruningModifier", "oneshot",
-    ),
+    "compression.modifiers": ("oneshot",),
     "compression.pipeline": ("compress",),
     "compression.planning.planner": ("plan",),
     "compression.planning.plans": ("Plan",),
     "compression.recipe": ("Calibration", "DatasetSpec", "Evaluation", "Recipe"),
     "compression.report": ("Report",),
     "compression.schemes": ("SCHEMES", "Scheme", "get_scheme"),
-    "compression.steps": (
-        "AWQStep", "GPTQStep", "MagnitudeStep", "RTNStep", "SmoothQuantStep", "SparseGPTStep", "WandaStep",
-    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(module), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    if name.endswith(("Step", "Modifier")):  # every method's, under our name and under LLM Compressor's
+        steps = import_module("compression.methods").public_names()
+        if name in steps:
+            return steps[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

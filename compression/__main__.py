@@ -22,12 +22,12 @@ from compression.events import (
     PhaseChanged,
     WarningRaised,
 )
+from compression.methods import makers
 from compression.peer_recipe import load_recipe_yaml
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
 from compression.schemes import SCHEMES, SPARSE_SCHEMES
-from compression.steps import PRUNING, QUANTIZING
 
 console = Console(stderr=True)
 
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--scheme", help=", ".join([*SCHEMES, *SPARSE_SCHEMES]))
     what.add_argument("--recipe", help="a recipe file, Bitmill's or LLM Compressor's, instead of a scheme")
     result.add_argument(
-        "--method", choices=[*QUANTIZING, *PRUNING], help="default: gptq for int and fp4 weights with data"
+        "--method",
+        choices=[*makers(sparse=False), *makers(sparse=True)],
+        help="default: gptq for int and fp4 weights with data",
     )
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))

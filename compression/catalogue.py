@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compression.peer_recipe import STEP_TYPES
+from compression.methods import METHODS, named
+from compression.methods import Method as RegisteredMethod
 from compression.schemes import ALIASES, SCHEMES, SPARSE_SCHEMES, QuantizationArgs, Scheme
-
-_QUANTIZING, _PRUNING = ("rtn", "gptq"), ("sparsegpt", "wanda", "magnitude")
-_SMOOTHING = ("awq", "smoothquant")
 
 
 @dataclass(frozen=True)
@@ -48,53 +46,7 @@ class SchemeRow:
 
 def methods() -> Sequence[Method]:
     """Every type of step."""
-    return [
-        _method(
-            "rtn",
-            "Rounds every weight to the nearest code.",
-            "Moderate recovery in most cases; computationally cheap and fast, and without data.",
-            needs_calibration=False,
-        ),
-        _method(
-            "gptq",
-            "Rounds column by column, and moves the error of each into those that follow.",
-            "High recovery, but more expensive and slower to run: statistics of every input, and a "
-            "walk over its columns.",
-            source="https://arxiv.org/abs/2210.17323",
-        ),
-        _method(
-            "awq",
-            "Scales up the channels that matter, and down in the norm or linear in front.",
-            "Better recovery with a faster runtime than GPTQ, says LLM Compressor's guide; here "
-            "its search of scales takes more passes of the data.",
-            source="https://arxiv.org/abs/2306.00978",
-        ),
-        _method(
-            "smoothquant",
-            "Moves outliers of activations into the weights, by folding scales into the norms.",
-            "Good recovery where activations are quantized too, with minimal calibration time; to "
-            "be composed with other methods.",
-            source="https://arxiv.org/abs/2211.10438",
-        ),
-        _method(
-            "sparsegpt",
-            "Prunes column by column, and makes up for each in those that follow.",
-            "The highest recovery of the three that prune; as slow as gptq.",
-            source="https://arxiv.org/abs/2301.00774",
-        ),
-        _method(
-            "wanda",
-            "Prunes by weight times input norm, row by row.",
-            "Moderate recovery; hardly any time beside the statistics.",
-            source="https://arxiv.org/abs/2306.11695",
-        ),
-        _method(
-            "magnitude",
-            "Prunes the smallest weights.",
-            "Low recovery; the cheapest, and without data.",
-            needs_calibration=False,
-        ),
-    ]
+    return [_method(method) for method in METHODS.values()]
 
 
 def schemes() -> Sequence[SchemeRow]:
@@ -102,18 +54,18 @@ def schemes() -> Sequence[SchemeRow]:
     return [*map(_quantized, SCHEMES.values()), *map(_sparse, SPARSE_SCHEMES)]
 
 
-def _method(
-    name: str,
-    description: str,
-    recovery: str,
-    *,
-    needs_calibration: bool = True,
-    source: str = "",
-) -> Method:
-    aliases = tuple(alias for alias, step in STEP_TYPES.items() if step == name)
-    alone = _SMOOTHING if name in _SMOOTHING else (name,)  # of those that smooth, one
-    others = tuple(each for each in (*_QUANTIZING, *_PRUNING, *_SMOOTHING) if each not in alone)
-    return Method(name, aliases, description, needs_calibration, others, recovery, source)
+def _method(method: RegisteredMethod) -> Method:
+    # of those that move scales, one
+    alone = named("smooths") if method.kind == "smooths" else (method.name,)
+    return Method(
+        method.name,
+        (method.peer_name,) if method.peer_name else (),
+        method.description,
+        method.needs_data,
+        tuple(name for name in named("quantizes", "prunes", "smooths") if name not in alone),
+        method.recovery,
+        method.source,
+    )
 
 
 def _quantized(scheme: Scheme) -> SchemeRow:
@@ -128,7 +80,7 @@ def _quantized(scheme: Scheme) -> SchemeRow:
         activations,
         scheme.format,
         scheme.fixed_input is not None,
-        (*_QUANTIZING, *_SMOOTHING),
+        named("quantizes", "smooths"),
         _RECOVERY[scheme.weights.num_bits, scheme.input_activations is not None],
     )
 
@@ -154,7 +106,7 @@ def _sparse(name: str) -> SchemeRow:
         "as they are",
         "as the source, zeros included",
         False,
-        _PRUNING,
+        named("prunes"),
         "No bytes are saved: no reader takes a sparse format any more. A large loss without training.",
     )
 

@@ -1,4 +1,4 @@
-"""The engine under the names that people know from LLM Compressor."""
+"""The engine under the name that people know from LLM Compressor. Its modifiers: `compression.methods`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from compression.peer_recipe import load_recipe_yaml
 from compression.pipeline import compress
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.report import Report
-from compression.steps import AWQStep, GPTQStep, RTNStep, SmoothQuantStep, SparseGPTStep, WandaStep
-
-AWQModifier = AWQStep
-GPTQModifier = GPTQStep
-QuantizationModifier = RTNStep
-SmoothQuantModifier = SmoothQuantStep
-SparseGPTModifier = SparseGPTStep
-WandaPruningModifier = WandaStep
 
 
 def oneshot(

@@ -16,17 +16,9 @@ from typing import Any
 
 import yaml
 
+from compression.methods import METHODS, peer_names
 from compression.schemes import SCHEMES, QuantizationArgs, Scheme
-
-STEP_TYPES = {
-    "AWQModifier": "awq",
-    "GPTQModifier": "gptq",
-    "QuantizationModifier": "rtn",
-    "SmoothQuantModifier": "smoothquant",
-    "SparseGPTModifier": "sparsegpt",
-    "WandaPruningModifier": "wanda",
-}
-"""LLM Compressor's class names, accepted wherever a step's type is read."""
+from compression.steps import TargetedStep
 
 _OBSERVERS = {
     "minmax": "minmax",
@@ -103,8 +95,9 @@ def _modifiers(document: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _steps(name: str, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    if name not in STEP_TYPES:
-        raise ValueError(f"{name} has no counterpart; there are {', '.join(STEP_TYPES)}")
+    names = peer_names()
+    if name not in names:
+        raise ValueError(f"{name} has no counterpart; there are {', '.join(names)}")
     given = {
         key: value
         for key, value in fields.items()
@@ -112,8 +105,8 @@ def _steps(name: str, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         and (key, value) not in _WITHOUT_EFFECT
         and (value is not None or key == "actorder")
     }
-    step: dict[str, Any] = {"type": STEP_TYPES[name]}
-    if step["type"] in ("gptq", "rtn", "sparsegpt", "wanda"):
+    step: dict[str, Any] = {"type": names[name]}
+    if issubclass(METHODS[step["type"]].step, TargetedStep):
         step["ignore"] = []  # LLM Compressor leaves nothing out unless it is told to
     observer = given.pop("observer", None) or given.pop("weight_observer", None)
     if observer is not None:

@@ -9,8 +9,9 @@ plan ─▶ empty model ─▶ for each decoder layer:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,11 +36,22 @@ from compression.events import (
     WarningRaised,
 )
 from compression.families.naming import on_disk
-from compression.gram import require_finite_gram
 from compression.machine import arithmetic as machine
 from compression.machine import host_memory
 from compression.machine.arithmetic import DTYPES, Arithmetic
 from compression.machine.clock import Clock
+from compression.math.errors import errors_of
+from compression.math.finite import (
+    named,
+    require_finite_input_scale,
+    require_finite_result,
+    require_finite_weight,
+)
+from compression.math.gram import Gram, require_finite_gram
+from compression.math.grid import QuantizedWeight, Rounded, fixed_input_scale
+from compression.math.prune import Pruned
+from compression.math.search import observe
+from compression.methods import method_of
 from compression.model.activations import Activations
 from compression.model.fold import fold, fold_linears
 from compression.model.generate import written_by_model
@@ -52,8 +64,7 @@ from compression.report import ModuleReport, Report, Totals
 from compression.run.fingerprint import resolve, source_digests
 from compression.run.journal import FinishedLayer, Journal
 from compression.run.publish import publish
-from compression.run.verify import check_against_model, check_files
-from compression.solve import solve
+from compression.run.verify import check_against_model, check_files, sha256_of
 
 
 @torch.no_grad()
@@ -258,16 +269,116 @@ def _solve_layer(
                 stored.update(folded.norm)
                 weights, gram, smoothed = folded.weights, folded.gram, smoothed or folded.done
             largest = group.largest_input()
-            for solved in solve(
-                group.modules, weights, gram, plan.recipe, largest_input=largest, smoothed=smoothed
-            ):
-                scheme = solved.module.scheme
-                tensors = encode(solved.module.name, solved.weight, scheme, solved.fixed_input)
-                model.set_weights(_decode([solved.module], tensors))
-                stored.update(tensors)
-                rows.append(solved.report)
-                host_memory.give_back()
+            for stack in stacks(group.modules, weights, plan.recipe):
+                for solved in solve(stack, gram, plan.recipe, largest_input=largest):
+                    tensors = encode(
+                        solved.module.name, solved.weight, solved.module.scheme, solved.fixed_input
+                    )
+                    model.set_weights(_decode([solved.module], tensors))
+                    stored.update(tensors)
+                    rows.append(replace(solved.report, smoothed=smoothed))
+                    host_memory.give_back()
     return stored, rows
+
+
+Stack = Sequence[tuple[ModulePlan, Tensor]]
+"""Linears [out_i, in] that read the same tensor and become the same: solved as one matrix, along out."""
+
+
+def stacks(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: Recipe) -> Iterable[Stack]:
+    """What of a group of linears is solved together."""
+    alike: dict[tuple[int | None, int | None, str, str], list[tuple[ModulePlan, Tensor]]] = {}
+    for module, weight in zip(modules, weights, strict=True):
+        key = (module.pruning, module.step, module.dtype, module.solved_with(recipe))
+        alike.setdefault(key, []).append((module, weight))
+    return alike.values()
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear's new weight, a tensor in its stored dtype where no scheme applies, with its report's row.
+
+    fixed_input: [1], how its activations are quantized, where that is fixed before run time.
+    """
+
+    module: ModulePlan
+    weight: QuantizedWeight | Tensor
+    report: ModuleReport
+    fixed_input: Tensor | None
+
+
+def solve(
+    stack: Stack, gram: Gram | None, recipe: Recipe, *, largest_input: Tensor | None = None
+) -> Iterator[Solved]:
+    """Prune, find scales, round, and measure what that did: rows are independent, and the Gram is shared.
+
+    weights: [out_i, in] in any float dtype. gram, largest_input: statistics of their input and its largest
+    magnitude, None without data.
+
+    Raises:
+        NumericalError: `non_finite_weights`, `non_finite_activations`, `singular_gram`,
+            `weights_out_of_range`; the message names the linears.
+    """
+    first, names = stack[0][0], [module.name for module, _ in stack]
+    pruning = None if first.pruning is None else recipe.pruning[first.pruning]
+    step = None if first.step is None else recipe.quantizing[first.step]
+    scheme, stored_dtype = first.scheme, TORCH_DTYPES[first.dtype]
+    fixed_input = None
+    if scheme is not None and scheme.fixed_input is not None:
+        assert scheme.input_activations is not None
+        assert largest_input is not None  # the plan refuses these schemes without a dataset
+        fixed_input = fixed_input_scale(largest_input, scheme.input_activations, stored_dtype)
+        require_finite_input_scale(first.group, fixed_input)
+    for module, weight in stack:
+        require_finite_weight(module.name, weight)
+    sizes = [len(weight) for _, weight in stack]
+    original = _stacked([weight for _, weight in stack])
+    matrix = None if gram is None else gram.matrix
+    pruned = Pruned(original, None)
+    rounded: Rounded | None = None
+    with named(names):
+        if pruning is not None:
+            pruned = method_of(pruning).solve(original, matrix, splits=sizes, **pruning.options)
+        if step is not None and scheme is not None:
+            params = observe(pruned.weight, gram, step.observer, scheme.weights, stored_dtype)
+            rounded = method_of(step).solve(
+                pruned.weight, matrix, scheme.weights, params, keep=pruned.keep, **step.options
+            )
+    dampening_frac = (rounded and rounded.dampening_frac) or pruned.dampening_frac
+    stop = 0
+    for (module, _), size in zip(stack, sizes, strict=True):
+        start, stop = stop, stop + size
+        solution: QuantizedWeight | Tensor
+        if rounded is None:
+            solution = meant = pruned.weight[start:stop].to(stored_dtype)
+        else:
+            part = rounded.weight.rows(start, stop)
+            solution, meant = part, part.dequantize(stored_dtype)
+        require_finite_result(module.name, meant)
+        weight_error, relative_error = errors_of(original[start:stop], meant, matrix)
+        report = ModuleReport(
+            name=module.name,
+            method="+".join(done.type for done in (pruning, step) if done is not None),
+            scheme=None if scheme is None else scheme.name,
+            group_size=None if scheme is None else scheme.weights.group_size,
+            shape=(size, original.shape[1]),
+            weight_error=weight_error,
+            relative_error=relative_error,
+            dampening_frac=dampening_frac,
+            dead_columns=0 if rounded is None else rounded.dead_columns,
+            sparsity=None if pruning is None else float((meant == 0).float().mean()),
+            dequantized_sha256=sha256_of(meant),
+            tokens=gram.tokens - gram.borrowed if gram is not None and module.experts else None,
+        )
+        yield Solved(module, solution, report, fixed_input)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    """Weights along out, in float32; a float32 weight alone is not copied."""
+    if len(weights) == 1:
+        return weights[0].float()
+    shape = (sum(map(len, weights)), weights[0].shape[1])
+    return torch.cat([*weights], out=weights[0].new_empty(shape, dtype=torch.float32))
 
 
 def _decode(modules: Iterable[ModulePlan], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,39 +7,39 @@ identity is computed from. Two spellings of the same recipe have the same canoni
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from compression.errors import PlanError, Problem
 from compression.hub.presets import PRESETS
 from compression.hub.references import HubRef
-from compression.peer_recipe import STEP_TYPES, is_peer_recipe, peer_steps
+from compression.methods import METHODS, any_step, makers, method_of, peer_names
+from compression.peer_recipe import is_peer_recipe, peer_steps
 from compression.s3.client import S3Ref
 from compression.schemes import get_scheme, sparse_fields
-from compression.steps import (
-    PRUNING,
-    QUANTIZING,
-    AWQStep,
-    Frozen,
-    PruningStep,
-    QuantizingStep,
-    SmoothingStep,
-    Step,
-)
+from compression.steps import Frozen, PruningStep, QuantizingStep, SmoothingStep, Step
 
-_OF_AWQ = frozenset({"type", *AWQStep.model_fields})
+if TYPE_CHECKING:
+    AnyStep = Step
+else:
+    AnyStep = any_step()
 
 
 def _written_out(step: Any) -> list[Any]:
-    """A step as people write it -> the steps it stands for. AWQ with a scheme: AWQ, then round to nearest."""
+    """A step as people write it -> the steps it stands for.
+
+    One that moves scales and has a scheme, such as AWQ, stands for itself, then round to nearest.
+    """
     if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         return [step]
-    step = {**step, "type": STEP_TYPES.get(step["type"], step["type"])}
-    if step["type"] != "awq" or "scheme" not in step:
+    step = {**step, "type": peer_names().get(step["type"], step["type"])}
+    method = METHODS.get(step["type"])
+    if method is None or not method.tries_rounding or "scheme" not in step:
         return [step]
-    own = {key: value for key, value in step.items() if key in _OF_AWQ}
-    rounding = {key: value for key, value in step.items() if key not in _OF_AWQ}
+    fields = {"type", *method.step.model_fields}
+    own = {key: value for key, value in step.items() if key in fields}
+    rounding = {key: value for key, value in step.items() if key not in fields}
     return [own, {**rounding, "type": "rtn"}]
 
 
@@ -50,7 +50,7 @@ class Recipe(Frozen):
     first quantizing step that does.
     """
 
-    steps: tuple[Step, ...] = Field(min_length=1, max_length=16)
+    steps: tuple[AnyStep, ...] = Field(min_length=1, max_length=16)
 
     @model_validator(mode="before")
     @classmethod
@@ -69,8 +69,9 @@ class Recipe(Frozen):
             raise ValueError("a recipe needs a step that quantizes or prunes, such as gptq or sparsegpt")
         if any(isinstance(step, SmoothingStep) for step in self.steps[1:]):
             raise ValueError("smoothquant or awq is the first step, once, and not both")
-        if self.steps[0].type == "awq" and not self.quantizing:
-            raise ValueError("awq needs a scheme, or a step after it that quantizes, such as rtn or gptq")
+        if method_of(self.steps[0]).tries_rounding and not self.quantizing:
+            name = self.steps[0].type
+            raise ValueError(f"{name} needs a scheme, or a step after it that quantizes, such as rtn or gptq")
         if self.quantizing and self.pruning and max(self.pruning) > min(self.quantizing):
             raise ValueError("steps that prune come before those that quantize")
         if sum(step.kv_cache_scheme is not None for step in self.quantizing.values()) > 1:
@@ -96,7 +97,7 @@ class Recipe(Frozen):
         """
         given = {name: value for name, value in options.items() if value is not None}
         sparse = sparse_fields(scheme)
-        fitting, others = (QUANTIZING, PRUNING) if sparse is None else (PRUNING, QUANTIZING)
+        fitting, others = makers(sparse=sparse is not None), makers(sparse=sparse is None)
         if method in others:
             message = f"{method} does not make {scheme}."
             raise PlanError(
@@ -148,13 +149,10 @@ class Recipe(Frozen):
     def needs_data(self) -> bool:
         """Whether any step cannot be solved without calibration data."""
         return (
-            self.smoothing is not None
-            or self.kv_cache_step is not None
-            or any(step.type != "magnitude" for step in self.pruning.values())
+            self.kv_cache_step is not None
+            or any(method_of(step).needs_data for step in self.steps)
             or any(
-                step.type == "gptq"
-                or step.observer in ("imatrix", "gram")
-                or get_scheme(step.scheme).fixed_input
+                step.observer in ("imatrix", "gram") or get_scheme(step.scheme).fixed_input
                 for step in self.quantizing.values()
             )
         )

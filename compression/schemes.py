@@ -14,6 +14,8 @@ from compression.errors import PlanError, Problem
 NumberType = Literal["int", "float"]
 Strategy = Literal["tensor", "channel", "group", "tensor_group", "block", "token"]
 ScaleDtype = Literal["F8_E4M3", "E8M0"]
+Observer = Literal["minmax", "mse", "imatrix", "gram"]
+"""How scales are found: `compression.math.search` says what each does."""
 
 SERVED_GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM has weight-only kernels for, the largest first."""

@@ -1,26 +1,44 @@
-"""The steps of a recipe, one class each: what they take, with the defaults that people know."""
+"""What the steps of a recipe have in common, by what they do: quantize, prune, or move scales.
+
+The steps themselves, one class for each method, are in `compression.methods`.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from compression.schemes import get_scheme
+from compression.schemes import Observer, get_scheme
 
-Observer = Literal["minmax", "mse", "imatrix", "gram"]
 GroupSize = Annotated[int, Field(strict=True, ge=1)] | Literal["auto"]
-
-AWQ_ROWS = 128
-"""Rows of each linear, evenly spread, on which AWQ tries its scales: docs/adr/0017."""
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _TargetedStep(Frozen):
+class Step(Frozen):
+    """One step. Each has a field `type`, the name of its method."""
+
+    if TYPE_CHECKING:
+        type: str  # a Literal of its own in each step
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the method's solver takes by keyword: fields of this step that others of its kind lack."""
+        shared = {"type", *_shared_fields(type(self))}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
+
+
+def _shared_fields(step: type[Step]) -> set[str]:
+    """Fields of the classes in this module that a step inherits."""
+    kinds = [base for base in step.__mro__ if issubclass(base, Step) and base.__module__ == __name__]
+    return {name for kind in kinds for name in kind.model_fields}
+
+
+class TargetedStep(Step):
     """What every step has that changes linears.
 
     targets, ignore: module names, `re:` patterns, or the class name `Linear`; ignore wins.
@@ -48,7 +66,7 @@ class KVCacheScheme(Frozen):
     dynamic: Literal[False] = False
 
 
-class _QuantizationStep(_TargetedStep):
+class QuantizingStep(TargetedStep):
     """What every quantizing step has.
 
     scheme: a preset of `compression.schemes`. group_size: overrides the scheme's; "auto" takes the largest of
@@ -67,26 +85,7 @@ class _QuantizationStep(_TargetedStep):
         return get_scheme(name).name
 
 
-class RTNStep(_QuantizationStep):
-    """Round to nearest. Without a dataset the observer is minmax or mse (the default)."""
-
-    type: Literal["rtn"] = "rtn"
-
-
-class GPTQStep(_QuantizationStep):
-    """Second-order rounding with error feedback (Frantar et al., 2022, arXiv:2210.17323, algorithm 1).
-
-    block_size: columns whose error is applied together. dampening_frac: fraction of the mean of the Gram
-    diagonal added to it. actorder "static": columns in order of falling diagonal, groups as on disk.
-    """
-
-    type: Literal["gptq"] = "gptq"
-    block_size: int = Field(default=128, strict=True, ge=1, le=1 << 20)
-    dampening_frac: float = Field(default=0.01, strict=True, gt=0, le=1)
-    actorder: Literal["static"] | None = "static"
-
-
-class _PruningStep(_TargetedStep):
+class PruningStep(TargetedStep):
     """What every pruning step has.
 
     sparsity: share of a linear's weights that becomes 0. mask_structure: "unstructured", or "n:m", where n of
@@ -110,6 +109,10 @@ class _PruningStep(_TargetedStep):
         return {**value, "sparsity": 1 - n / m}
 
     @property
+    def options(self) -> dict[str, Any]:
+        return {"sparsity": self.sparsity, "structure": self.structure, **super().options}
+
+    @property
     def structure(self) -> tuple[int, int] | None:
         """(n, m), None when unstructured."""
         return None if self.mask_structure == "unstructured" else _structure(self.mask_structure)
@@ -129,60 +132,5 @@ def _structure(text: object) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class MagnitudeStep(_PruningStep):
-    """Prunes the smallest weights; needs no data."""
-
-    type: Literal["magnitude"] = "magnitude"
-
-
-class WandaStep(_PruningStep):
-    """Prunes by weight times input norm, row by row (Sun et al., 2023, arXiv:2306.11695)."""
-
-    type: Literal["wanda"] = "wanda"
-
-
-class SparseGPTStep(_PruningStep):
-    """Prunes with error feedback (Frantar and Alistarh, 2023, arXiv:2301.00774).
-
-    block_size: columns whose mask is chosen together. dampening_frac: as in GPTQStep.
-    """
-
-    type: Literal["sparsegpt"] = "sparsegpt"
-    block_size: int = Field(default=128, strict=True, ge=1, le=1 << 20)
-    dampening_frac: float = Field(default=0.01, strict=True, gt=0, le=1)
-
-
-class SmoothQuantStep(Frozen):
-    """Moves outliers of activations into the weights that read them, before these are quantized (Xiao et al.,
-    2022, arXiv:2211.10438, equation 4).
-
-    smoothing_strength: 0 leaves the range to the activations, 1 gives all of it to the weights.
-    """
-
-    type: Literal["smoothquant"] = "smoothquant"
-    smoothing_strength: float = Field(default=0.5, strict=True, ge=0, le=1)
-
-
-class AWQStep(Frozen):
-    """Scales up, before the linears are quantized, the channels that matter, and down in the norm or linear
-    in front of them (Lin et al., 2023, arXiv:2306.00978, section 3.2), so that least is lost when they are
-    rounded by the observer of the step that follows.
-
-    n_grid: exponents that are tried. duo_scaling: whether the weights' magnitudes count beside those of the
-    activations; "both" tries with and without. offload_device: accepted and without effect, since activations
-    are never all on the device.
-    """
-
-    type: Literal["awq"] = "awq"
-    n_grid: int = Field(default=20, strict=True, ge=1, le=1000)
-    duo_scaling: Annotated[bool, Field(strict=True)] | Literal["both"] = True
-    offload_device: Literal["cpu"] | None = Field(default=None, exclude=True)
-
-
-QuantizingStep = RTNStep | GPTQStep
-PruningStep = MagnitudeStep | WandaStep | SparseGPTStep
-SmoothingStep = SmoothQuantStep | AWQStep
-Step = Annotated[QuantizingStep | PruningStep | SmoothingStep, Field(discriminator="type")]
-
-QUANTIZING, PRUNING = ("gptq", "rtn", "awq"), ("sparsegpt", "wanda", "magnitude")
-"""The methods of the short form: what makes a scheme, and what makes a sparse one."""
+class SmoothingStep(Step):
+    """Moves scales, before linears are quantized, between them and what is in front of them."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from alembic import context
 
-import api.batches.models
-import api.jobs.models
+import api.jobs.ledger.models
+import api.jobs.queue.workers
 import api.projects.models
 import api.webhooks.models
-import api.workers.models
 from api.database import Base, for_writing, make_engine
 
 # Importing these fills Base.metadata.
 _TABLES = (
-    api.batches.models,
-    api.jobs.models,
+    api.jobs.ledger.models,
+    api.jobs.queue.workers,
     api.projects.models,
     api.webhooks.models,
-    api.workers.models,
 )
 
 _LOCK = 0x6269746D696C6C  # "bitmill": a number that nobody else uses

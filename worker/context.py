@@ -8,10 +8,11 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-from api.artifacts.store import Store, open_store
 from api.database import Database
+from api.jobs.queue.workers import WorkerIdentity
 from api.settings import Settings
-from api.workers.models import WorkerIdentity
+from api.store.base import Store
+from api.store.factory import open_store
 from worker.device import device_class, gpu_bytes, host_bytes
 from worker.scratch import Scratch
 

@@ -16,7 +16,7 @@ import uvicorn
 from sqlalchemy import make_url
 
 import migrations
-from api.jobs import leases
+from api.jobs.queue import leases
 from api.main import GRACE_SECONDS, create_app, settle
 from api.observability import configure_logging
 from api.settings import Settings

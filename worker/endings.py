@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import StoreUnavailable
-from api.jobs import leases
-from api.jobs.leases import AttemptFacts, Lease
-from api.jobs.models import AttemptOutcome
+from api.jobs.ledger.models import AttemptOutcome
+from api.jobs.queue import leases
+from api.jobs.queue.leases import AttemptFacts, Lease
+from api.store.base import StoreUnavailable
 from compression.errors import CompressionError
 from worker.context import ShuttingDown
 from worker.heartbeat import CancelRequested

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from api.artifacts.store import Check, go_on
+from api.store.base import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
 from worker.runner import EngineSpec
 

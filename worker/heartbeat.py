@@ -14,10 +14,9 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.database import AWAY, Database, reason
-from api.jobs import leases
-from api.jobs.leases import Lease, LeaseLost
-from api.jobs.models import JobStatus
-from api.workers import repository as workers
+from api.jobs.ledger.models import JobStatus
+from api.jobs.queue import leases, workers
+from api.jobs.queue.leases import Lease, LeaseLost
 from worker.context import WorkerContext
 
 POLL_SECONDS = 0.5  # how late a cancel is noticed; a deaf engine takes 1.5 s more, and 5 is the limit

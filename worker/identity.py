@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from api.artifacts.store import Check, sha256_of
 from api.database import Database
-from api.jobs import digests
-from api.jobs.identity import cache_key, files_of, is_local, stamp, stamps_of
-from api.jobs.models import Job
+from api.jobs.ledger.models import Job
+from api.jobs.submission import digests
+from api.jobs.submission.cache_keys import cache_key, files_of, is_local, stamp, stamps_of
+from api.store.base import Check, sha256_of
 from compression.checkpoint.headers import read_checkpoint
 from compression.errors import SourceError
 from compression.recipe import DatasetSpec

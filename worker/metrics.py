@@ -10,7 +10,7 @@ from typing import get_args
 from prometheus_client import Counter, Gauge, start_http_server
 
 from api.errors import Unavailable
-from api.jobs.models import AttemptOutcome
+from api.jobs.ledger.models import AttemptOutcome
 from api.settings import Settings
 from compression.events import Phase
 

@@ -9,8 +9,8 @@ from typing import ParamSpec, TypeVar
 import structlog
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreUnreachable
 from api.database import AWAY, Database, reason
+from api.store.base import Check, StoreUnreachable
 
 PATIENCE_SECONDS = 300.0
 """How long a file waits for the store. Then the job goes back to the queue, for a worker that reaches it."""

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 import structlog
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Store, artifact_folder, artifact_key
 from api.database import Database
-from api.jobs import digests, leases, retention
-from api.jobs import repository as jobs
+from api.jobs.ledger import repository as jobs
+from api.jobs.queue import leases, retention, workers
+from api.jobs.submission import digests
+from api.store.base import Store
+from api.store.keys import artifact_folder, artifact_key
 from api.wake import wake_all
 from api.webhooks import outbox
-from api.workers import repository as workers
 from worker import upload
 from worker.context import WorkerContext
 from worker.deliveries import POLL_SECONDS, Sender

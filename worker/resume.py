@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from api.artifacts.store import Check, ObjectNotFound, Store
-from api.jobs.models import JobLayer
+from api.jobs.ledger.models import JobLayer
+from api.store.base import Check, ObjectNotFound, Store
 from compression.events import JOURNAL_FILE
 from worker.patience import patiently
 

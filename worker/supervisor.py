@@ -24,10 +24,12 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import Check, StoreError, artifact_folder, open_store
-from api.jobs import leases, twins
-from api.jobs.leases import AttemptFacts, CancelWon, Lease, LeaseLost
-from api.jobs.models import AttemptOutcome, Job, JobLayer
+from api.jobs.ledger.models import AttemptOutcome, Job, JobLayer
+from api.jobs.queue import deduplication, leases
+from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.store.base import Check, StoreError
+from api.store.factory import open_store
+from api.store.keys import artifact_folder
 from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
@@ -181,11 +183,11 @@ class _Attempt:
         self._identity = found
 
         def take(session: Session) -> bool:
-            twins.hold(session, self._job.project_id)
+            deduplication.lock_project(session, self._job.project_id)
             leases.save_cache_key(session, self._lease, found.key)
-            if found.key is None or not twins.looks(self._job):
+            if found.key is None or not deduplication.may_deduplicate(self._job):
                 return False
-            return twins.take(session, self._job.id, self._lease.attempt)
+            return deduplication.end_as_duplicate(session, self._job.id, self._lease.attempt)
 
         return self._write(take, self._check)
 

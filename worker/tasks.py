@@ -6,9 +6,9 @@ from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
-from api.jobs import leases
-from api.jobs.leases import Lease
-from api.jobs.models import Job
+from api.jobs.ledger.models import Job
+from api.jobs.queue import leases
+from api.jobs.queue.leases import Lease
 from worker.context import ShuttingDown, WorkerContext
 from worker.heartbeat import Presence
 from worker.patience import write_patiently

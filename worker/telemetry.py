@@ -11,8 +11,8 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
-from api.jobs.leases import AttemptFacts, Lease
-from api.jobs.models import AttemptOutcome, Job
+from api.jobs.ledger.models import AttemptOutcome, Job
+from api.jobs.queue.leases import AttemptFacts, Lease
 from api.tracing import context_of
 from worker import metrics
 from worker.endings import Ending

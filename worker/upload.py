@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from api.artifacts.store import Check, Store, artifact_key, work_key
+from api.store.base import Check, Store
+from api.store.keys import artifact_key, work_key
 from compression.errors import CompressionError
 from worker import metrics
 from worker.patience import patiently

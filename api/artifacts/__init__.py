@@ -1,1 +1,1 @@
-"""Artifacts: what a succeeded job published, and the store that finished files live in."""
+"""Published files of jobs."""

@@ -8,9 +8,8 @@ from typing import Any
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 
-from api.batches.models import Batch
 from api.cursors import Position
-from api.jobs.models import CANCELLABLE, Job, JobStatus
+from api.jobs.ledger.models import CANCELLABLE, Batch, Job, JobStatus
 
 
 def get(

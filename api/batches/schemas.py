@@ -19,10 +19,10 @@ from pydantic import (
     model_validator,
 )
 
-from api.batches.models import Batch
 from api.errors import Refusal, Unprocessable
-from api.jobs.models import JobStatus
-from api.jobs.schemas import JobOutline, JobSubmit, Labels, Name, ShortForm
+from api.jobs.ledger.models import Batch, JobStatus
+from api.jobs.schemas import JobOutline
+from api.jobs.submission.request import JobSubmit, Labels, Name, ShortForm
 from api.schemas import all_required
 from compression.errors import Problem
 

@@ -1,17 +1,17 @@
-"""What can be done with batches. Nothing here commits: the request's dependency does."""
+"""What can be done with batches. A function that takes a session works in the caller's transaction. `submit`
+and `preview` open their own, because models are looked up in between, with none open."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
 from itertools import accumulate
 
 from sqlalchemy.orm import Session
 
-from api import database
+from api import database as clock
 from api.batches import repository
-from api.batches.models import Batch
 from api.batches.schemas import (
     MAX_ITEMS,
     AcceptedItem,
@@ -26,16 +26,20 @@ from api.batches.schemas import (
     RefusedItem,
 )
 from api.cursors import Position, next_cursor
+from api.database import Database
 from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
-from api.jobs import idempotency, quotas
 from api.jobs import service as jobs
-from api.jobs.idempotency import Repeatable
-from api.jobs.submission import PlannedJob, Planner
-from api.projects.prefixes import S3Access
+from api.jobs import submitting
+from api.jobs.ledger.models import Batch
+from api.jobs.queue import quotas, workers
+from api.jobs.submission import idempotency
+from api.jobs.submission.idempotency import IdempotentRequest
+from api.jobs.submission.planning import PlannedJob, Planner
+from api.projects.principal import Principal
+from api.projects.service import s3_access
 from api.settings import Settings
 from api.webhooks.service import check_callback
-from api.workers import repository as workers
 
 SUBMIT_ROUTE = "POST /v1/batches"
 
@@ -43,8 +47,51 @@ Outcome = PlannedJob | Refusal
 """What becomes of an item."""
 
 
-def plan_items(
-    session: Session, project_id: str, items: Sequence[Item], settings: Settings, access: S3Access
+@dataclass(frozen=True)
+class SubmittedBatch:
+    """The batch that a submission made. wake_ups: how many workers of each device class are to look for its
+    jobs; None where an earlier request with the same key made it."""
+
+    batch: BatchDetail
+    wake_ups: Mapping[str, int] | None
+
+
+def submit(
+    database: Database, settings: Settings, caller: Principal, body: BatchSubmit, idempotency_key: str | None
+) -> SubmittedBatch:
+    """Plan and store a batch, or find the one that an earlier request with the same Idempotency-Key made.
+
+    Raises:
+        Unprocessable: `idempotency_key_reused`, for the same key with another body.
+        Unavailable: `hub_unreachable`, `s3_unreachable`.
+    """
+    items = body.items()
+    request = _idempotent_request(caller.project_id, idempotency_key, body, items)
+    with database.read() as session:
+        earlier = _find_earlier(session, request)
+    if earlier is not None:
+        return SubmittedBatch(earlier, None)
+    outcomes = _plan_items(database, settings, caller.project_id, items)
+    with database.write() as session:
+        batch = _create(session, request, body, outcomes, settings, max_queued=caller.limits.max_queued)
+        return SubmittedBatch(batch, _wake_ups(session, outcomes, lease_seconds=settings.lease_seconds))
+
+
+def preview(database: Database, settings: Settings, caller: Principal, body: BatchSubmit) -> BatchPlanned:
+    """What a batch would be. Raises what `submit` raises of its plans."""
+    outcomes = _plan_items(database, settings, caller.project_id, body.items())
+    items = [
+        RefusedItem(index=index, error=outcome)
+        if isinstance(outcome, Refusal)
+        else PlannedItem(index=index, **submitting.outline(outcome).model_dump())
+        for index, outcome in enumerate(outcomes)
+    ]
+    refused = sum(isinstance(item, RefusedItem) for item in items)
+    return BatchPlanned(total=len(items), accepted=len(items) - refused, refused=refused, items=items)
+
+
+def _plan_items(
+    database: Database, settings: Settings, project_id: str, items: Sequence[Item]
 ) -> list[Outcome]:
     """Plan every item on its own.
 
@@ -52,17 +99,19 @@ def plan_items(
         Unavailable: `hub_unreachable`, `s3_unreachable`; whether the item that names what
             is there can succeed is then not known.
     """
+    with database.read() as session:
+        access = s3_access(session, project_id, settings)
+        callbacks = {item.callback for item in items if not isinstance(item, Refusal)}
+        refused = {callback: _callback_refusal(session, project_id, callback) for callback in callbacks}
     planner = Planner(settings, access)
-
-    @cache
-    def check(callback: str | None) -> None:
-        check_callback(session, project_id, callback)
 
     def outcome(item: Item) -> Outcome:
         if isinstance(item, Refusal):
             return item
+        refusal = refused[item.callback]
+        if refusal is not None:
+            return refusal
         try:
-            check(item.callback)
             return planner.plan(item)
         except Unprocessable as error:
             return Refusal.of(error)
@@ -70,14 +119,25 @@ def plan_items(
     return [outcome(item) for item in items]
 
 
-def repeatable(project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]) -> Repeatable:
+def _callback_refusal(session: Session, project_id: str, callback: str | None) -> Refusal | None:
+    """Why a job with this callback is refused; None where it is not."""
+    try:
+        check_callback(session, project_id, callback)
+    except Unprocessable as error:
+        return Refusal.of(error)
+    return None
+
+
+def _idempotent_request(
+    project_id: str, key: str | None, body: BatchSubmit, items: Sequence[Item]
+) -> IdempotentRequest:
     """The request; a sweep asks for the same as the jobs that it stands for."""
-    return Repeatable(
+    return IdempotentRequest(
         project_id, SUBMIT_ROUTE, key, {"name": body.name, "labels": body.labels, "items": items}
     )
 
 
-def find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
+def _find_earlier(session: Session, request: IdempotentRequest) -> BatchDetail | None:
     """The batch that an earlier request with the same Idempotency-Key made, if there was one.
 
     Raises:
@@ -87,21 +147,9 @@ def find_repeated(session: Session, request: Repeatable) -> BatchDetail | None:
     return None if batch_id is None else describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
 
 
-def preview(outcomes: Sequence[Outcome]) -> BatchPlanned:
-    """What a batch would be."""
-    items = [
-        RefusedItem(index=index, error=outcome)
-        if isinstance(outcome, Refusal)
-        else PlannedItem(index=index, **jobs.outline(outcome).model_dump())
-        for index, outcome in enumerate(outcomes)
-    ]
-    refused = sum(isinstance(item, RefusedItem) for item in items)
-    return BatchPlanned(total=len(items), accepted=len(items) - refused, refused=refused, items=items)
-
-
-def create(
+def _create(
     session: Session,
-    request: Repeatable,
+    request: IdempotentRequest,
     body: BatchSubmit,
     outcomes: Sequence[Outcome],
     settings: Settings,
@@ -110,7 +158,7 @@ def create(
 ) -> BatchDetail:
     """Store a batch with its jobs, or find the one of a request with the same key. Jobs that the project's
     queue has no room for are refused."""
-    now = database.now(session)
+    now = clock.now(session)
     batch_id = new_id("batch", now)
     made = idempotency.keep(session, request, batch_id, now)
     if made != batch_id:
@@ -136,10 +184,10 @@ def create(
     session.flush()  # before the jobs, which refer to it
     rows = []
     for job_id, (index, each) in zip(new_ids("job", now, len(planned)), planned, strict=True):
-        job = jobs.new_job(job_id, request.project_id, each, settings, now)
+        job = submitting.new_job(job_id, request.project_id, each, settings, now)
         job.batch_id, job.batch_index = batch_id, index
         rows.append((job, each))
-    jobs.add(session, rows, {"batch": batch_id})
+    submitting.add(session, rows, {"batch": batch_id})
     return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
 
 
@@ -155,14 +203,14 @@ def _with_room(outcomes: Sequence[Outcome], room: int | None, max_queued: int | 
     ]
 
 
-def wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
+def _wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
     """How many wake-ups each device class gets: one a job, as far as there are workers. A worker that is
     awake goes on until no job is left."""
     alive = len(workers.list_alive(session, lease_seconds))
-    wanted = Counter[str](
+    jobs_of_class = Counter[str](
         each.body.resources.device_class for each in outcomes if isinstance(each, PlannedJob)
     )
-    return {device_class: min(count, alive) for device_class, count in wanted.items()}
+    return {device_class: min(count, alive) for device_class, count in jobs_of_class.items()}
 
 
 def describe(session: Session, project_id: str, batch_id: str, after: int, limit: int) -> BatchDetail:

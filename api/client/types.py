@@ -764,7 +764,7 @@ class Recipe(TypedDict):
     first quantizing step that does.
     """
 
-    steps: list[RTNStep | GPTQStep | MagnitudeStep | WandaStep | SparseGPTStep | SmoothQuantStep | AWQStep]
+    steps: list[RTNStep | GPTQStep | AWQStep | SmoothQuantStep | SparseGPTStep | WandaStep | MagnitudeStep]
 
 
 class Refusal(TypedDict):

@@ -1,1 +1,1 @@
-"""Jobs: submitted over HTTP, claimed by workers, told through events."""
+"""Jobs: submitted over HTTP, claimed by workers, followed by their events."""

@@ -1,139 +1,47 @@
-"""What can be done with jobs over HTTP. Nothing here commits: the request's dependency does."""
+"""What can be done with jobs that exist, in the caller's transaction."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from pydantic_core import to_json
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from api import database
+from api import database as clock
 from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound
-from api.ids import new_id
-from api.jobs import events, idempotency, quotas, repository, scheduling, twins
-from api.jobs.attempts import deadline
-from api.jobs.idempotency import Repeatable
-from api.jobs.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder, Version
-from api.jobs.schemas import (
-    EventPage,
-    EventRead,
-    JobOutline,
-    JobOverrides,
-    JobPage,
-    JobPlanned,
-    JobProgress,
-    JobRead,
-    JobSubmit,
-    Obstacle,
-)
-from api.jobs.submission import SHORT_FORM, PlannedJob
-from api.settings import Settings
+from api.jobs.ledger import events, repository
+from api.jobs.ledger.models import ACTIVE, CANCELLABLE, RETRYABLE, TERMINAL, Job, JobStatus
+from api.jobs.ledger.repository import JobFilter, JobOrder, Version
+from api.jobs.ledger.views import JobRead
+from api.jobs.queue import quotas, scheduling, workers
+from api.jobs.queue.attempts import deadline
+from api.jobs.queue.scheduling import Obstacle
+from api.jobs.schemas import EventPage, EventRead, JobPage, JobProgress
 from api.tracing import current_traceparent
-from api.workers import repository as workers
-from compression.recipe import DatasetSpec
-
-SUBMIT_ROUTE = "POST /v1/jobs"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a job shows. etag: another one after every change. body: the JSON of a JobDetail, None for a
-    caller who has it."""
+class JobAnswer:
+    """The answer to GET of a job. etag: changes with every change of the job. body: the JSON of a JobDetail;
+    None where the caller has it already."""
 
     etag: str
     body: bytes | None
 
 
-def find_repeated(session: Session, project_id: str, key: str | None, body: JobSubmit) -> Job | None:
-    """The job that an earlier request with the same Idempotency-Key made, if there was one.
-
-    Raises:
-        Unprocessable: `idempotency_key_reused`, for the same key with another body.
-    """
-    job_id = idempotency.find(session, _repeatable(project_id, key, body))
-    return None if job_id is None else get_job(session, project_id, job_id)
-
-
-def outline(planned: PlannedJob) -> JobOutline:
-    """What a planned job would be, in short."""
-    plan = planned.decided.plan
-    return JobOutline(
-        model=planned.body.model,
-        scheme=plan.recipe.representation,
-        method=plan.recipe.methods,
-        layers_total=len(plan.layers),
-        device_class=planned.body.resources.device_class,
-    )
-
-
-def preview(planned: PlannedJob) -> JobPlanned:
-    """What a planned job would be."""
-    return JobPlanned(**outline(planned).model_dump(), plan=planned.decided.document)
-
-
-def create(
-    session: Session,
-    project_id: str,
-    planned: PlannedJob,
-    settings: Settings,
-    idempotency_key: str | None,
-    *,
-    max_queued: int | None,
-    clone_of: str | None = None,
+def get_job(
+    session: Session, project_id: str, job_id: str, *, deferred: Sequence[InstrumentedAttribute[Any]] = ()
 ) -> Job:
-    """Store a planned job with its first event, or find the one of a request with the same key.
-
-    Raises:
-        TooManyRequests: `quota_queued`.
-    """
-    now = database.now(session)
-    job = new_job(new_id("job", now), project_id, planned, settings, now)
-    request = _repeatable(project_id, idempotency_key, planned.body)
-    made = idempotency.keep(session, request, job.id, now)
-    if made != job.id:
-        return get_job(session, project_id, made)
-    quotas.require_room(session, project_id, max_queued)
-    add(session, [(job, planned)], {} if clone_of is None else {"clone_of": clone_of})
-    return job
-
-
-def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dict[str, str]) -> None:
-    """Store new jobs of a project, each with its first events; what was made already is taken from there.
-
-    origin: what the first event says of where a job comes from.
-    """
-    repository.keep_plans(session, {each.decided.sha256: each.decided.text for _, each in planned})
-    twins.identify(session, planned)
-    jobs = [job for job, _ in planned]
-    reused = twins.attach_new(session, jobs)
-    told = []
-    for job, each in planned:
-        first = ("job_queued", {"device_class": job.device_class, **origin})
-        warnings = [
-            ("warning", {"code": warning.code, "message": warning.message})
-            for warning in each.decided.plan.warnings
-        ]
-        told += events.numbered(job, [first, *warnings], job.created_at)
-    session.add_all(jobs)
-    session.flush()  # before the events, which refer to them
-    events.store(session, told)
-    for job, twin in reused:
-        twins.reuse(session, job, twin)
-
-
-def get_job(session: Session, project_id: str, job_id: str) -> Job:
-    """The project's job.
+    """The project's job, with these of the columns that are left out otherwise.
 
     Raises:
         NotFound: `job_not_found`, also for another project's.
     """
-    return _found(repository.get(session, project_id, job_id), job_id)
+    return _found(repository.get(session, project_id, job_id, deferred=deferred), job_id)
 
 
 def show(
@@ -144,8 +52,9 @@ def show(
     known_etags: Collection[str],
     lease_seconds: float,
     max_running: int | None,
-) -> Shown:
-    """A job with its plan and attempts. What a caller knows is found out without reading all of it.
+) -> JobAnswer:
+    """A job with its plan and attempts. Whether the caller has it already is found out without reading the
+    plan.
 
     Raises:
         NotFound: `job_not_found`.
@@ -157,16 +66,16 @@ def show(
     if known_etags:
         version = repository.version(session, project_id, job_id)
         if version is not None and (etag := _etag(version, obstacle(version))) in known_etags:
-            return Shown(etag, None)
-    rows = repository.get_whole(session, project_id, job_id)
+            return JobAnswer(etag, None)
+    rows = repository.get_with_attempts(session, project_id, job_id)
     if not rows:
         raise _not_found(job_id)
     job = rows[0]
     version = Version(*(getattr(job, name) for name in Version._fields))
     seen = obstacle(version)
-    progress = to_json(JobProgress.of_whole(rows, seen)).removesuffix(b"}")
+    progress = to_json(JobProgress.of_rows(rows, seen)).removesuffix(b"}")
     plan = job.plan_text.encode()  # it may be large: not read to be written again
-    return Shown(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
+    return JobAnswer(_etag(version, seen), b'%s,"plan":%s}' % (progress, plan))
 
 
 def _obstacle(
@@ -199,7 +108,7 @@ def _etag(version: Version, obstacle: Obstacle | None) -> str:
 def list_jobs(
     session: Session,
     project_id: str,
-    wanted: JobFilter,
+    filters: JobFilter,
     order: JobOrder,
     cursor: str | None,
     limit: int,
@@ -210,7 +119,7 @@ def list_jobs(
         Unprocessable: `bad_cursor`.
     """
     after = None if cursor is None else Position.of_cursor(cursor)
-    jobs = repository.list_page(session, project_id, wanted, order, after, limit + 1)
+    jobs = repository.list_page(session, project_id, filters, order, after, limit + 1)
     return JobPage(items=[JobRead.of(job) for job in jobs[:limit]], next_cursor=next_cursor(jobs, limit))
 
 
@@ -254,8 +163,8 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 
 def stop(session: Session, jobs: Iterable[Job]) -> None:
     """Cancel jobs that can be cancelled and whose rows the caller holds."""
-    now = database.now(session)
-    told = []
+    now = clock.now(session)
+    stored = []
     for job in jobs:
         kinds = ["cancel_requested"]
         if job.status == JobStatus.QUEUED:
@@ -265,8 +174,8 @@ def stop(session: Session, jobs: Iterable[Job]) -> None:
             kinds.append("job_cancelled")
         else:
             job.status = JobStatus.CANCELLING
-        told += events.numbered(job, [(kind, {}) for kind in kinds], now)
-    events.store(session, told)
+        stored += events.numbered(job, [(kind, {}) for kind in kinds], now)
+    events.store(session, stored)
 
 
 def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | None) -> Job:
@@ -281,7 +190,7 @@ def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | N
         message = f"The job is {job.status.value}."
         raise Conflict("not_retryable", message, "Only failed, cancelled and expired jobs can be retried.")
     quotas.require_room(session, project_id, max_queued)
-    now = database.now(session)
+    now = clock.now(session)
     job.status = JobStatus.QUEUED
     job.attempts_counted = 0
     job.available_at = now
@@ -295,22 +204,6 @@ def retry(session: Session, project_id: str, job_id: str, *, max_queued: int | N
     return job
 
 
-def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrides) -> JobSubmit:
-    """The submission of a job, with changes; a `recipe` or anything of the short form replaces its recipe.
-
-    Raises:
-        NotFound: `job_not_found`.
-    """
-    job = _found(repository.get(session, project_id, job_id, deferred=[Job.dataset]), job_id)
-    fields = {name: getattr(job, name) for name in JobSubmit.model_fields if hasattr(job, name)}
-    given = overrides.model_dump(mode="json", exclude_unset=True)
-    if SHORT_FORM & given.keys():
-        del fields["recipe"]
-    fields = {name: value for name, value in fields.items() if name not in SHORT_FORM}
-    fields["resources"] = {"device_class": job.device_class}
-    return JobSubmit.model_validate(fields | given)
-
-
 def delete(session: Session, project_id: str, job_id: str) -> None:
     """Delete a job that has ended: it is gone for every reader, its files and its row follow.
 
@@ -321,54 +214,9 @@ def delete(session: Session, project_id: str, job_id: str) -> None:
     if job.status not in TERMINAL:
         message = f"The job is {job.status.value}."
         raise Conflict("not_deletable", message, "Cancel it, and delete it when it has ended.")
-    job.deleted_at = database.now(session)
+    job.deleted_at = clock.now(session)
     repository.forget_idempotency_keys(session, job_id)
     session.flush()
-
-
-def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:
-    """The row of a planned job, which is for the caller to `add`."""
-    body, plan = planned.body, planned.decided.plan
-    memory = planned.decided.document["memory"]["exact"]
-    return Job(
-        id=job_id,
-        project_id=project_id,
-        name=body.name,
-        labels=body.labels,
-        priority=body.priority,
-        model=body.model,
-        source=planned.source,
-        dataset_label=_dataset_label(body.dataset),
-        scheme=plan.recipe.representation,
-        method=plan.recipe.methods,
-        recipe=plan.recipe.model_dump(mode="json"),
-        dataset=planned.dataset and planned.dataset.model_dump(mode="json"),
-        calibration=body.calibration.model_dump(mode="json"),
-        evaluation=body.evaluation.model_dump(mode="json"),
-        quality_gate=body.quality_gate and body.quality_gate.model_dump(mode="json"),
-        require=body.require,
-        max_runtime_seconds=body.max_runtime_seconds,
-        max_queue_seconds=body.max_queue_seconds,
-        cache=body.cache,
-        callback=body.callback,
-        output=body.output,
-        max_attempts=settings.max_attempts,
-        plan_id=planned.decided.sha256,
-        device_class=body.resources.device_class,
-        required_host_bytes=memory["host_bytes"],
-        required_gpu_bytes=memory["gpu_bytes"],
-        status=JobStatus.QUEUED,
-        layers_done=0,
-        layers_total=len(plan.layers),
-        event_seq=0,
-        attempts_made=0,
-        attempts_counted=0,
-        lease_token=0,
-        created_at=now,
-        available_at=now,
-        queue_deadline=deadline(now, body.max_queue_seconds),
-        traceparent=current_traceparent(),
-    )
 
 
 def _found(job: Job | None, job_id: str) -> Job:
@@ -379,15 +227,3 @@ def _found(job: Job | None, job_id: str) -> Job:
 
 def _not_found(job_id: str) -> NotFound:
     return NotFound("job_not_found", f"There is no job {job_id!r}.")
-
-
-def _dataset_label(dataset: DatasetSpec | None) -> str | None:
-    if dataset is None:
-        return None
-    if dataset.generated:
-        return "self"
-    return dataset.path or dataset.hub or dataset.s3 or f"{len(dataset.texts or ())} inline texts"
-
-
-def _repeatable(project_id: str, key: str | None, body: JobSubmit) -> Repeatable:
-    return Repeatable(project_id, SUBMIT_ROUTE, key, body)

@@ -5,7 +5,7 @@
     stream    ─┘
 
 Every change of a job that is worth showing takes a seq of its own, so that it grew is all there is to know.
-Nothing is remembered between queries, and a waiting request holds neither a thread nor a connection.
+Nothing is kept between queries, and a waiting request holds neither a thread nor a connection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 
 from api.database import AWAY, Database, reason
-from api.jobs import repository
+from api.jobs.ledger import repository
 
 POLL_SECONDS = 0.25
 
@@ -67,14 +67,15 @@ class JobWatch:
             asked = list(self._waiting)
             try:
                 seqs = await run_in_threadpool(self._read, asked)
-            except AWAY as error:  # who waits is told nothing until it answers again
+            except AWAY as error:  # those who wait go on waiting until it answers again
                 log.warning("watch_failed", error=reason(error))
             else:
-                self._tell(asked, seqs)
+                self._wake(asked, seqs)
             await asyncio.sleep(self._poll_seconds)
 
-    def _tell(self, asked: Iterable[str], seqs: Mapping[str, int]) -> None:
-        """Of others nothing is known: who began to wait during the query is told by the next."""
+    def _wake(self, asked: Iterable[str], seqs: Mapping[str, int]) -> None:
+        """Only waiters for jobs that were asked for: those who came during the query are woken by the next
+        one."""
         for job_id in asked:
             seq = seqs.get(job_id)
             for waiter in self._waiting.get(job_id, ()):

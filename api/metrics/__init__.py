@@ -1,1 +1,1 @@
-"""What Prometheus is told: requests of this process, and from the database what concerns all of them."""
+"""Metrics for Prometheus: requests of this process, and from the database what all processes share."""

@@ -1,7 +1,7 @@
 """What the database knows, asked when Prometheus asks: jobs, queues, attempts, workers and deliveries.
 
-Only labels with few values that the code knows: never a project, a model or a label of a job. A value of
-nothing is told as 0, so that alerts have something to look at.
+Only labels with few values that the code knows: never a project, a model or a label of a job. What there is
+none of is 0, so that alerts have a value to look at.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api import database as clock
 from api.database import Database
-from api.jobs.models import ACTIVE, TERMINAL, AttemptOutcome, JobStatus
-from api.jobs.schemas import DeviceClass
+from api.jobs.ledger.models import ACTIVE, TERMINAL, AttemptOutcome, DeviceClass, JobStatus
+from api.jobs.queue import workers
 from api.metrics import repository
 from api.metrics.repository import Deliveries, Ended, Held
 from api.probes import Probe
 from api.webhooks.models import DeliveryStatus
-from api.workers import repository as workers
 
 SCRAPE_SECONDS = 5.0
 """How long a scrape waits for the database."""
@@ -54,7 +53,7 @@ class ServiceCollector:
     def __init__(self, database: Database, lease_seconds: float) -> None:
         self._database = database
         self._lease_seconds = lease_seconds
-        self._probe = Probe("metrics", self._look)
+        self._probe = Probe("metrics", self._read)
 
     def collect(self) -> Iterator[Metric]:
         """Only `bitmill_database_up`, 0, where the database does not answer in time."""
@@ -67,7 +66,7 @@ class ServiceCollector:
         yield _database_up(True)
         yield from _families(seen)
 
-    def _look(self) -> Seen:
+    def _read(self) -> Seen:
         with self._database.read() as session:
             now = clock.now(session)
             alive = workers.list_alive(session, self._lease_seconds)

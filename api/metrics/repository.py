@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from api.jobs.models import ACTIVE, TERMINAL, Attempt, AttemptOutcome, Job, JobStatus
+from api.jobs.ledger.models import ACTIVE, TERMINAL, Attempt, AttemptOutcome, Job, JobStatus
 from api.webhooks.models import Delivery, DeliveryStatus
 
 

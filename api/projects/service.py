@@ -1,5 +1,5 @@
-"""Projects and their keys: who a key belongs to, what may be done with keys, and the first key of an
-installation. Nothing here commits."""
+"""Projects and their keys: authentication, what may be done with keys, and the first key of an installation.
+Functions work in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ from sqlalchemy.orm import Session
 from api import database
 from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound, Unauthorized, Unprocessable
-from api.jobs import repository as jobs
-from api.jobs.models import ACTIVE, JobStatus
 from api.projects import repository
 from api.projects.limits import Limits
 from api.projects.models import ApiKey, Project
 from api.projects.prefixes import S3Access, overlap
+from api.projects.principal import Principal
 from api.projects.schemas import (
     KeyCreate,
     KeyCreated,
     KeyPage,
     KeyRead,
-    LimitsRead,
     ProjectCreate,
-    ProjectRead,
     ProjectUpdate,
-    ProjectUse,
 )
-from api.security import KeyHasher, Principal, Scope, is_well_formed, new_key, write_private
+from api.security import KeyHasher, Scope, is_well_formed, new_key, write_private
 from api.settings import Settings
 from compression.errors import Problem
 
@@ -41,8 +37,8 @@ NOTED_FOR = timedelta(hours=1)
 log = structlog.get_logger(__name__)
 
 
-def identify(session: Session, hasher: KeyHasher, settings: Settings, key: str | None) -> Principal:
-    """Who calls with that key.
+def authenticate(session: Session, hasher: KeyHasher, settings: Settings, key: str | None) -> Principal:
+    """The caller with that key.
 
     Raises:
         Unauthorized: `missing_key`, or `wrong_key` for one that is mistyped, unknown, expired or revoked.
@@ -103,13 +99,14 @@ def s3_access(session: Session, project_id: str, settings: Settings) -> S3Access
     project = repository.get_project(session, project_id)
     return S3Access(
         store_url=settings.store_url,
-        reads=_read_prefixes(project, settings),
+        reads=read_prefixes(project, settings),
         writes=tuple(project.output_prefixes or ()),
         others=tuple(repository.others_output_prefixes(session, project_id)),
     )
 
 
-def _read_prefixes(project: Project, settings: Settings) -> tuple[str, ...]:
+def read_prefixes(project: Project, settings: Settings) -> tuple[str, ...]:
+    """Where in S3 the project may name models and text: its own prefixes, else the settings'."""
     own = project.s3_prefixes
     return settings.s3_prefixes if own is None else tuple(own)
 
@@ -125,22 +122,6 @@ def find_project(session: Session, name: str) -> Project:
         hint = "`bitmill project list` has them."
         raise NotFound("project_not_found", f"There is no project {name!r}.", hint)
     return project
-
-
-def describe(session: Session, project: Project, settings: Settings) -> ProjectRead:
-    """A project with its limits and what of them is used."""
-    return ProjectRead(
-        id=project.id,
-        name=project.name,
-        created_at=project.created_at,
-        limits=LimitsRead.model_validate(Limits.of(project, settings)),
-        s3_prefixes=list(_read_prefixes(project, settings)),
-        output_prefixes=project.output_prefixes or [],
-        use=ProjectUse(
-            queued=jobs.count(session, project.id, (JobStatus.QUEUED,)),
-            running=jobs.count(session, project.id, ACTIVE),
-        ),
-    )
 
 
 def create_key(session: Session, hasher: KeyHasher, project_id: str, asked: KeyCreate) -> KeyCreated:

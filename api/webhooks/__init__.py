@@ -1,1 +1,1 @@
-"""Webhooks: a project's own servers are told what happens to its jobs."""
+"""Webhooks: messages to a project's own servers about what happens to its jobs."""

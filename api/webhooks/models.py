@@ -9,7 +9,6 @@ from sqlalchemy import Enum, ForeignKey, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from api.database import Base
-from api.jobs.models import Job
 from api.projects.models import Project
 
 
@@ -33,9 +32,10 @@ class DeliveryStatus(StrEnum):
 
 
 class Webhook(Base):
-    """Where a project wants to be told of its jobs.
+    """An address that gets messages about a project's jobs.
 
-    all_jobs: told of every job of the project; else of those that name it as their callback.
+    all_jobs: gets messages about every job of the project; else only about those that name it as their
+    callback.
     secret: signs its messages. Kept as it is, since signing needs it; it opens nothing on this server.
     disabled_at: from then on nothing is sent there.
     """
@@ -68,7 +68,7 @@ class Delivery(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     webhook_id: Mapped[str] = mapped_column(ForeignKey(Webhook.id, ondelete="CASCADE"))
-    job_id: Mapped[str | None] = mapped_column(ForeignKey(Job.id, ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     event: Mapped[str] = mapped_column(String(40))
     body: Mapped[str] = mapped_column(Text, deferred=True)
     status: Mapped[DeliveryStatus] = mapped_column(

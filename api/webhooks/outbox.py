@@ -1,4 +1,4 @@
-"""Messages on their way: written with the change that they tell of, claimed by a sender, settled by answers.
+"""Messages to webhooks: written in the transaction of the change, claimed by a sender, settled by the answer.
 
     event of a job ─▶ announce ─▶ pending, due at once ─▶ claim ─▶ settle ─▶ delivered
                                         ▲                            ├─────▶ failed, after the last attempt
@@ -19,21 +19,18 @@ from datetime import datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, exists, or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from api import database
-from api.jobs.models import Job
-from api.jobs.schemas import JobRead
 from api.webhooks.models import Delivery, DeliveryStatus, Webhook, WebhookEvent
-from api.webhooks.schemas import JobData, JobMessage
 
 CLAIM_SECONDS = 60.0
 """After which another sender may take a message; longer than an attempt takes."""
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 """Between attempts, as Standard Webhooks proposes; the message fails with the attempt after the last."""
 _JITTER = 0.2
-_TOLD = frozenset(WebhookEvent)
+_EVENTS = frozenset(WebhookEvent)
 DISABLED = "The webhook is disabled: its receiver answered 410."
 
 
@@ -58,22 +55,47 @@ class Answer:
     error: str | None = None
 
 
-def announce(session: Session, job_ids: Sequence[str], event: str, at: datetime) -> None:
-    """Write a message about each of these jobs, which are of one project, to every webhook that is told of
-    this event of it."""
-    if event not in _TOLD:
-        return
-    receivers = [webhook for webhook in _receivers(session, job_ids) if event in webhook.events]
-    if not receivers:
-        return
-    query = select(Job).where(Job.id.in_(job_ids)).execution_options(populate_existing=True)
-    for job in session.scalars(query):
-        data = JobData(job=JobRead.of(job))
-        body = JobMessage(type=event.replace("_", ".", 1), timestamp=at, data=data).model_dump_json()
-        for webhook in receivers:
-            if webhook.all_jobs or webhook.id == job.callback:
-                session.add(_message(webhook, event, body, at, job.id))
-    session.flush()
+def receivers(
+    session: Session, event: str, project_id: ColumnElement[str], callbacks: Select[str | None]
+) -> Sequence[Webhook]:
+    """The webhooks of a project that get messages of this event: those for all jobs, and those that jobs name
+    as their callback.
+
+    project_id, callbacks: SQL, so that a job whose project has no webhook costs one query. The rows are kept
+    from being deleted until the messages exist: a message without a webhook would undo the job's own change.
+    """
+    if event not in _EVENTS:
+        return ()
+    found = session.scalars(
+        select(Webhook)
+        .where(
+            Webhook.project_id == project_id,
+            Webhook.disabled_at.is_(None),
+            or_(Webhook.all_jobs, Webhook.id.in_(callbacks)),
+        )
+        .order_by(Webhook.id)
+        .with_for_update(read=True, key_share=True)
+    )
+    return [webhook for webhook in found if event in webhook.events]
+
+
+def announce(
+    session: Session,
+    webhooks: Sequence[Webhook],
+    event: str,
+    at: datetime,
+    *,
+    job_id: str,
+    callback: str | None,
+    body: str,
+) -> None:
+    """Write a message about a job to each of these webhooks that is for all jobs, or is its callback. The
+    caller flushes."""
+    session.add_all(
+        _message(webhook, event, body, at, job_id)
+        for webhook in webhooks
+        if webhook.all_jobs or webhook.id == callback
+    )
 
 
 def add(session: Session, webhook: Webhook, event: str, body: str, at: datetime) -> Delivery:
@@ -165,21 +187,6 @@ def _due(now: datetime, busy: Collection[str]) -> tuple[ColumnElement[bool], ...
         Delivery.next_attempt_at <= now,
         Delivery.webhook_id.not_in(busy),
     )
-
-
-def _receivers(session: Session, job_ids: Sequence[str]) -> Sequence[Webhook]:
-    """The webhooks that are told of any of these jobs. Their rows are kept from being deleted until the
-    messages exist: a message without a webhook would undo the job's own change."""
-    return session.scalars(
-        select(Webhook)
-        .where(
-            Webhook.project_id == select(Job.project_id).where(Job.id == job_ids[0]).scalar_subquery(),
-            Webhook.disabled_at.is_(None),
-            or_(Webhook.all_jobs, Webhook.id.in_(select(Job.callback).where(Job.id.in_(job_ids)))),
-        )
-        .order_by(Webhook.id)
-        .with_for_update(read=True, key_share=True)
-    ).all()
 
 
 def _settled(attempt: int, answer: Answer, now: datetime) -> dict[str, Any]:

@@ -41,14 +41,14 @@ def remove(session: Session, project_id: str, webhook_id: str) -> bool:
 
 
 def deliveries(
-    session: Session, webhook_id: str, wanted: DeliveryFilter, after: Position | None, limit: int
+    session: Session, webhook_id: str, filters: DeliveryFilter, after: Position | None, limit: int
 ) -> Sequence[Delivery]:
     """At most `limit` messages to a webhook after a position, the newest first."""
     query = select(Delivery).where(Delivery.webhook_id == webhook_id)
-    if wanted.status is not None:
-        query = query.where(Delivery.status == wanted.status)
-    if wanted.job_id is not None:
-        query = query.where(Delivery.job_id == wanted.job_id)
+    if filters.status is not None:
+        query = query.where(Delivery.status == filters.status)
+    if filters.job_id is not None:
+        query = query.where(Delivery.job_id == filters.job_id)
     if after is not None:
         query = query.where(tuple_(Delivery.created_at, Delivery.id) < (after.created_at, after.id))
     return session.scalars(query.order_by(Delivery.created_at.desc(), Delivery.id.desc()).limit(limit)).all()

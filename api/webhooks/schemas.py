@@ -7,10 +7,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.jobs.schemas import JobRead
 from api.webhooks.models import DeliveryStatus, WebhookEvent
 
-_ENDINGS = [
+_FINAL_EVENTS = [
     WebhookEvent.JOB_SUCCEEDED,
     WebhookEvent.JOB_FAILED,
     WebhookEvent.JOB_CANCELLED,
@@ -30,7 +29,7 @@ class WebhookCreate(BaseModel):
         examples=["https://example.com/bitmill"],
     )
     events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=len(WebhookEvent))] = Field(
-        default=_ENDINGS, description="Which events of a job are told; by default the four that end it."
+        default=_FINAL_EVENTS, description="Which events of a job are told; by default the four that end it."
     )
     all_jobs: bool = Field(
         default=True,
@@ -91,23 +90,6 @@ class DeliveryPage(BaseModel):
 
     items: list[DeliveryRead]
     next_cursor: str | None
-
-
-class JobData(BaseModel):
-    """What a message is about."""
-
-    job: JobRead
-
-
-class JobMessage(BaseModel):
-    """The body that webhooks get. `type` is the event's, with a full stop: job.succeeded, attempt.started.
-
-    `data.job` is the job as it was after the event.
-    """
-
-    type: str
-    timestamp: datetime
-    data: JobData
 
 
 class PingData(BaseModel):

@@ -1,4 +1,4 @@
-"""What can be done with webhooks over HTTP. Nothing here commits: the request's dependency does."""
+"""What can be done with webhooks over HTTP, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ _PING = "ping"
 _MAKE_ANOTHER = "Make a new webhook when the receiver is back."
 
 
-def create(session: Session, project_id: str, body: WebhookCreate, allowed_hosts: Collection[str]) -> Webhook:
-    """Store a webhook with a fresh secret. The host is looked up before the session is used: no lock yet.
+def check_url(url: str, allowed_hosts: Collection[str]) -> None:
+    """Refuse an address that messages may not go to. Asks the resolver, so no transaction may be open.
 
     Raises:
         Unprocessable: `webhook_url_not_allowed`, `webhook_host_not_found`.
     """
-    resolve(body.url, allowed_hosts)
+    resolve(url, allowed_hosts)
+
+
+def create(session: Session, project_id: str, body: WebhookCreate) -> Webhook:
+    """Store a webhook, whose URL was checked, with a fresh secret."""
     webhook = Webhook(
         id=f"wh_{secrets.token_hex(10)}",
         project_id=project_id,
@@ -87,7 +91,12 @@ def delete(session: Session, project_id: str, webhook_id: str) -> None:
 
 
 def list_deliveries(
-    session: Session, project_id: str, webhook_id: str, wanted: DeliveryFilter, cursor: str | None, limit: int
+    session: Session,
+    project_id: str,
+    webhook_id: str,
+    filters: DeliveryFilter,
+    cursor: str | None,
+    limit: int,
 ) -> DeliveryPage:
     """A page of the messages to a webhook.
 
@@ -97,7 +106,7 @@ def list_deliveries(
     """
     get_webhook(session, project_id, webhook_id)
     after = None if cursor is None else Position.of_cursor(cursor)
-    found = repository.deliveries(session, webhook_id, wanted, after, limit + 1)
+    found = repository.deliveries(session, webhook_id, filters, after, limit + 1)
     items = [DeliveryRead.model_validate(delivery) for delivery in found[:limit]]
     return DeliveryPage(items=items, next_cursor=next_cursor(found, limit))
 

@@ -1,1 +1,1 @@
-"""Workers: who is alive, on which device, with which job."""
+"""Workers and queues, as far as a project may see them."""

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
-from api.jobs.schemas import DeviceClass
+from api.jobs.ledger.models import DeviceClass
 
 
 class WorkerRead(BaseModel):

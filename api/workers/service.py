@@ -6,10 +6,9 @@ from typing import get_args
 
 from sqlalchemy.orm import Session
 
-from api.jobs import repository as jobs
-from api.jobs.models import ACTIVE, JobStatus
-from api.jobs.schemas import DeviceClass
-from api.workers import repository
+from api.jobs.ledger import repository as jobs
+from api.jobs.ledger.models import ACTIVE, DeviceClass, JobStatus
+from api.jobs.queue import workers as repository
 from api.workers.schemas import QueueList, QueueRead, WorkerList, WorkerRead
 
 

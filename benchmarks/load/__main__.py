@@ -17,19 +17,19 @@ from pathlib import Path
 import httpx
 from sqlalchemy import func, select
 
-from api.jobs import leases
-from api.jobs.leases import WorkerIdentity
-from api.jobs.models import Job, JobEvent
+from api.jobs.ledger.models import Job, JobEvent
+from api.jobs.queue import leases
+from api.jobs.queue.leases import WorkerIdentity
 from benchmarks.console import say
-from benchmarks.load import batches, housekeeping, lists, reads, watchers
-from benchmarks.load.machine import Api, running
+from benchmarks.load import batches, housekeeping, lists, reads, submitters, watchers
+from benchmarks.load.machine import Api, running, running_on_sqlite
 from tests.compression.fake_checkpoints import LLAMA_3_8B, TINY, fake_llama
 from tests.support.jobs import job_id, multiply
 
 JOBS, EVENTS_EACH = 200_000, 5
 RUNNING = [job_id(number) for number in range(99, 10_000, 100)]
 WORKER = WorkerIdentity("measured", "cpu", 1 << 45, 0)
-PARTS = ("reads", "lists", "batches", "watchers", "housekeeping")
+PARTS = ("reads", "lists", "batches", "submitters", "watchers", "housekeeping")
 
 
 def main() -> None:
@@ -41,6 +41,12 @@ def main() -> None:
         small = _submit(api, fake_llama(api.root / "small", TINY))
         _fill(api, small)
         asyncio.run(_measure(api, Path(folder), large, only))
+        if "submitters" in only:
+            submitters.measure(api, api.root / "small", large)
+    if "submitters" in only:
+        with tempfile.TemporaryDirectory(prefix="load-") as folder, running_on_sqlite(Path(folder)) as api:
+            model = fake_llama(api.root / "small", TINY)
+            submitters.measure(api, model, _submit(api, model))
 
 
 async def _measure(api: Api, folder: Path, large: str, only: list[str]) -> None:

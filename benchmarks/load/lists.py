@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 
 from api.cursors import Position
-from api.jobs import repository
-from api.jobs.models import JobStatus
-from api.jobs.repository import JobFilter, JobOrder
+from api.jobs.ledger import repository
+from api.jobs.ledger.models import JobStatus
+from api.jobs.ledger.repository import JobFilter, JobOrder
 from benchmarks.console import say
 from benchmarks.load.client import Times, as_fast_as_it_goes, gets
 from benchmarks.load.machine import Api

@@ -56,27 +56,43 @@ def running(folder: Path) -> Iterator[Api]:
     own, servers = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, {own})  # PostgreSQL and everything else inherit it
     (folder / "postgres").mkdir()
-    (folder / "models").mkdir()
     postgres = PostgresServer(folder / "postgres")
     postgres.start()
     try:
-        url = postgres.url()
-        migrations.upgrade(url)
-        with _api(folder, url, servers) as (process, port):
-            credentials = json.loads((folder / "data" / "credentials.json").read_text())
-            key = credentials["api_key"]
-            answer = httpx.get(
-                f"http://127.0.0.1:{port}/v1/project", headers={"Authorization": f"Bearer {key}"}
-            )
-            database = Database(url)
-            yield Api(process, port, key, answer.json()["id"], database, folder / "models")
-            database.close()
+        with _api(folder, postgres.url(), servers) as api:
+            yield api
     finally:
         postgres.stop()
+        os.sched_setaffinity(0, {own, servers})
 
 
 @contextmanager
-def _api(folder: Path, url: str, core: int) -> Iterator[tuple[int, int]]:
+def running_on_sqlite(folder: Path) -> Iterator[Api]:
+    """An API on a new SQLite file."""
+    own, servers = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, {own})
+    try:
+        with _api(folder, f"sqlite:///{folder / 'bitmill.db'}", servers) as api:
+            yield api
+    finally:
+        os.sched_setaffinity(0, {own, servers})
+
+
+@contextmanager
+def _api(folder: Path, url: str, core: int) -> Iterator[Api]:
+    """A server on that database, and the first key."""
+    (folder / "models").mkdir()
+    migrations.upgrade(url)
+    with _process(folder, url, core) as (process, port):
+        key = json.loads((folder / "data" / "credentials.json").read_text())["api_key"]
+        answer = httpx.get(f"http://127.0.0.1:{port}/v1/project", headers={"Authorization": f"Bearer {key}"})
+        database = Database(url)
+        yield Api(process, port, key, answer.json()["id"], database, folder / "models")
+        database.close()
+
+
+@contextmanager
+def _process(folder: Path, url: str, core: int) -> Iterator[tuple[int, int]]:
     """The process and the port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

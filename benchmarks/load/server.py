@@ -13,8 +13,8 @@ from fastapi import Depends, Response
 from pydantic_core import to_json
 from sqlalchemy.orm import Session
 
-from api.dependencies import Context
-from api.jobs import repository
+from api.http.dependencies import Context
+from api.jobs.ledger import repository
 from api.main import create_app, settle
 from api.observability import configure_logging
 from api.settings import get_settings
@@ -29,7 +29,7 @@ def _session(context: Context) -> Iterator[Session]:
 
 def _row(session: Session, project_id: str, job_id: str) -> Response:
     """What GET /v1/jobs/{job_id} selects of the job, as it came."""
-    found = repository.get_whole(session, project_id, job_id)
+    found = repository.get_with_attempts(session, project_id, job_id)
     return Response(to_json(found[0]._asdict()), media_type="application/json")
 
 

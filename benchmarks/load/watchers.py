@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from api.jobs import events
+from api.jobs.ledger import events
 from benchmarks.console import say
 from benchmarks.load.machine import Api
 

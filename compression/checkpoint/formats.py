@@ -21,7 +21,7 @@ from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from compression.quantizer import QuantizedWeight
+from compression.math.grid import QuantizedWeight
 from compression.schemes import QuantizationArgs, Scheme
 
 SCALE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "E8M0": torch.uint8}

@@ -69,20 +69,20 @@ def fetch_rows(
     Raises SourceError: hub_offline, dataset_config_not_found, dataset_split_not_found, dataset_invalid,
     dataset_empty, text_column_missing, dataset_format_unsupported, and what HubClient raises.
     """
-    wanted = HubDataset.of(spec)
+    asked = HubDataset.of(spec)
     amount = _Amount.of(calibration, evaluation)
     if environment.offline:
-        commit = cached_commit("dataset", wanted.ref, environment)
+        commit = cached_commit("dataset", asked.ref, environment)
     else:
         with HubClient(environment) as client:
-            commit = client.commit("dataset", wanted.ref).ref.revision
-    pinned = dataclasses.replace(wanted, ref=wanted.ref.at(commit))
+            commit = client.commit("dataset", asked.ref).ref.revision
+    pinned = dataclasses.replace(asked, ref=asked.ref.at(commit))
     path = _place(pinned, amount, environment)
     if not path.exists():
         if environment.offline:
-            raise _not_cached(wanted)
+            raise _not_cached(asked)
         _save(path, _enough(stream_documents(pinned, environment), amount, on_rows))
-        remember_ref("dataset", wanted.ref, commit, environment)
+        remember_ref("dataset", asked.ref, commit, environment)
     with path.open(encoding="utf-8") as file:
         (column,) = json.loads(file.readline())
     return DatasetSpec.model_validate({"path": str(path), f"{column}_column": column}), pinned.ref
@@ -90,8 +90,8 @@ def fetch_rows(
 
 def _place(dataset: HubDataset, amount: _Amount, environment: HubEnvironment) -> Path:
     """The file for these rows: everything that decides them is in its name."""
-    told = json.dumps([dataclasses.asdict(dataset), dataclasses.asdict(amount)], sort_keys=True)
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
+    canonical = json.dumps([dataclasses.asdict(dataset), dataclasses.asdict(amount)], sort_keys=True)
+    key = hashlib.sha256(canonical.encode()).hexdigest()[:16]
     owner, _, name = dataset.ref.id.partition("/")
     return (
         environment.home / "bitmill" / "datasets" / f"{owner}--{name}" / dataset.ref.revision / f"{key}.jsonl"
@@ -130,9 +130,9 @@ def _length(messages: list[dict[str, Any]]) -> int:
     return sum(len(text) for message in messages for text in message.values() if isinstance(text, str))
 
 
-def _not_cached(wanted: HubDataset) -> SourceError:
+def _not_cached(asked: HubDataset) -> SourceError:
     return SourceError(
         "hub_offline",
-        f"These rows of {str(wanted.ref)!r} are not in the cache, and HF_HUB_OFFLINE forbids to fetch them.",
+        f"These rows of {str(asked.ref)!r} are not in the cache, and HF_HUB_OFFLINE forbids to fetch them.",
         "Run the same job once with a network and the same HF_HOME, or use a local file.",
     )

@@ -89,15 +89,15 @@ def fetch(
     folder, name, pinned = Path(source), Path(source).name, None
     ref = remote_model(source)
     if isinstance(ref, HubRef):
-        folder, name = fetch_model(ref, environment, _told(on_event, "model", str(ref))), ref.name
+        folder, name = fetch_model(ref, environment, _progress(on_event, "model", str(ref))), ref.name
         origins["model"] = {"hub": ref.id, "revision": folder.name}
     elif ref is not None:
-        told = _told(on_event, "model", str(ref.folder))
-        (folder, state), name = fetch_s3_model(ref, environment.home, told), ref.name
+        progress = _progress(on_event, "model", str(ref.folder))
+        (folder, state), name = fetch_s3_model(ref, environment.home, progress), ref.name
         origins["model"] = {"s3": str(ref.folder), "revision": state.revision}
     if dataset is not None and dataset.hub is not None:
-        told = _told(on_event, "dataset", dataset.hub)
-        dataset, found = fetch_rows(dataset, calibration, evaluation, environment, told)
+        progress = _progress(on_event, "dataset", dataset.hub)
+        dataset, found = fetch_rows(dataset, calibration, evaluation, environment, progress)
         origins["dataset"] = {"hub": found.id, "revision": found.revision}
     elif dataset is not None and dataset.s3 is not None:
         dataset, pinned, origins["dataset"] = _from_s3(dataset, environment.home, on_event)
@@ -110,12 +110,14 @@ def _from_s3(
     """The dataset as a local file, pinned, and where it came from."""
     ref = S3Ref.parse(asked.s3 or "")
     assert ref is not None  # DatasetSpec has seen to that
-    told = _told(on_event, "dataset", str(ref))
-    path, found = fetch_object(ref, asked.etag, asked.version_id, home, told)
-    here = DatasetSpec(path=str(path), text_column=asked.text_column, messages_column=asked.messages_column)
+    progress = _progress(on_event, "dataset", str(ref))
+    path, found = fetch_object(ref, asked.etag, asked.version_id, home, progress)
+    local_copy = DatasetSpec(
+        path=str(path), text_column=asked.text_column, messages_column=asked.messages_column
+    )
     pinned = asked.model_copy(update={"etag": found.etag, "version_id": found.version_id})
-    return here, pinned, found.to_dict()
+    return local_copy, pinned, found.to_dict()
 
 
-def _told(on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> Teller:
+def _progress(on_event: OnEvent, what: Literal["model", "dataset"], name: str) -> Teller:
     return Teller(on_event, partial(FetchProgress, what, name))

@@ -45,7 +45,7 @@ class Arithmetic:
 
     device: "cpu" or "cuda"; which card of its kind a run uses is the worker's business, and changes no bit.
     capability: what kernels are chosen by on this machine (`_capability`). compute_dtype: of the forward
-    pass. gram_precision: see `compression.gram`. batch_tokens: tokens in one forward pass.
+    pass. gram_precision: see `compression.math.gram`. batch_tokens: tokens in one forward pass.
     """
 
     device: str

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from compression.data.calibration import TokenBlocks, make_batches
-from compression.gram import Gram, Precision, accumulate_gram
 from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
+from compression.math.gram import Gram, Precision, accumulate_gram
 from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears that read one tensor, and that tensor in every batch: [batch, seq, in], or [rows, in] of an
     expert; None without data."""
 
@@ -82,10 +82,10 @@ class _Timed(Iterable[T]):
         inputs = iter(self._inputs)
         while True:
             with self._clock.phase("forward"):
-                here = next(inputs, None)
-            if here is None:
+                each = next(inputs, None)
+            if each is None:
                 return
-            yield here
+            yield each
 
 
 class Activations:
@@ -154,7 +154,7 @@ class Activations:
             if self._original:
                 self._original.run_through(layer)
 
-    def groups(self, layer: LayerPlan) -> Iterator[Group]:
+    def groups(self, layer: LayerPlan) -> Iterator[LinearGroup]:
         """The layer's groups in the order in which it runs them, each with the inputs it is about to get.
 
         Statistics come from the calibration stream; where the recipe needs none, from the compressed one, for
@@ -163,31 +163,31 @@ class Activations:
         members = {group: tuple(modules) for group, modules in groupby(layer.modules, lambda m: m.group)}
         stream = self._calibration or self._compressed
         if stream is None:
-            yield from (Group(modules, None) for modules in members.values())
+            yield from (LinearGroup(modules, None) for modules in members.values())
             return
         parked = stream.groups(layer.index)
         while True:
             with self._clock.phase("forward"):
-                here = next(parked, None)
-            if here is None:
+                waiting = next(parked, None)
+            if waiting is None:
                 return
-            if isinstance(here, ExpertsInputs):
-                yield from self._expert_groups(here, members.values())
+            if isinstance(waiting, ExpertsInputs):
+                yield from self._expert_groups(waiting, members.values())
             else:
-                yield Group(members[here.group], _Timed(here.inputs, self._clock))
+                yield LinearGroup(members[waiting.group], _Timed(waiting.inputs, self._clock))
 
     def _expert_groups(
-        self, here: ExpertsInputs, groups: Iterable[tuple[ModulePlan, ...]]
-    ) -> Iterator[Group]:
+        self, waiting: ExpertsInputs, groups: Iterable[tuple[ModulePlan, ...]]
+    ) -> Iterator[LinearGroup]:
         """The groups of a layer's experts, in the order of the plan, whether or not tokens come to them."""
-        experts = self._model.module.get_submodule(here.experts)
+        experts = self._model.module.get_submodule(waiting.experts)
         assert isinstance(experts, Experts)
-        grams = ExpertGrams(experts, _Timed(here.inputs, self._clock), self._experts_at_once)
+        grams = ExpertGrams(experts, _Timed(waiting.inputs, self._clock), self._experts_at_once)
         for modules in groups:
-            if modules[0].experts == here.experts:
-                number, leaf = modules[0].name.removeprefix(here.experts + ".").split(".")
+            if modules[0].experts == waiting.experts:
+                number, leaf = modules[0].name.removeprefix(waiting.experts + ".").split(".")
                 stage = experts.expert(int(number)).stage(leaf)
-                yield Group(modules, ExpertInputs(grams, stage, int(number)))
+                yield LinearGroup(modules, ExpertInputs(grams, stage, int(number)))
 
     def rehearsed(self, layer: int, group: str) -> Iterable[Tensor]:
         """What calibration batches, which wait at the layer's entry, would hand to a group as things are."""

@@ -102,9 +102,9 @@ class SuspendedBatches:
         self._resume([batch for batch in self._batches if batch.layer == layer])
         while waiting := [batch for batch in self._batches if batch.group is not None]:
             group = min((batch.group for batch in waiting if batch.group), key=self._hooks.order)
-            here = [batch for batch in waiting if batch.group == group]
-            yield self._inputs(group, [batch.shown for batch in here if batch.shown is not None])
-            self._resume(here)
+            before = [batch for batch in waiting if batch.group == group]
+            yield self._inputs(group, [batch.shown for batch in before if batch.shown is not None])
+            self._resume(before)
         self.role.parks_at_groups = False
 
     def rehearsed(self, layer: int, group: str) -> Iterable[Tensor | Routed]:

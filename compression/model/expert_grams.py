@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import Tensor
 
-from compression.gram import Gram, GramAccumulator, Precision, fill_up
+from compression.math.gram import Gram, GramAccumulator, Precision, fill_up
 from compression.model.experts import Experts, Routed, Stage
 
 

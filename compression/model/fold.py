@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
-from compression.finite import all_finite
-from compression.gram import Gram, Precision, accumulate_gram, require_finite_gram
-from compression.methods.awq import Rounded, SharedChannels, awq_scales
-from compression.methods.smoothquant import fold_norm, smoothing_scales
-from compression.model.activations import Activations, Group
+from compression.math.finite import all_finite
+from compression.math.gram import Gram, Precision, accumulate_gram, require_finite_gram
+from compression.math.scaling import Readers, SharedChannels, ToRound, fold_norm
+from compression.methods import method_of
+from compression.model.activations import Activations, LinearGroup
 from compression.model.streamed import StreamedModel
 from compression.planning.plans import FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.recipe import Recipe
-from compression.steps import SmoothQuantStep
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Rounding of a group's input, in parts of its largest magnitude: a fold that changes more is not one."""
@@ -54,7 +53,7 @@ class LinearFolds:
 
 def fold(
     planned: FoldPlan,
-    group: Group,
+    group: LinearGroup,
     weights: Sequence[Tensor],
     gram: Gram,
     model: StreamedModel,
@@ -70,11 +69,8 @@ def fold(
     assert group.inputs is not None  # the plan refuses smoothing without a dataset
     stored = {key: TORCH_DTYPES[model.checkpoint.tensors[key].dtype] for key in planned.keys}
     before = {key: model.module.get_parameter(key).to(dtype) for key, dtype in stored.items()}
-    if isinstance(step, SmoothQuantStep):
-        scales = smoothing_scales(group.inputs, weights, step.smoothing_strength)
-    else:
-        parts = _rounded(group.modules, weights, recipe)
-        scales = awq_scales(parts, gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling)
+    readers = Readers(group.inputs, gram, weights, _to_round(group.modules, weights, recipe))
+    scales: Tensor = method_of(step).solve(readers, **step.options)
     weight, bias = (before.get(f"{planned.norm}.{suffix}") for suffix in ("weight", "bias"))
     assert weight is not None  # the plan folds into norms that have one
     folded = fold_norm(weight, bias, scales, offset=planned.offset)
@@ -100,7 +96,7 @@ def fold_linears(
     recipe: Recipe,
     precision: Precision,
 ) -> LinearFolds:
-    """Search and fold the scales between a layer's own linears, on batches at its entry; only AWQ does so.
+    """Search and fold the scales between a layer's own linears, on batches at its entry, for methods that do.
 
     Weights and biases change in the model. What the scales are searched on is a rehearsal of the layer with
     the weights that its linears have then, not compressed yet.
@@ -109,15 +105,14 @@ def fold_linears(
     step = recipe.smoothing
     for planned in layer.linear_folds:
         assert step is not None
-        assert not isinstance(step, SmoothQuantStep)
         members = [module for module in layer.modules if module.group == planned.group]
         inputs = activations.rehearsed(layer.index, planned.group)
         gram = accumulate_gram(inputs, precision=precision)
         require_finite_gram(planned.group, gram)
         shared = _shared_channels(planned, len(gram.matrix))
         weights = model.weights(member.name for member in members)
-        parts = _rounded(members, weights, recipe)
-        scales = awq_scales(parts, gram, n_grid=step.n_grid, duo_scaling=step.duo_scaling, shared=shared)
+        readers = Readers(inputs, gram, weights, _to_round(members, weights, recipe), shared)
+        scales: Tensor = method_of(step).solve(readers, **step.options)
         rows = scales if shared is None else shared.reduce(scales)
         _fold_linear(planned, members, scales, rows, inputs, model, folds)
     return folds
@@ -162,7 +157,7 @@ def _with_rows_divided(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.float() / divisors.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def _rounded(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: Recipe) -> list[Rounded]:
+def _to_round(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: Recipe) -> list[ToRound]:
     """The linears of a group that will be rounded; what is only pruned has no part in the search."""
     parts = []
     for module, weight in zip(modules, weights, strict=True):
@@ -170,7 +165,7 @@ def _rounded(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: R
             observer = recipe.quantizing[module.step].observer
             assert observer is not None  # the plan writes it out
             dtype = TORCH_DTYPES[module.dtype]
-            parts.append(Rounded(weight.float(), module.scheme.weights, dtype, observer))
+            parts.append(ToRound(weight.float(), module.scheme.weights, dtype, observer))
     return parts
 
 

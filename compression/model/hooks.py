@@ -14,10 +14,10 @@ import greenlet
 from torch import Tensor, nn
 
 from compression.errors import PlanError, Problem
+from compression.math.grid import fake_quantize
 from compression.model.experts import Experts, Routed
 from compression.model.streamed import StreamedModel
 from compression.model.suspended import LayerCall, Role, SharedInput, SuspendedBatch, SuspendedRun
-from compression.quantizer import fake_quantize
 from compression.schemes import QuantizationArgs
 
 

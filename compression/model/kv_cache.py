@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from compression.checkpoint.reader import TORCH_DTYPES
+from compression.math.finite import require_finite_input_scale
+from compression.math.grid import fake_quantize, fixed_input_scale
 from compression.model.hooks import running_role
 from compression.model.suspended import Role
 from compression.planning.plans import CachePlan
-from compression.quantizer import fake_quantize, fixed_input_scale, require_finite_input_scale
 from compression.schemes import KV_CACHE
 
 

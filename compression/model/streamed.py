@@ -21,7 +21,7 @@ from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
 from compression.families.families import FAMILIES
-from compression.finite import all_finite
+from compression.math.finite import all_finite
 from compression.model.experts import unfuse
 
 HEAD = "lm_head"

@@ -11,6 +11,7 @@ from compression.data.documents import check_format
 from compression.errors import Problem, SourceError
 from compression.families.decoder import Decoder
 from compression.families.native_models import NATIVE_MODEL_TYPES
+from compression.methods import method_of
 from compression.planning.memory import Workload
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import get_scheme
@@ -59,10 +60,10 @@ def recipe_problems(recipe: Recipe, has_data: bool) -> list[Problem]:
     if recipe.kv_cache_step is not None:
         pointer = f"/recipe/steps/{recipe.kv_cache_step}/kv_cache_scheme"
         learning.append(("The scale of the KV cache", pointer))
-    learning += [(step.type, "/dataset") for step in recipe.pruning.values() if step.type != "magnitude"]
+    learning += [(step.type, "/dataset") for step in recipe.pruning.values() if method_of(step).needs_data]
     for number, step in recipe.quantizing.items():
-        if step.type == "gptq":
-            learning.append(("gptq", "/dataset"))
+        if method_of(step).needs_data:
+            learning.append((step.type, "/dataset"))
         elif step.observer in ("imatrix", "gram"):
             learning.append((f"The observer {step.observer}", f"/recipe/steps/{number}/observer"))
     return problems + [
@@ -170,15 +171,17 @@ def tensor_problems(
 
 
 def smoothing_problems(recipe: Recipe, decoder: Decoder) -> list[Problem]:
-    """A step that smooths, on a model whose linears read no norm. AWQ also folds into linears."""
+    """A step that moves scales, on a model where there is nothing in front of linears to move them into."""
     step, groups = recipe.smoothing, decoder.family.groups
-    if step is None or any(group.norm or (step.type == "awq" and group.producer) for group in groups):
+    if step is None or any(
+        group.norm or (method_of(step).folds_linears and group.producer) for group in groups
+    ):
         return []
     return [
         Problem(
             "nothing_to_smooth",
             f"{decoder.family.architecture} has no norm in front of its linears to fold scales into.",
-            "Leave smoothquant out of the recipe.",
+            f"Leave {step.type} out of the recipe.",
             "/recipe/steps/0",
         )
     ]

@@ -20,21 +20,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
-from typing import Any, Literal
+from typing import Any
 
 from compression.checkpoint.sizes import layers, parameters, vision_tower
 from compression.checkpoint.tensors import StoredTensor
+from compression.methods import GuideRule, method_of
 from compression.recipe import Calibration, Recipe
 
 NOMINAL_ITEMSIZE = 2
 """Bytes of a parameter and of an activation, whatever the checkpoint's dtype."""
 HESSIAN_FACTOR = 2
 """A layer and its Hessians, in sizes of the layer."""
-
-Method = Literal["rtn", "gptq", "sparsegpt", "awq"]
-
-_METHOD_OF: Mapping[str, Method] = {"gptq": "gptq", "sparsegpt": "sparsegpt", "awq": "awq"}
-"""Steps that take more than a layer. The guide has no rule for the others: they are counted as rtn."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class GuideEstimate:
     """The rules applied. samples, seq_len: of the calibration; offloads: AWQ's offload_device is set."""
 
     model: GuideModel
-    method: Method
+    method: GuideRule
     samples: int
     seq_len: int
     offloads: bool = False
@@ -141,7 +137,7 @@ def guide_estimate(model: GuideModel, recipe: Recipe, calibration: Calibration) 
     estimates = [
         GuideEstimate(
             model,
-            _METHOD_OF.get(step.type, "rtn"),
+            method_of(step).guide_rule,
             calibration.num_calibration_samples,
             calibration.max_seq_length,
             getattr(step, "offload_device", None) is not None,

@@ -17,15 +17,14 @@ from compression.data.sources import headers_of
 from compression.errors import PlanError, Problem, SourceError
 from compression.families.naming import module_names, on_disk
 from compression.planning import checks
-from compression.planning.disk import disk_estimate
-from compression.planning.duration import duration
+from compression.planning.assignment import Assignments, assign_steps
+from compression.planning.cost import disk_estimate, duration
 from compression.planning.guide import guide_estimate
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
 from compression.planning.plans import ModulePlan, Plan
 from compression.planning.served import NOT_SERVED, reordered
 from compression.planning.shards import assign_shards, attention_linear, stored_layer
 from compression.planning.survey import Survey, survey
-from compression.planning.treatment import Treatment, treat
 from compression.planning.workload import make_workload
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
@@ -63,19 +62,19 @@ def plan(
     except PlanError as error:
         raise PlanError(*problems, *error.problems) from error
     checkpoint, decoder = model.checkpoint, model.decoder
-    treatment = treat(model.linears, model.modules, recipe)
-    treated = ((linear.name, t.step, t.scheme) for linear, t in treatment.modules)
-    treatment.warnings += reordered(decoder.family.architecture, treated)
-    problems += [*model.problems, *treatment.problems]
+    assigned = assign_steps(model.linears, model.modules, recipe)
+    quantized = ((linear.name, t.step, t.scheme) for linear, t in assigned.modules)
+    assigned.warnings += reordered(decoder.family.architecture, quantized)
+    problems += [*model.problems, *assigned.problems]
     if require == "vllm":
-        problems += [warning for warning in treatment.warnings if warning.code == NOT_SERVED]
+        problems += [warning for warning in assigned.warnings if warning.code == NOT_SERVED]
     problems += checks.smoothing_problems(recipe, decoder)
     problems += checks.cache_problems(recipe, decoder, attention_linear(decoder))
     if problems:
         raise PlanError(*problems)
 
     calibrates = has_data and recipe.needs_data
-    modules = _module_plans(model, treatment)
+    modules = _module_plans(model, assigned)
     caches = recipe.kv_cache_step is not None
     layers, outside = assign_shards(
         checkpoint, decoder, modules, (*model.tower, *model.unknown), recipe.smoothing, caches=caches
@@ -107,7 +106,7 @@ def plan(
         ignore=_ignored(model, modules),
         warnings=(
             *model.warnings,
-            *treatment.warnings,
+            *assigned.warnings,
             *checks.dense_warnings(recipe),
             *checks.router_warnings(recipe, decoder),
             *checks.spill_warnings(work.held_bytes, activation_budget_bytes, work.spill_bytes),
@@ -132,10 +131,10 @@ def plan(
     )
 
 
-def _module_plans(model: Survey, treatment: Treatment) -> list[ModulePlan]:
+def _module_plans(model: Survey, assigned: Assignments) -> list[ModulePlan]:
     tensors = model.checkpoint.tensors
     plans = []
-    for linear, treated in treatment.modules:
+    for linear, assignment in assigned.modules:
         key = f"{linear.name}.weight"
         info = tensors.get(key) or tensors[model.decoder.embedding]  # lm_head may be tied
         plans.append(
@@ -144,13 +143,13 @@ def _module_plans(model: Survey, treatment: Treatment) -> list[ModulePlan]:
                 key=key,
                 shape=linear.shape,
                 dtype=info.dtype,
-                scheme=treated.scheme,
-                step=treated.step,
-                pruning=treated.pruning,
+                scheme=assignment.scheme,
+                step=assignment.step,
+                pruning=assignment.pruning,
                 layer=linear.layer,
                 group=linear.group,
                 experts=linear.experts,
-                reason=treated.reason,
+                reason=assignment.reason,
             )
         )
     return plans

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.errors import Problem
-from compression.planning.disk import DiskEstimate
-from compression.planning.duration import Duration
+from compression.methods import method_of
+from compression.planning.cost import DiskEstimate, Duration
 from compression.planning.guide import GuideEstimate
 from compression.planning.memory import MemoryEstimate, Workload, estimate
 from compression.recipe import Calibration, Evaluation, Recipe
@@ -50,13 +50,19 @@ class ModulePlan:
         """Whether any step changes it."""
         return self.scheme is not None or self.pruning is not None
 
-    def solved_alone(self, recipe: Recipe) -> bool:
-        """Whether it is solved by itself, which takes less memory: plain rounding gains nothing from others
-        that read the same input, unless they take part in its scale."""
-        if self.scheme is None or self.step is None or self.pruning is not None:
-            return False
-        shared = self.scheme.weights.strategy in ("tensor", "tensor_group")
-        return recipe.quantizing[self.step].type == "rtn" and not shared
+    def solved_with(self, recipe: Recipe) -> str:
+        """What it has in common with those it is solved with, of the linears that read its input and become
+        the same: one stacked matrix. Several are solved together where that saves time, or where vLLM makes
+        one matrix of them that has one scale (docs/adr/0010-one-scale-for-what-vllm-fuses.md)."""
+        if self.scheme is None or self.step is None:
+            return ""
+        weights = self.scheme.weights
+        if weights.block_structure:
+            return self.name  # its last block of rows may be cut short
+        if weights.strategy in ("tensor", "tensor_group"):
+            return self.name.rpartition(".")[0]
+        together = method_of(recipe.quantizing[self.step]).solves_together or self.pruning is not None
+        return "" if together else self.name
 
     def to_dict(self) -> dict[str, Any]:
         scheme = self.scheme

@@ -41,15 +41,15 @@ def unserved(number: int, scheme: Scheme, fused: Iterable[Sequence[int]]) -> lis
     return problems
 
 
-def reordered(architecture: str, treated: Iterable[tuple[str, int | None, Scheme | None]]) -> list[Problem]:
+def reordered(architecture: str, quantized: Iterable[tuple[str, int | None, Scheme | None]]) -> list[Problem]:
     """Zero points and scales of blocks, which do not follow the rows that vLLM reorders.
 
-    treated: name of each linear, and the step and scheme by which it is quantized.
+    quantized: name of each linear, and the step and scheme by which it is quantized.
     """
     names = _REORDERED.get(architecture, ())
     left = {
         step: scheme
-        for name, step, scheme in treated
+        for name, step, scheme in quantized
         if scheme
         and name.endswith(names)
         and (scheme.weights.block_structure or not scheme.weights.symmetric)

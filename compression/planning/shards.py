@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
 from compression.families.decoder import LM_HEAD, Decoder, LayerShape
+from compression.methods import method_of
 from compression.planning.plans import CachePlan, FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.schemes import Scheme
-from compression.steps import AWQStep, SmoothingStep
+from compression.steps import SmoothingStep
 
 MAX_OUTSIDE_SHARD_BYTES = 5_000_000_000
 
@@ -80,7 +81,7 @@ def assign_shards(
         shape = decoder.layer(index)
         folds = _folds(decoder, prefix, shape, compressed) if smoothing else {}
         linear_folds: tuple[LinearFoldPlan, ...] = ()
-        if isinstance(smoothing, AWQStep):
+        if smoothing is not None and method_of(smoothing).folds_linears:
             linear_folds = _linear_folds(decoder, prefix, shape, compressed)
         keys = {module.key for module in compressed}
         keys |= {key for fold in folds.values() for key in fold.keys}
@@ -159,7 +160,7 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
 
 
 def stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
-    """What is on disk of a layer, by the names there."""
+    """Every tensor of a layer's shard, by its name on disk: dtype and shape."""
     specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
     for module in layer.modules:
         tensors = stored_tensors(module.scheme, module.shape, module.dtype)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compression.math.sizes import COMPARED_ROWS
+from compression.methods import METHODS
+
 FLOAT32 = 4
 """Bytes of a number in which weights are solved and statistics kept."""
 _PACKING_BYTES, _FP4_PACKING_BYTES = 6, 24
 """A number of a linear that is packed and read back: copies that the compressed-tensors library makes."""
-_COMPARED_BYTES, _COMPARED_ROWS = 16, 512
-"""A number of so many rows, while they are compared with what they became: both, and both times the Gram."""
-_PRUNING_BYTES = {"sparsegpt": 25, "wanda": 28, "magnitude": 28}
-"""A number of a group while masks are made: columns, their originals, masks and results; sorted scores."""
+_COMPARED_BYTES = 16
+"""A number of COMPARED_ROWS rows, compared with what they became: both, and both times the Gram."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,12 @@ def solver_bytes(group: GroupWork, itemsize: int, *, has_gram: bool) -> tuple[in
     numbers, largest = group.stacked_rows * group.columns, group.largest_rows * group.columns
     gram = FLOAT32 * group.columns**2 if has_gram else 0
     stacked = numbers * FLOAT32 * (itemsize != FLOAT32 or largest < numbers)
-    working = numbers * 5  # scaled, and codes
-    if "gptq" in group.methods:  # columns twice; then a Gram that is factorized, and its factor twice
-        working = max(numbers * 8, numbers * 4 + 3 * gram)
-    for method in group.methods:
-        if pruning := _PRUNING_BYTES.get(method):
-            factors = 3 * gram if method == "sparsegpt" else 0
-            working = max(working + numbers * 4, numbers * pruning, numbers * 4 + factors)
-    comparing = min(group.largest_rows, _COMPARED_ROWS) * group.columns * _COMPARED_BYTES
+    methods = [METHODS[name] for name in group.methods]
+    working = max([0, *(m.work_bytes(numbers, gram) for m in methods if m.kind == "quantizes")])
+    for method in methods:
+        if method.kind == "prunes":  # what is left of the weight is held beside what quantizes it
+            working = max(working + numbers * FLOAT32, method.work_bytes(numbers, gram))
+    comparing = min(group.largest_rows, COMPARED_ROWS) * group.columns * _COMPARED_BYTES
     copying = largest * (_FP4_PACKING_BYTES if group.fp4 else _PACKING_BYTES)
     replaced = group.rows * group.columns * itemsize
     packing = numbers + replaced + max(comparing, copying)

@@ -17,8 +17,8 @@ from compression.families.decoder import LM_HEAD, Decoder, read_decoder
 from compression.families.naming import module_names, with_model_names
 from compression.families.stacks import unstacked
 from compression.planning import checks
+from compression.planning.assignment import Linear
 from compression.planning.guide import GuideModel
-from compression.planning.treatment import Linear
 
 
 @dataclass(frozen=True)

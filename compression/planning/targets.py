@@ -76,7 +76,7 @@ def _malformed(text: str) -> str:
 
 
 @dataclass
-class _Group:
+class _OpenGroup:
     """An open group: how many alternatives it has so far, and whether anything in it repeats or chooses."""
 
     alternatives: int = 1
@@ -92,8 +92,8 @@ def _too_costly(text: str) -> str:
     if len(text) > MAX_PATTERN_LENGTH:
         return f"it is longer than {MAX_PATTERN_LENGTH} characters"
     steps = 1
-    groups = [_Group()]
-    closed: _Group | None = None  # the group that ended just before
+    groups = [_OpenGroup()]
+    closed: _OpenGroup | None = None  # the group that ended just before
     span = _NAME_LENGTH  # how far a repeat of the last token can reach
     for token in _TOKENS.finditer(text):
         kind = token.lastgroup
@@ -108,7 +108,7 @@ def _too_costly(text: str) -> str:
             groups[-1].alternatives += 1
             groups[-1].branches = True
         elif kind == "open":
-            groups.append(_Group())
+            groups.append(_OpenGroup())
         closed = None
         if kind == "close" and len(groups) > 1:
             closed = groups.pop()

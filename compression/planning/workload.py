@@ -68,8 +68,8 @@ def make_workload(
 
 def _active_experts(checkpoint: Checkpoint, experts: int) -> int:
     """Of a token in one layer; all of them where config.json does not say."""
-    told = checkpoint.config.get("num_experts_per_tok")
-    return told if type(told) is int and 0 < told <= experts else experts
+    active = checkpoint.config.get("num_experts_per_tok")
+    return active if type(active) is int and 0 < active <= experts else experts
 
 
 def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iterator[GroupWork]:
@@ -84,7 +84,7 @@ def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iter
         yield GroupWork(
             name=_of_any_expert(name, modules[0], layer.prefix) if expert else name,
             rows=sum(rows),
-            stacked_rows=max(rows) if modules[0].solved_alone(recipe) else sum(rows),
+            stacked_rows=max(_stacks(modules, recipe).values()),
             largest_rows=max(rows),
             columns=modules[0].shape[1],
             width=widths[name],
@@ -99,6 +99,14 @@ def _groups(layer: LayerPlan, widths: Mapping[str, int], recipe: Recipe) -> Iter
         )
         for module in modules:
             folded.pop(module.name, None)
+
+
+def _stacks(modules: Sequence[ModulePlan], recipe: Recipe) -> dict[str, int]:
+    """Rows of what is solved as one stacked matrix, by what its linears have in common."""
+    stacks: Counter[str] = Counter()
+    for module in modules:
+        stacks[module.solved_with(recipe)] += module.shape[0]
+    return stacks
 
 
 def _of_any_expert(name: str, module: ModulePlan, prefix: str) -> str:

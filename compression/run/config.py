@@ -9,7 +9,7 @@ import compressed_tensors
 from compression.checkpoint.formats import SCALE_DTYPES
 from compression.planning.plans import Plan
 from compression.schemes import KV_CACHE, QuantizationArgs, Scheme
-from compression.steps import GPTQStep, QuantizingStep
+from compression.steps import QuantizingStep
 
 
 def quantization_config(plan: Plan) -> dict[str, Any] | None:
@@ -57,7 +57,7 @@ _OBSERVER_NAMES = {"minmax": "memoryless_minmax", "mse": "memoryless_mse", "imat
 
 def _weights_dict(args: QuantizationArgs, step: QuantizingStep) -> dict[str, Any]:
     observer = _OBSERVER_NAMES.get(step.observer or "")
-    return _args_dict(args, observer, step.actorder if isinstance(step, GPTQStep) else None)
+    return _args_dict(args, observer, step.options.get("actorder"))
 
 
 def _activations_dict(args: QuantizationArgs | None) -> dict[str, Any] | None:

@@ -3,10 +3,13 @@ was meant."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from compressed_tensors.quantization import QuantizationConfig
+from torch import Tensor
 
 from compression.checkpoint.formats import decode
 from compression.checkpoint.headers import read_header
@@ -20,7 +23,6 @@ from compression.planning.plans import ModulePlan, Plan
 from compression.planning.shards import stored_layer, stored_tensors
 from compression.report import ModuleReport
 from compression.run.config import quantization_config
-from compression.solve import sha256_of
 
 _FAULT = "This is a fault of Bitmill's tables; please report it with the model's config.json."
 
@@ -107,3 +109,9 @@ def _mismatch(reason: str, hint: str = _FAULT) -> PlanError:
 
 def _failed(name: str, reason: str) -> SelfCheckError:
     return SelfCheckError("self_check_failed", f"{name} {reason}.", "Nothing was published; check the disk.")
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Digest of a tensor's bytes in row-major order: by it what was meant is compared with what is read."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -17,6 +17,7 @@ from api.database import Database
 from api.main import create_app
 from api.settings import Settings
 from tests.support.postgres import new_database
+from tests.support.transactions import kept_while_answering
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def server(settings: Settings, database: Database, tiny_llama: Path, tiny_texts:
     (root,) = settings.local_roots
     model = Path(shutil.copytree(tiny_llama, root / "tiny"))
     dataset = Path(shutil.copy(tiny_texts, root))
-    with TestClient(create_app(settings), raise_server_exceptions=False) as http:
+    app = create_app(settings)
+    with (
+        kept_while_answering(app) as kept,
+        TestClient(app, raise_server_exceptions=False) as http,
+    ):
         key = json.loads(settings.credentials_file.read_text())["api_key"]
         http.headers["Authorization"] = f"Bearer {key}"
         yield Server(settings, database, http, model, dataset)
+    assert kept == [], "a transaction was open while an answer was made"

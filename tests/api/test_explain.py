@@ -18,17 +18,18 @@ from api import database as clock
 from api.batches import repository as batches
 from api.cursors import Position
 from api.database import Database
-from api.jobs import digests, events, leases, quotas, repository, retention, twins
-from api.jobs.leases import Lease
-from api.jobs.models import ACTIVE, Job, JobStatus
-from api.jobs.repository import JobFilter, JobOrder
+from api.jobs.ledger import events, repository
+from api.jobs.ledger.models import ACTIVE, Job, JobStatus
+from api.jobs.ledger.repository import JobFilter, JobOrder
+from api.jobs.queue import deduplication, leases, quotas, retention, workers
+from api.jobs.queue.leases import Lease
+from api.jobs.submission import digests
 from api.projects import repository as projects
 from api.projects.models import Project
 from api.webhooks import outbox
 from api.webhooks import repository as webhooks
 from api.webhooks.outbox import Answer, Message
 from api.webhooks.repository import DeliveryFilter
-from api.workers import repository as workers
 from tests.api.jobs.leasing import CPU, LEASE, layer, must_claim
 from tests.support.jobs import job_id, multiply, new_job, new_plan
 from tests.support.postgres import new_database
@@ -60,10 +61,10 @@ def settle(session: Session) -> None:
 QUERIES: dict[str, tuple[Query, str]] = {
     "a key": (lambda s: projects.find_key(s, job_id(5)), "uq_api_keys_digest"),
     "keys": (lambda s: projects.list_keys(s, "p", MIDDLE, 21), "ix_api_keys_project_id"),
-    "a job": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_jobs"),
+    "a job": (lambda s: repository.get_with_attempts(s, "p", job_id(5)), "pk_jobs"),
     "its version": (lambda s: repository.version(s, "p", job_id(5)), "pk_jobs"),
     "its row, held": (lambda s: repository.get_for_update(s, "p", job_id(5)), "pk_jobs"),
-    "its attempts": (lambda s: repository.get_whole(s, "p", job_id(5)), "pk_attempts"),
+    "its attempts": (lambda s: repository.get_with_attempts(s, "p", job_id(5)), "pk_attempts"),
     "its events": (lambda s: events.page(s, job_id(5), 1, 100), "pk_job_events"),
     "jobs that are watched": (
         lambda s: repository.event_seqs(s, [job_id(n) for n in range(1, 101)]),
@@ -123,10 +124,10 @@ QUERIES: dict[str, tuple[Query, str]] = {
         "ix_job_layers_at",
     ),
     "what was made of some work": (
-        lambda s: twins.attach_new(s, [Job(id="new", project_id="p", cache="use", cache_key="k")]),
+        lambda s: deduplication.attach_new(s, [Job(id="new", project_id="p", cache="use", cache_key="k")]),
         "ix_jobs_cache",
     ),
-    "those that wait for a job": (lambda s: twins.settle(s, job_id(5)), "ix_jobs_twin"),
+    "those that wait for a job": (lambda s: deduplication.finish_attached(s, job_id(5)), "ix_jobs_twin"),
     "digests of files": (lambda s: digests.known(s, ["a", "b"]), "pk_file_digests"),
     "digests of long ago": (lambda s: digests.forget_old(s, 10), "ix_file_digests_at"),
     "layers to be forgotten": (lambda s: retention.forget_layers(s, job_id(97)), "pk_job_layers"),

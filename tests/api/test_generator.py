@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from api.jobs.schemas import JobRead
+from api.jobs.ledger.views import JobRead
 from tests.api.conftest import Server
 from tests.support.serving import serving
 

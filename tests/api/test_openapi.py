@@ -16,8 +16,8 @@ from fastapi.routing import iter_route_contexts
 from api.batches.schemas import BATCH_EXAMPLES, BatchSubmit
 from api.document import openapi_text
 from api.errors import ApiError, Unprocessable
-from api.examples import EXAMPLES
-from api.jobs.schemas import SUBMIT_EXAMPLES, JobOverrides, JobSubmit
+from api.http.examples import EXAMPLES
+from api.jobs.submission.request import SUBMIT_EXAMPLES, JobOverrides, JobSubmit
 from api.projects.schemas import KeyCreate
 from api.typed import types_text
 from api.webhooks.schemas import WebhookCreate

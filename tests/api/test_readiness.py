@@ -16,12 +16,12 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 import migrations
-from api.artifacts.store import open_store
 from api.database import make_engine
 from api.main import create_app
 from api.probes import Probe
 from api.readiness import Readiness
 from api.settings import Settings
+from api.store.factory import open_store
 from tests.api.conftest import Server
 from tests.api.test_errors import assert_problem
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.artifacts.store import ObjectNotFound, Store
-from api.jobs.models import TERMINAL, Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
+from api.jobs.ledger.models import TERMINAL, Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
+from api.store.base import ObjectNotFound, Store
 
 _UNCOUNTED = (AttemptOutcome.SUCCEEDED, AttemptOutcome.PREEMPTED, AttemptOutcome.STORE_LOST)
 

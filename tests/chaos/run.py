@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from api.jobs.models import Attempt
+from api.jobs.ledger.models import Attempt
 from tests.chaos import invariants
 from tests.chaos.invariants import Deaths
 from tests.chaos.load import Load

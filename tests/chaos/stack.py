@@ -16,8 +16,9 @@ from unittest.mock import patch
 import httpx
 
 import migrations
-from api.artifacts.store import Store, open_store
 from api.database import Database
+from api.store.base import Store
+from api.store.factory import open_store
 from tests.integration.service import Process, commands, eventually, free_port
 from tests.support.models import tiny_dataset, tiny_model
 from tests.support.postgres import PostgresServer

@@ -14,13 +14,13 @@ from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
 import migrations
-from api.artifacts.local import LocalStore
-from api.artifacts.store import go_on
 from api.database import Database, now
-from api.jobs import leases
-from api.jobs.leases import Lease, WorkerIdentity
-from api.jobs.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
+from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
+from api.jobs.queue import leases
+from api.jobs.queue.leases import Lease, WorkerIdentity
 from api.projects.repository import get_or_create_project
+from api.store.base import go_on
+from api.store.local import LocalStore
 from tests.chaos.invariants import Deaths, check
 from tests.support.jobs import PLAN_ID, new_plan
 from worker.upload import publish

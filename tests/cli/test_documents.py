@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from api.jobs.schemas import JobSubmit
+from api.jobs.submission.request import JobSubmit
 from api.main import create_app
 from api.settings import Settings
 from cli.main import app

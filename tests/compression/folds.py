@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, plan
 from compression.data.calibration import load_blocks
-from compression.gram import accumulate_gram
 from compression.machine import arithmetic as machine
 from compression.machine.clock import Clock
+from compression.math.gram import accumulate_gram
 from compression.model.activations import Activations
 from compression.model.fold import fold, fold_linears
 from compression.model.streamed import StreamedModel

@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor
 
-from compression.params import QuantizationParams
+from compression.math.grid import QuantizationParams
 from compression.schemes import QuantizationArgs, Scheme, get_scheme
 
 WEIGHTS: dict[str, Scheme] = {

@@ -21,13 +21,14 @@ from compression import (
     plan,
 )
 from compression.data.calibration import load_blocks
-from compression.gram import accumulate_gram
-from compression.methods.awq import DuoScaling, Rounded, SharedChannels, awq_scales
-from compression.methods.rtn import rtn
-from compression.quantizer import search_params
+from compression.math.awq import DuoScaling, awq_scales
+from compression.math.gram import Gram, accumulate_gram
+from compression.math.grid import rtn
+from compression.math.scaling import Readers, SharedChannels, ToRound
+from compression.math.search import search_params
+from compression.methods import AWQ_ROWS
 from compression.report import Report
-from compression.schemes import QuantizationArgs, get_scheme
-from compression.steps import AWQ_ROWS, Observer
+from compression.schemes import Observer, QuantizationArgs, get_scheme
 from tests.compression.folds import FEW, SMALL, folded_only, planned, with_outliers
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
@@ -40,6 +41,10 @@ AWQ: list[dict[str, Any]] = [{"type": "awq", **ASYM}]
 def run(source: Path, output: Path, texts: Path, steps: list[dict[str, object]], **options: object) -> Report:
     recipe, dataset = Recipe.model_validate(steps), DatasetSpec(path=str(texts))
     return compress(source, recipe, output, dataset=dataset, calibration=SMALL, evaluation=FEW, **options)
+
+
+def readers(gram: Gram, part: ToRound, shared: SharedChannels | None = None) -> Readers:
+    return Readers([], gram, [part.weight], [part], shared)
 
 
 def reference_rounding(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -69,7 +74,7 @@ class TestSearch:
     def test_takes_the_best_of_the_grid(self) -> None:
         inputs, weight = self.problem()
         gram = accumulate_gram([inputs], precision="float32")
-        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram, n_grid=10)
+        scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)), n_grid=10)
         x, w64 = inputs.double().square().mean(0).sqrt(), weight.double()
         magnitude = w64.abs().view(12, 2, 8)
         w = (magnitude / magnitude.amax(-1, keepdim=True)).view(12, 16).mean(0)
@@ -92,7 +97,7 @@ class TestSearch:
         inputs, weight = torch.randn(200, 16), torch.randn(3 * AWQ_ROWS - 5, 16)
         inputs[:, [2, 9]] *= 12
         gram = accumulate_gram([inputs], precision="float32")
-        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32, observer)], gram, n_grid=10)
+        scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32, observer)), n_grid=10)
         x, rows = gram.importance().sqrt(), weight[::3]
         w = (weight.abs() / weight.view(-1, 2, 8).abs().amax(-1).repeat_interleave(8, 1)).mean(0)
 
@@ -115,8 +120,7 @@ class TestSearch:
         gram = accumulate_gram([inputs], precision="float32")
 
         def error(duo_scaling: DuoScaling) -> float:
-            parts = [Rounded(weight, self.ARGS, torch.float32)]
-            s = awq_scales(parts, gram, duo_scaling=duo_scaling)
+            s = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)), duo_scaling=duo_scaling)
             difference = reference_rounding((weight * s).double(), self.ARGS) / s - weight
             return float((inputs.double() @ difference.T).square().sum())
 
@@ -126,18 +130,18 @@ class TestSearch:
         inputs, weight = self.problem()
         inputs[:, 4], weight[:, 7] = 0, 0
         gram = accumulate_gram([inputs], precision="float32")
-        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram)
+        scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)))
         assert scales.isfinite().all()
         assert (scales[4], scales[7]) == (1, 1)
         assert scales[2] != 1
         nothing = accumulate_gram([torch.zeros(3, 16)], precision="float32")
-        assert awq_scales([Rounded(weight, self.ARGS, torch.float32)], nothing).tolist() == [1] * 16
+        assert awq_scales(readers(nothing, ToRound(weight, self.ARGS, torch.float32))).tolist() == [1] * 16
 
     def test_channels_of_one_row_have_one_scale(self) -> None:
         inputs, weight = self.problem()
         gram = accumulate_gram([inputs], precision="float32")
         shared = SharedChannels(head_dim=4, repeats=2)
-        scales = awq_scales([Rounded(weight, self.ARGS, torch.float32)], gram, shared=shared)
+        scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32), shared=shared))
         heads = scales.view(2, 2, 4)
         assert torch.equal(heads[:, 0], heads[:, 1])
         assert torch.equal(shared.expand(shared.reduce(scales)), scales)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compression import compress
-from compression.planning.duration import SPEEDS, Duration
+from compression.planning.cost import SPEEDS, Duration
 from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from tests.compression.fake_checkpoints import LLAMA_3_8B, TINY, fake_llama

@@ -19,7 +19,7 @@ from compression.errors import PlanError
 from compression.events import Event, LayerSolved
 from compression.families.families import FAMILIES
 from compression.families.structure import ExpertsSpec, GroupSpec
-from compression.gram import Gram, fill_up
+from compression.math.gram import Gram, fill_up
 from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams
 from compression.model.experts import Experts, Routed, unfuse

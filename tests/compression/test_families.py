@@ -24,9 +24,9 @@ from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
 from compression.families.naming import on_disk
 from compression.families.native_models import NATIVE_MODEL_TYPES
-from compression.methods.rtn import rtn
+from compression.math.grid import rtn
+from compression.math.search import minmax_params
 from compression.planning.planner import plan
-from compression.quantizer import minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.schemes import SCHEMES
 from tests.support.models import TOWERS, new_model, tiny_model

@@ -8,17 +8,18 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-from compression.model.streams import Group
 from torch import Tensor
 
-from compression.gram import Gram
-from compression.methods.gptq import gptq
+from compression.math.gptq import gptq
+from compression.math.gram import Gram
+from compression.math.grid import QuantizedWeight, fake_quantize, fixed_input_scale
+from compression.math.search import minmax_params
+from compression.model.activations import LinearGroup
+from compression.pipeline import solve, stacks
 from compression.planning.planner import plan
 from compression.planning.plans import ModulePlan
-from compression.quantizer import QuantizedWeight, fake_quantize, fixed_input_scale, minmax_params
 from compression.recipe import Recipe
 from compression.schemes import get_scheme
-from compression.solve import solve
 from tests.compression.fake_checkpoints import SMOLLM2, TINY, fake_llama
 from tests.compression.grids import correlated_inputs, library_args
 from tests.compression.plans import DATA, FEW, problem_of, recipe
@@ -65,7 +66,8 @@ def solved(
     steps = Recipe.model_validate({"steps": [{"type": method, "scheme": scheme, "observer": "mse"}]})
     gram = Gram(x.t() @ x, len(x))
     found = {}
-    for each in solve(modules, weights, gram, steps, largest_input=x.abs().amax()):
+    together = stacks(modules, weights, steps)
+    for each in (s for stack in together for s in solve(stack, gram, steps, largest_input=x.abs().amax())):
         assert isinstance(each.weight, QuantizedWeight)
         found[each.module.name.rpartition(".")[2]] = each.weight
     return found
@@ -130,7 +132,7 @@ def test_powers_of_two_are_exact(exponent: int) -> None:
 def test_the_largest_input_is_looked_for_where_a_scheme_fixes_it(scheme: str, tmp_path: Path) -> None:
     made = plan(fake_llama(tmp_path / "model"), recipe(scheme), dataset=DATA, calibration=FEW)
     module = made.layers[0].modules[0]
-    group = Group((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
+    group = LinearGroup((module,), [torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])])
     assert group.largest_input() == (3.0 if scheme == "FP8" else None)
 
 

@@ -11,11 +11,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from compression.checkpoint.formats import decode, encode
-from compression.methods.rtn import rtn
-from compression.params import QuantizationParams
+from compression.math.grid import QuantizationParams, QuantizedWeight, code_dtype, fixed_input_scale, rtn
+from compression.math.search import minmax_params
 from compression.planning.planner import plan
 from compression.planning.shards import stored_tensors
-from compression.quantizer import QuantizedWeight, code_dtype, fixed_input_scale, minmax_params
 from compression.recipe import DatasetSpec, Recipe
 from compression.run.config import quantization_config
 from compression.schemes import SCHEMES, Scheme, get_scheme

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compression.errors import NumericalError
-from compression.methods.gptq import GPTQResult, dampened_cholesky, gptq
-from compression.methods.rtn import rtn
-from compression.params import QuantizationParams
-from compression.quantizer import minmax_params
+from compression.math.gptq import dampened_cholesky, gptq
+from compression.math.grid import QuantizationParams, rtn
+from compression.math.grid import Rounded as GPTQResult
+from compression.math.search import minmax_params
 from compression.schemes import QuantizationArgs
 from tests.compression.grids import BY_ROW, WEIGHTS, all_codes, correlated_inputs, restored, spread
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.errors import NumericalError
-from compression.gram import CHUNK_TOKENS, Precision, accumulate_gram, require_finite_gram
+from compression.math.gram import CHUNK_TOKENS, Precision, accumulate_gram, require_finite_gram
 from tests.compression.grids import correlated_inputs
 
 

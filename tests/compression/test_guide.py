@@ -11,7 +11,8 @@ import pytest
 from compression.checkpoint.headers import read_checkpoint
 from compression.checkpoint.sizes import layers, stored_bytes, vision_tower
 from compression.checkpoint.tensors import StoredTensor
-from compression.planning.guide import GuideEstimate, GuideModel, Method, gigabytes, guide_estimate
+from compression.methods import GuideRule as Method
+from compression.planning.guide import GuideEstimate, GuideModel, gigabytes, guide_estimate
 from compression.planning.planner import plan
 from compression.recipe import Calibration, DatasetSpec, Recipe
 from tests.compression.fake_checkpoints import TINY, fake_llama, llama_shapes

@@ -24,13 +24,15 @@ from torch import Tensor
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress
 from compression.checkpoint.formats import decode, encode
 from compression.errors import NumericalError
-from compression.gram import Gram, accumulate_gram
-from compression.methods.awq import Rounded, awq_scales
-from compression.methods.smoothquant import fold_norm, smoothing_scales
+from compression.math.awq import awq_scales
+from compression.math.gram import Gram, accumulate_gram
+from compression.math.scaling import Readers, ToRound, fold_norm
+from compression.math.smoothquant import smoothing_scales
+from compression.pipeline import Solved, solve, stacks
 from compression.planning.plans import ModulePlan
 from compression.report import ModuleReport
+from compression.run.verify import sha256_of
 from compression.schemes import SCHEMES, Scheme, get_scheme
-from compression.solve import Solved, sha256_of, solve
 from tests.compression.grids import correlated_inputs
 from tests.support.models import tiny_model
 
@@ -138,7 +140,11 @@ def test_a_solved_linear_is_finite_and_reads_back_or_is_named(case: Case) -> Non
     gram = accumulate_gram([inputs], precision="float32")
     largest_input = inputs.abs().amax()
     try:
-        solved = list(solve(modules, weights, gram, case.recipe, largest_input=largest_input))
+        solved = [
+            each
+            for stack in stacks(modules, weights, case.recipe)
+            for each in solve(stack, gram, case.recipe, largest_input=largest_input)
+        ]
     except NumericalError as error:
         refused(error, case, weights, largest_input)
         return
@@ -223,10 +229,10 @@ def test_scales_that_are_folded_are_positive_and_leave_the_function(
     inputs = correlated_inputs(tokens, columns, seed) * 10.0**input_exponent
     inputs[:, :dead_columns] = 0.0
     gram = accumulate_gram([inputs], precision="float32")
-    parts = [Rounded(weight, args, DTYPES[dtype])]
+    readers = Readers([inputs], gram, [weight], [ToRound(weight, args, DTYPES[dtype])])
     norm = (torch.rand(columns, generator=generator) + 0.5).to(DTYPES[dtype])
     for scales in (
-        awq_scales(parts, gram, n_grid=4, duo_scaling=duo_scaling),
+        awq_scales(readers, n_grid=4, duo_scaling=duo_scaling),
         smoothing_scales([inputs], [weight], strength),
     ):
         assert scales.isfinite().all()
@@ -249,7 +255,7 @@ def one(weight: Tensor, gram: Gram | None, *steps: dict[str, Any]) -> Solved:
     shape = (weight.shape[0], weight.shape[1])
     step, pruning = recipe.steps.index(last), 0 if len(steps) > 1 else None
     module = ModulePlan(name, f"{name}.weight", shape, dtype, scheme, step, pruning, 0, name)
-    (solved,) = solve([module], [weight], gram, recipe)
+    (solved,) = solve([(module, weight)], gram, recipe)
     return solved
 
 

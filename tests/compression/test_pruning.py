@@ -17,10 +17,10 @@ from torch import Tensor
 from compression import Calibration, CompressionError, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.checkpoint.formats import decode
 from compression.data.calibration import load_blocks
-from compression.methods.gptq import gptq
-from compression.methods.masks import keep_by_row, keep_in_groups, keep_largest, magnitude_keep, wanda_keep
-from compression.methods.sparsegpt import sparsegpt
-from compression.quantizer import minmax_params
+from compression.math.gptq import gptq
+from compression.math.prune import keep_by_row, keep_in_groups, keep_largest, magnitude_keep, wanda_keep
+from compression.math.search import minmax_params
+from compression.math.sparsegpt import sparsegpt
 from compression.report import Report
 from tests.compression.grids import WEIGHTS, correlated_inputs
 from tests.support.interruption import interrupted

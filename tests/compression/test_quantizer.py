@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression.errors import NumericalError
-from compression.quantizer import (
-    QuantizationParams,
-    QuantizedWeight,
-    fake_quantize,
-    minmax_params,
-    quantize,
-    require_finite_weight,
-    search_params,
-)
+from compression.math.finite import require_finite_weight
+from compression.math.grid import QuantizationParams, QuantizedWeight, fake_quantize, quantize
+from compression.math.search import minmax_params, search_params
 from compression.schemes import Scheme, get_scheme
 from tests.compression.grids import WEIGHTS, all_codes, library_args, library_params, restored, spread
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression.methods.rtn import rtn
-from compression.quantizer import minmax_params
+from compression.math.grid import rtn
+from compression.math.search import minmax_params
 from tests.compression.grids import BY_ROW, WEIGHTS, restored, spread
 
 

@@ -25,7 +25,8 @@ from compression import (
     oneshot,
     plan,
 )
-from compression.methods.smoothquant import fold_norm, smoothing_scales
+from compression.math.scaling import fold_norm
+from compression.math.smoothquant import smoothing_scales
 from compression.model.streamed import StreamedModel
 from compression.report import Report
 from compression.run.verify import check_against_model

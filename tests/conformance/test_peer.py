@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compression import compress
 from compression.data.calibration import load_blocks
-from compression.params import QuantizationParams
+from compression.math.grid import QuantizationParams
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import QuantizationArgs, get_scheme
 from compression.steps import KVCacheScheme

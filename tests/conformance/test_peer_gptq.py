@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compression.gram import accumulate_gram
-from compression.methods.gptq import gptq
-from compression.params import QuantizationParams
-from compression.quantizer import minmax_params
+from compression.math.gptq import gptq
+from compression.math.gram import accumulate_gram
+from compression.math.grid import QuantizationParams
+from compression.math.search import minmax_params
 from tests.compression.grids import WEIGHTS, correlated_inputs, library_args, restored
 from tests.conformance.peer import in_peer
 

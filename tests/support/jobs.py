@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from api.jobs.models import Job, JobStatus, StoredPlan
+from api.jobs.ledger.models import Job, JobStatus, StoredPlan
 
 TEAMS, MODELS, PLANS = 50, 500, 2000
 """Labels `team:t0` to `team:t49` and as many models and plans are shared out evenly; `run:<number>` is of one

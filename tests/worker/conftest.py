@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import migrations
-from api.jobs import service
-from api.jobs.models import Job
-from api.jobs.schemas import JobSubmit
-from api.jobs.submission import plan_job
+from api.jobs import service, submitting
+from api.jobs.ledger.models import Job
+from api.jobs.submission.planning import plan_job
+from api.jobs.submission.request import JobSubmit
 from api.projects.repository import get_or_create_project
 from api.projects.service import s3_access
 from api.settings import Settings
@@ -42,7 +42,7 @@ def queue(worker: WorkerContext, **fields: Any) -> str:
         access = s3_access(session, project.id, worker.settings)
     planned = plan_job(body, worker.settings, access)
     with worker.database.write() as session:
-        job: Job = service.create(session, project.id, planned, worker.settings, None, max_queued=None)
+        job: Job = submitting.create(session, project.id, planned, worker.settings, None, max_queued=None)
     return job.id
 
 

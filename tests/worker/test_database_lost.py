@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, event, select
 
 import migrations
-from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
+from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobStatus
 from api.settings import Settings
 from tests.integration.service import eventually
 from tests.support.postgres import PostgresServer

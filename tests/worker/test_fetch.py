@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import undefer_group
 
-from api.jobs import events
-from api.jobs.models import Job, JobStatus
+from api.jobs.ledger import events
+from api.jobs.ledger.models import Job, JobStatus
 from tests.support.hub import Hub, running_hub
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext

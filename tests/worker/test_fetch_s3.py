@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.orm import undefer_group
 
 from api.jobs import service
-from api.jobs.models import Attempt, Job, JobStatus
+from api.jobs.ledger.models import Attempt, Job, JobStatus
 from tests.support.s3 import READER, S3Server
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy.orm import undefer_group
 
-from api.jobs import events
-from api.jobs.models import Job, JobStatus
+from api.jobs.ledger import events
+from api.jobs.ledger.models import Job, JobStatus
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.heartbeat import Presence

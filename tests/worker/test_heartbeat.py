@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from api.jobs import leases, service
-from api.jobs.leases import Lease, LeaseLost
-from api.jobs.models import Job
-from api.workers import repository as workers
+from api.jobs import service
+from api.jobs.ledger.models import Job
+from api.jobs.queue import leases, workers
+from api.jobs.queue.leases import Lease, LeaseLost
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.heartbeat import CancelRequested, LeaseKeeper, Periodic, Presence

@@ -14,8 +14,8 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 from api import database
-from api.jobs import leases
-from api.jobs.models import IdempotencyKey, Job, JobLayer, JobStatus
+from api.jobs.ledger.models import IdempotencyKey, Job, JobLayer, JobStatus
+from api.jobs.queue import leases
 from tests.worker.conftest import Submit
 from worker import reaper
 from worker.celery_app import WorkerRefused, run_worker
@@ -91,7 +91,7 @@ def test_who_has_nothing_to_do_waits_for_no_writer(worker: WorkerContext, submit
 def test_all_that_ran_out_is_reaped(
     worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("api.jobs.reaper.REAPED_AT_ONCE", "api.jobs.leases.REAPED_AT_ONCE"):
+    for name in ("api.jobs.queue.reaper.REAPED_AT_ONCE", "api.jobs.queue.leases.REAPED_AT_ONCE"):
         monkeypatch.setattr(name, 2)
     for _ in range(3):
         submit(max_queue_seconds=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from api.jobs.models import FileDigest, Job
+from api.jobs.ledger.models import FileDigest, Job
 from compression.recipe import DatasetSpec
 from tests.worker.conftest import Submit
 from worker import identity

@@ -16,10 +16,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from api import database
-from api.artifacts import s3 as module
-from api.artifacts.store import open_store
-from api.jobs import events
-from api.jobs.models import Attempt, AttemptOutcome, Job, JobStatus
+from api.jobs.ledger import events
+from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobStatus
+from api.store import s3 as module
+from api.store.factory import open_store
 from tests.integration.service import commands, eventually
 from tests.support.gate import Gate
 from tests.support.s3 import READER, S3Server

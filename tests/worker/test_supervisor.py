@@ -12,10 +12,11 @@ from pathlib import Path
 
 from structlog.testing import capture_logs
 
-from api.artifacts.store import go_on
-from api.jobs import events, leases
-from api.jobs.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
+from api.jobs.ledger import events
+from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
+from api.jobs.queue import leases
 from api.settings import Settings
+from api.store.base import go_on
 from compression.events import JOURNAL_FILE
 from tests.support.postgres import PostgresServer, new_database
 from tests.worker.conftest import Submit, cancel, queue, until_an_engine_is_done

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from api.artifacts.local import LocalStore
-from api.artifacts.store import Store, StoreUnreachable, artifact_folder, go_on, open_store
+from api.store.base import Store, StoreUnreachable, go_on
+from api.store.factory import open_store
+from api.store.keys import artifact_folder
+from api.store.local import LocalStore
 from tests.support.gate import Gate
 from worker import patience
 from worker.upload import UploadError, copy, keep_shard, publish, remove, remove_older

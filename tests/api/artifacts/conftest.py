@@ -11,13 +11,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.artifacts.store import Store, artifact_key, open_store
 from api.client import Client
-from api.jobs import leases
-from api.jobs.leases import WorkerIdentity
+from api.jobs.queue import leases
+from api.jobs.queue.leases import WorkerIdentity
 from api.main import create_app
+from api.store.base import Store
+from api.store.factory import open_store
+from api.store.keys import artifact_key
 from tests.api.conftest import Server
-from tests.support.s3 import KEEPER, S3Server
+from tests.api.store.conftest import file as file
+from tests.api.store.conftest import in_s3 as in_s3
 from tests.support.serving import serving
 
 CONTENT = {
@@ -87,17 +90,3 @@ def published(server: Server, tmp_path: Path) -> Iterator[Published]:
 def client(published: Published) -> Iterator[Client]:
     with Client(published.url, published.key, patience_seconds=0) as client:
         yield client
-
-
-@pytest.fixture
-def in_s3(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty store in S3, with the credentials of one who may use it."""
-    s3.use(monkeypatch, tmp_path, KEEPER)
-    return f"s3://store/{tmp_path.name}"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789")
-    return path

@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.artifacts.store import open_store
 from api.client import ApiError, Client
 from api.settings import Settings
+from api.store.factory import open_store
 from tests.api.artifacts.conftest import BIG, CONTENT, Published
 from tests.api.conftest import Server
 from tests.support.gate import Gate

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.artifacts.store import artifact_key
 from api.client import ApiError, Client, DigestMismatch
+from api.store.keys import artifact_key
 from tests.api.artifacts.conftest import BIG, CONTENT, Published
 
 

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import select, text
 
 from api.batches import repository
-from api.jobs import leases, retention
-from api.jobs.models import Job, JobStatus
+from api.jobs.ledger.models import Job, JobStatus
+from api.jobs.queue import leases, retention
 from tests.api.batches.test_submit import counts, submit
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import event_types, start

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import event
 
 from api.errors import Unprocessable
-from api.jobs.schemas import JobSubmit
-from api.jobs.submission import PlannedJob, Planner
+from api.jobs.submission.planning import PlannedJob, Planner
+from api.jobs.submission.request import JobSubmit
 from api.main import create_app
 from api.projects.prefixes import S3Access
 from tests.api.conftest import Server
@@ -31,10 +31,10 @@ def planned(planner: Planner, server: Server, **changes: Any) -> PlannedJob:
 def test_the_same_work_is_planned_once(server: Server) -> None:
     planner = planner_of(server)
     first, second = planned(planner, server, name="a"), planned(planner, server, name="b", priority=1)
-    assert first.decided is second.decided
+    assert first.shared is second.shared
     assert (first.body.name, second.body.name) == ("a", "b")
     other_seed = planned(planner, server, calibration={**server.body()["calibration"], "seed": 1})
-    assert first.decided is other_seed.decided
+    assert first.shared is other_seed.shared
     assert (first.body.calibration.seed, other_seed.body.calibration.seed) == (0, 1)
     for changes in (
         {"scheme": "W8A16"},
@@ -44,15 +44,15 @@ def test_the_same_work_is_planned_once(server: Server) -> None:
         {"require": "vllm"},
     ):
         other = planned(planner, server, **changes)
-        assert other.decided is not first.decided
+        assert other.shared is not first.shared
         alone = planned(planner_of(server), server, **changes)
-        assert other.decided.document == alone.decided.document
-        assert other.decided.sha256 == alone.decided.sha256
+        assert other.shared.document == alone.shared.document
+        assert other.shared.sha256 == alone.shared.sha256
 
 
 def test_headers_are_read_once_for_all_recipes(server: Server) -> None:
     planner = planner_of(server)
-    decided = [planned(planner, server, scheme=scheme).decided for scheme in ("W4A16", "W8A8")]
+    decided = [planned(planner, server, scheme=scheme).shared for scheme in ("W4A16", "W8A8")]
     one, other = (each.plan.checkpoint for each in decided)
     assert one.tensors.keys() == other.tensors.keys()
     assert all(one.tensors[name] is other.tensors[name] for name in one.tensors)

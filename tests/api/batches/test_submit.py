@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from api.batches.models import Batch
-from api.jobs.models import Job
+from api.jobs.ledger.models import Batch, Job
 from api.settings import Settings
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import event_types

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from api.client import ApiError, AsyncClient
-from api.jobs import leases
-from api.jobs.models import AttemptOutcome
+from api.jobs.ledger.models import AttemptOutcome
+from api.jobs.queue import leases
 from tests.api.artifacts.conftest import publish
 from tests.api.client.conftest import Connect, Served
 from tests.api.jobs.leasing import start

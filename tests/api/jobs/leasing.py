@@ -9,9 +9,9 @@ from sqlalchemy import select, update
 
 from api import database as clock
 from api.database import Database
-from api.jobs import leases
-from api.jobs.leases import Lease, WorkerIdentity
-from api.jobs.models import Attempt, Job, JobEvent
+from api.jobs.ledger.models import Attempt, Job, JobEvent
+from api.jobs.queue import leases
+from api.jobs.queue.leases import Lease, WorkerIdentity
 from tests.api.conftest import Server
 
 CPU = WorkerIdentity("cpu-1", "cpu", host_bytes=1000, gpu_bytes=0)

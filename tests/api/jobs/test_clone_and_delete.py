@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from api.jobs import leases, repository, retention
-from api.jobs.models import Job, JobEvent, StoredPlan
+from api.jobs.ledger import repository
+from api.jobs.ledger.models import Job, JobEvent, StoredPlan
+from api.jobs.queue import leases, retention
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import start
 from tests.support.jobs import new_job

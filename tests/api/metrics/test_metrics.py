@@ -13,8 +13,8 @@ from sqlalchemy import Engine, event, text, update
 
 from api import database as clock
 from api.database import Database
-from api.jobs import leases
-from api.jobs.models import Attempt, AttemptOutcome, Job
+from api.jobs.ledger.models import Attempt, AttemptOutcome, Job
+from api.jobs.queue import leases
 from api.metrics import repository
 from api.webhooks.models import Delivery, DeliveryStatus
 from tests.api.conftest import Server

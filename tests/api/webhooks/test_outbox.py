@@ -14,8 +14,9 @@ from sqlalchemy import select, update
 
 from api import database as clock
 from api.database import Database
-from api.jobs import leases, service
-from api.jobs.models import AttemptOutcome, Job, JobEvent, JobStatus
+from api.jobs import service
+from api.jobs.ledger.models import AttemptOutcome, Job, JobEvent, JobStatus
+from api.jobs.queue import leases
 from api.webhooks import outbox, repository
 from api.webhooks.models import Delivery, DeliveryStatus, Webhook, WebhookEvent
 from api.webhooks.outbox import RETRY_SECONDS, Answer, Message

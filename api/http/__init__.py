@@ -1,0 +1,1 @@
+"""HTTP: routes, what they share, and how errors are answered."""

@@ -1,0 +1,72 @@
+"""What a request may send, and what its answer tells of its project's rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.http.problems import problem_response
+
+
+@dataclass
+class RequestLimits:
+    """Of one request, in `request.state.limits`.
+
+    received: bytes of its body so far. headers: for its answer, whatever that will be.
+    """
+
+    max_body_bytes: int
+    received: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def receive(self, size: int) -> None:
+        """Take so many bytes more, or answer 413."""
+        self.received += size
+        if self.received > self.max_body_bytes:
+            raise HTTPException(413, _too_large(self.max_body_bytes), {"Connection": "close"})
+
+    def lower_body(self, max_bytes: int) -> None:
+        """Bound the body, also what came of it before it was known whose it is."""
+        self.max_body_bytes = max_bytes
+        self.receive(0)
+
+
+class LimitRequests:
+    """ASGI middleware: 413 for a body over its limit, by its Content-Length or as it comes; and what the
+    request's limits tell in the head of the answer."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared) > self.max_body_bytes:
+            message = _too_large(self.max_body_bytes)
+            answer = problem_response(413, "body_too_large", message, headers={"Connection": "close"})
+            await answer(scope, receive, send)
+            return
+        limits = RequestLimits(self.max_body_bytes)
+        scope.setdefault("state", {})["limits"] = limits
+
+        async def receive_bounded() -> Message:
+            part = await receive()
+            limits.receive(len(part.get("body", b"")))
+            return part
+
+        async def send_with_headers(message: Message) -> None:
+            if limits.headers and message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(limits.headers)
+            await send(message)
+
+        await self.app(scope, receive_bounded, send_with_headers)
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"The body is larger than {max_bytes} bytes."

@@ -1,0 +1,1 @@
+"""What is known of jobs: their rows, their events, and how they are shown."""

@@ -1,1 +1,0 @@
-"""Compression methods: pure tensor functions, one file each."""
