@@ -27,7 +27,7 @@ import platform
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,10 +167,9 @@ class Bench:
         """The table and the figures, as far as they have come."""
         self.out.mkdir(parents=True, exist_ok=True)
         machine = describe(self.device)
-        table = [f"{key}: {value}" for key, value in machine.items()]
-        (self.out / "gpu.md").write_text(
-            "\n".join([", ".join(table), "", *_HEAD, *map(_line, self.rows), ""])
-        )
+        facts = ", ".join(f"{key}: {value}" for key, value in machine.items())
+        lines = [facts, "", *_HEAD, *map(_line, self.rows), "", *_compared(self.rows)]
+        (self.out / "gpu.md").write_text("\n".join(lines) + "\n")
         figures = {"machine": machine, "rows": [dataclasses.asdict(row) for row in self.rows]}
         (self.out / "gpu.json").write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -308,6 +307,28 @@ def _line(row: Row) -> str:
         row.note,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """What a GPU made beside what the CPU made of the same model and text by the same recipe."""
+    on_cpu = {(row.model, row.recipe): row for row in rows if row.device == "cpu"}
+    pairs = [
+        (row, on_cpu[row.model, row.recipe])
+        for row in rows
+        if row.device != "cpu" and not row.note and (row.model, row.recipe) in on_cpu
+    ]
+    lines = [
+        f"| {gpu.model} | {gpu.recipe} | {_ratio(gpu.relative_error, cpu.relative_error)} "
+        f"| {_ratio(gpu.perplexity_original, cpu.perplexity_original)} "
+        f"| {_ratio(gpu.perplexity_compressed, cpu.perplexity_compressed)} |"
+        for gpu, cpu in pairs
+    ]
+    head = "| GPU / CPU | recipe | error | perplexity, original | perplexity, compressed |"
+    return [head, "| --- | --- | ---: | ---: | ---: |", *lines] if lines else []
+
+
+def _ratio(one: float | None, other: float | None) -> str:
+    return f"{one / other:.4f}" if one is not None and other else ""
 
 
 @contextmanager
