@@ -73,8 +73,8 @@ def measure(model: Path, dataset: Path, samples: int, length: int, group_size: i
     taken = Counter(row.dampening_frac for row in report.modules)
     off = [abs(told - true) / true if told is not None else float("inf") for told, true in references]
     return (
-        f"{samples} x {length}: {len(off)} linears, by dampening {dict(taken)}; reported errors are off by at "
-        f"most {max(off):.1e} of themselves; their mean is {sum(t or 0 for t, _ in references) / len(off):.5f}"
+        f"{samples} x {length}: {len(off)} linears, by dampening {dict(taken)}; errors are off by at "
+        f"most {max(off):.1e} of themselves; mean error {sum(t or 0 for t, _ in references) / len(off):.5f}"
     )
 
 
