@@ -116,10 +116,10 @@ def main(argv: list[str] | None = None) -> int:
         _say("interrupted", "The same command goes on with the first unfinished layer.")
         return 130
     except Exception as error:
-        told = error if isinstance(error, CompressionError) else unexpected(error)
-        if isinstance(told, UnexpectedError):
+        ours = error if isinstance(error, CompressionError) else unexpected(error)
+        if isinstance(ours, UnexpectedError):
             traceback.print_exception(error)
-        _say(told.code, f"{told.message} {told.hint}")
+        _say(ours.code, f"{ours.message} {ours.hint}")
         return 1
     sys.stdout.write(json.dumps(_summary(report, Path(options.output_dir)), indent=2) + "\n")
     return 0

@@ -205,6 +205,14 @@ def test_an_output_that_cannot_be_made_is_refused_at_once(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    """The model is nowhere: whoever asked for it first would say so."""
+    (tmp_path / "texts.jsonl").touch()
+    with pytest.raises(PlanError) as caught:
+        compress("someone/nothing", RTN, tmp_path / "texts.jsonl" / "out")
+    assert (caught.value.code, caught.value.problems[0].pointer) == ("output_not_writable", "/output_dir")
+
+
 def test_names_of_250_characters_are_copied(tiny_llama: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_llama, source)
