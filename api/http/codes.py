@@ -40,12 +40,14 @@ SUBMISSION: Mapping[int, tuple[str, ...]] = {
         *("config_missing", "config_invalid", "weights_missing", "pickle_only", "index_invalid"),
         *("invalid_safetensors", "source_unreadable", "source_changed", "unsafe_link", "unsupported_dtype"),
         *("checkpoint_incomplete", "shape_mismatch", "unsupported_architecture", "remote_code_required"),
-        "source_already_quantized",
+        *("source_already_quantized", "names_of_wrapped_model"),
         # the recipe on this model
         *("nothing_to_compress", "pattern_invalid", "pattern_matches_nothing", "lm_head_not_supported"),
         *("group_size_does_not_divide", "group_size_not_applicable", "fused_group_mismatch"),
         *("too_few_outputs", "mask_structure_does_not_divide", "experts_need_dynamic_activations"),
-        *("experts_not_smoothed", "nothing_to_smooth", "kv_cache_not_supported", "not_served_by_vllm"),
+        *("experts_not_smoothed", "nothing_to_smooth", "kv_cache_not_supported"),
+        *("not_served_by_vllm", "not_loaded_by_transformers"),
+        "sequence_too_long",
     ),
     503: ("hub_unreachable", "s3_unreachable"),
 }

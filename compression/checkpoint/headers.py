@@ -7,8 +7,8 @@ length and range is checked before it is used, links may not lead out of the fol
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from compression.boundary import parse_json, reason
 from compression.checkpoint.layout import DTYPE_BITS, TensorSpec
 from compression.checkpoint.tensors import FileStamp, StoredTensor, TensorInfo
 from compression.errors import SourceError
@@ -37,12 +38,18 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _OTHER_WEIGHT_SUFFIXES = {".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".tflite", ".ot"}
 _WEIGHT_SUFFIXES = {".safetensors"} | _PICKLE_SUFFIXES | _OTHER_WEIGHT_SUFFIXES
 _REWRITTEN = {"config.json", "README.md", "recipe.yaml", "bitmill.json"}
+_ADAPTER_CONFIG = "adapter_config.json"
+_OF_A_RUN = {"bitmill.json", ".bitmill"}
+_OF_A_CHECKPOINT = {SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"}
+_TRAINERS_FOLDER = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder. `folder` and all files are resolved paths. `weight_names` are the names that the weight
-    files have in the folder, `weight_bytes` the size of all; `other_files` are relative to it."""
+    files have in the folder, `weight_bytes` the size of all; `other_files` are copied, and relative to it.
+    `left_out`: what lies in the folder and is not copied although it is no weight: an adapter's config, and
+    folders (with a slash at their end) that hold a checkpoint of their own."""
 
     folder: Path
     config: dict[str, Any]
@@ -51,6 +58,7 @@ class Checkpoint:
     weight_names: tuple[str, ...]
     weight_bytes: int
     other_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -76,8 +84,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         tensors = _read_headers(weight_files)
         _check_index(weight_map, tensors)
         weight_bytes = sum(stamp.size for stamp in {info.stamp for info in tensors.values()})
-        other_files = _other_files(folder)
-        return Checkpoint(folder, config, tensors, weight_files, names, weight_bytes, other_files)
+        other_files, left_out = _other_files(folder)
+        return Checkpoint(folder, config, tensors, weight_files, names, weight_bytes, other_files, left_out)
     except OSError as error:
         raise SourceError(
             "source_unreadable", f"The model folder cannot be read: {error.strerror or error}."
@@ -228,21 +236,14 @@ def _invalid(file: str, reason: str) -> NoReturn:
 
 def _parse_json(text: bytes, name: str, code: str) -> Any:
     """JSON from a stranger: UTF-8, no name twice in an object, bounded in objects and in depth."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return mapping
-
     brackets = text.count(b"[") + text.count(b"{")
     if brackets > MAX_JSON_BRACKETS or text.count(b",") > MAX_JSON_COMMAS:
         raise SourceError(code, f"{name} holds more than any model has.")
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise SourceError(code, f"{name} is not valid JSON: {reason}.", "Download it again.") from error
+        return parse_json(text, unique_names=True, whole_characters=True)
+    except ValueError as error:
+        message = f"{name} is not valid JSON: {reason(error)}."
+        raise SourceError(code, message, "Download it again.") from error
 
 
 def _read_json(folder: Path, name: str, limit: int, code: str) -> dict[str, Any]:
@@ -335,23 +336,39 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> 
         )
 
 
-def _other_files(folder: Path) -> tuple[str, ...]:
-    """What is copied byte for byte: all but weights, indexes, hidden folders, and what Bitmill writes."""
+def _other_files(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is copied byte for byte: all but weights, indexes, hidden folders, and what Bitmill writes; and
+    `left_out`, as in Checkpoint."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
-    found = []
+    found, left_out = [], []
     for parent, folders, files in os.walk(folder, onerror=refuse):
+        relative = Path(parent).relative_to(folder).as_posix()
+        if relative != "." and _is_checkpoint(Path(parent).name, {*files, *folders}):
+            left_out.append(f"{relative}/")
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*files, *folders):
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 resolve_inside(folder, relative)
-            if path.is_file() and not _is_replaced(relative):
+            if name == _ADAPTER_CONFIG:
+                left_out.append(relative)
+            elif path.is_file() and not _is_replaced(relative):
                 found.append(relative)
-    return tuple(sorted(found))
+    return tuple(sorted(found)), tuple(sorted(left_out))
+
+
+def _is_checkpoint(name: str, content: set[str]) -> bool:
+    """Whether a folder inside a model's is a model of its own: one that a trainer saved on its way, an output
+    of Bitmill or of another tool, or what is left of an interrupted run."""
+    if _TRAINERS_FOLDER.fullmatch(name) or content & _OF_A_RUN:
+        return True
+    return "config.json" in content and bool(content & _OF_A_CHECKPOINT)
 
 
 def _is_replaced(relative: str) -> bool:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint.headers import Checkpoint, open_regular
-from compression.checkpoint.tensors import BlockScaledWeight, FileStamp, StackedWeight, TensorInfo
+from compression.checkpoint.tensors import (
+    BlockScaledWeight,
+    FileStamp,
+    StackedWeight,
+    StoredTensor,
+    TensorInfo,
+)
 from compression.errors import SourceError
 
 CHUNK_BYTES = 8 << 20
@@ -70,6 +76,24 @@ def read_infos(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
             for info in members:
                 tensors[info.name] = _read(descriptor, info)
     return tensors
+
+
+def same_data(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are the same bytes on disk; no more than a chunk of each is in memory.
+
+    Tensors that are stored in another form are not compared, and differ.
+    """
+    if not isinstance(one, TensorInfo) or not isinstance(other, TensorInfo) or one.spec != other.spec:
+        return False
+    with open_unchanged(one) as left, open_unchanged(other) as right:
+        for done in range(0, one.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, one.nbytes - done)
+            parts = (bytearray(size), bytearray(size))
+            read_into(left, memoryview(parts[0]), one.begin + done, one)
+            read_into(right, memoryview(parts[1]), other.begin + done, other)
+            if parts[0] != parts[1]:
+                return False
+    return True
 
 
 def make(tensor: StackedWeight | BlockScaledWeight) -> Tensor:

@@ -10,8 +10,10 @@ from math import prod
 from typing import Any
 
 from compression.errors import Problem
+from compression.families.configuration import text_config, ties, without_nulls
 from compression.families.families import FAMILIES
 from compression.families.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec
+from compression.families.values import value_problems
 
 LM_HEAD = "lm_head"
 MAX_EXPERTS = 4096
@@ -60,8 +62,10 @@ class SparseRule:
 class Decoder:
     """A family with its sizes: the shapes of one model.
 
-    sizes: by the names that the table uses. switches: the config keys that decide about biases and optional
-    tensors. sparse: which layers have experts, None where none has. window: of sliding attention, 0 without.
+    sizes: by the names that the table uses. tied: whether lm_head is the embeddings; as config.json says,
+    until somebody has looked at the checkpoint. switches: the config keys that decide about biases and
+    optional tensors. sparse: which layers have experts, None where none has. window: of sliding attention, 0
+    without. positions: max_position_embeddings.
     """
 
     family: Family
@@ -71,6 +75,7 @@ class Decoder:
     switches: Mapping[str, bool]
     sparse: SparseRule | None = None
     window: int = 0
+    positions: int = 0
 
     @property
     def layers_prefix(self) -> str:
@@ -196,8 +201,10 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
                 f"Supported model types: {', '.join(FAMILIES)}.",
             )
         ]
-    text = _text_config(config, family)
-    problems = _architecture_problems(config, text, family)
+    problems = _meaning_nulls(text_config(config, family), family)
+    config = without_nulls(config, family)
+    text = text_config(config, family)
+    problems += _architecture_problems(config, text, family)
     present = {family.aliases.get(key, key): value for key, value in text.items() if value is not None}
     stated = {**family.defaults, **present}
     hidden, inner, layers, heads, vocab = (
@@ -208,7 +215,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     )  # fmt: skip
     kv_heads = _size(stated, "num_key_value_heads", heads, problems)
     head = _size(stated, "head_dim", hidden // heads, problems)
-    positions = _size(stated, "max_position_embeddings", 1, problems)
+    positions = _size(stated, "max_position_embeddings", None, problems)
     if not problems and heads % kv_heads and "kv_lora" not in family.sizes:
         problems.append(
             _problem(
@@ -242,20 +249,32 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     if stacked and layers * sizes["experts"] > MAX_STACKED_EXPERTS:
         problems.append(_problem("config_invalid", f"config.json: more than {MAX_STACKED_EXPERTS} experts."))
     sparse = _sparse_rule(stated, family, problems)
+    problems += value_problems(config, text, family, vocab)
     if problems:
         return problems
     keys = {linear.bias for linear in family.linears()} | family.optional.keys()
     switches = {key: stated.get(key) is True for key in keys}
-    whole = {**family.defaults, **config}  # one of the two is enough
-    tied = any(part.get("tie_word_embeddings") is True for part in (stated, whole))
-    window = stated.get("sliding_window") if stated.get("use_sliding_window", True) else None
-    return Decoder(family, sizes, layers, tied, switches, sparse, window if type(window) is int else 0)
+    window = _window(text, stated)
+    return Decoder(family, sizes, layers, ties(config, family), switches, sparse, window, positions)
 
 
-def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    """Where the decoder is stated. Before `text_config`, Qwen2.5-VL had its keys among those of the whole."""
-    text = config.get("text_config")
-    return text if family.vision.text_type and isinstance(text, dict) else config
+def _window(text: Mapping[str, Any], stated: Mapping[str, Any]) -> int:
+    """Of sliding attention: null in config.json means that there is none, whatever the default."""
+    window = None if text.get("sliding_window", 0) is None else stated.get("sliding_window")
+    return window if type(window) is int and stated.get("use_sliding_window", True) else 0
+
+
+def _meaning_nulls(text: Mapping[str, Any], family: Family) -> list[Problem]:
+    """A null that makes another structure of the model than the table has."""
+    if "q_lora_rank" not in family.defaults or text.get("q_lora_rank", 0) is not None:
+        return []
+    return [
+        _problem(
+            "unsupported_architecture",
+            "config.json: q_lora_rank is null, so that queries are made by one linear.",
+            "Models of this type are supported with a q_lora_rank only.",
+        )
+    ]
 
 
 def _sparse_rule(stated: Mapping[str, Any], family: Family, problems: list[Problem]) -> SparseRule | None:

@@ -30,44 +30,63 @@ from compression.families.layer_parts import (
 )
 from compression.families.structure import ExpertsSpec, Family, GroupSpec, LinearSpec, Sparse, Vision
 
+TIED_AND_PADDED = {"tie_word_embeddings": True, "pad_token_id": 0}
+QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+
 DECODERS: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"), PRE_NORMS),
+    "llama": Family(
+        "LlamaForCausalLM",
+        attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"),
+        PRE_NORMS,
+        defaults={"max_position_embeddings": 2048},
+    ),
     "mistral": Family(
-        "MistralForCausalLM", attention() + gated_mlp(), PRE_NORMS, defaults={"num_key_value_heads": 8}
+        "MistralForCausalLM",
+        attention() + gated_mlp(),
+        PRE_NORMS,
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         attention(qkv_bias="always") + gated_mlp(),
         PRE_NORMS,
-        defaults={"num_key_value_heads": 32},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768} | QWEN_WINDOW,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         attention(**ALL_BIASED) + gated_mlp(),
         PRE_NORMS | QK_NORMS,
-        defaults={"num_key_value_heads": 32, "head_dim": 128},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768}
+        | QWEN_WINDOW,
     ),
     "gemma": Family(
         "GemmaForCausalLM",
         attention(**ALL_BIASED) + gated_mlp(),
         PRE_NORMS,
-        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192}
+        | TIED_AND_PADDED,
         norm_offset=1,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         attention(**ALL_BIASED) + gated_mlp("pre_feedforward_layernorm"),
         FOUR_NORMS,
-        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192}
+        | {"sliding_window": 4096}
+        | TIED_AND_PADDED,
         norm_offset=1,
         eager=True,
+        activation_key="hidden_activation",
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         attention(**ALL_BIASED) + gated_mlp("pre_feedforward_layernorm"),
         FOUR_NORMS | QK_NORMS,
-        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072}
+        | {"sliding_window": 4096}
+        | TIED_AND_PADDED,
         norm_offset=1,
+        activation_key="hidden_activation",
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -77,19 +96,29 @@ DECODERS: dict[str, Family] = {
             *FUSED_MLP,
         ),
         PRE_NORMS,
+        defaults={"max_position_embeddings": 4096, "pad_token_id": 32_000},
+        rope_types=("default", "longrope"),
+        rope_aliases={"yarn": "longrope"},
     ),
-    "granite": Family("GraniteForCausalLM", attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"), PRE_NORMS),
+    "granite": Family(
+        "GraniteForCausalLM",
+        attention(**ALL_BIASED) + gated_mlp(bias="mlp_bias"),
+        PRE_NORMS,
+        defaults={"max_position_embeddings": 2048},
+    ),
     "glm": Family(
         "GlmForCausalLM",
         attention(qkv_bias="attention_bias") + FUSED_MLP,
         PRE_NORMS,
-        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+        | {"max_position_embeddings": 131_072, "pad_token_id": 151_329},
     ),
     "glm4": Family(
         "Glm4ForCausalLM",
         attention(qkv_bias="attention_bias") + FUSED_MLP,
         PRE_NORMS | norms("post_self_attn_layernorm", "post_mlp_layernorm"),
-        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+        | {"max_position_embeddings": 131_072, "pad_token_id": 151_329},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -97,6 +126,7 @@ DECODERS: dict[str, Family] = {
         norms("post_attention_layernorm", "post_feedforward_layernorm")
         | norms("self_attn.q_norm", shape=("q",))
         | norms("self_attn.k_norm", shape=("kv",)),
+        defaults={"max_position_embeddings": 2048, "pad_token_id": 1},
     ),
     "cohere": Family(
         "CohereForCausalLM",
@@ -106,13 +136,13 @@ DECODERS: dict[str, Family] = {
             "use_qk_norm": norms("self_attn.q_norm", shape=("heads", "head"))
             | norms("self_attn.k_norm", shape=("kv_heads", "head"))
         },
-        defaults={"tie_word_embeddings": True},
+        defaults={"max_position_embeddings": 8192} | TIED_AND_PADDED,
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
         parallel(attention(**ALL_BIASED), gated_mlp()),
         norms("input_layernorm"),
-        defaults={"tie_word_embeddings": True},
+        defaults={"max_position_embeddings": 8192, "sliding_window": 4096} | TIED_AND_PADDED,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -127,7 +157,7 @@ DECODERS: dict[str, Family] = {
         ),
         sizes={"experts": (("num_local_experts",),), "expert_inner": (("intermediate_size",),)},
         aliases={"num_experts": "num_local_experts"},
-        defaults={"num_key_value_heads": 8, "num_local_experts": 8},
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "max_position_embeddings": 131_072},
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -140,7 +170,9 @@ DECODERS: dict[str, Family] = {
         ),
         sizes={"experts": (("num_experts",),), "expert_inner": (("moe_intermediate_size",),)},
         aliases={"num_local_experts": "num_experts"},
-        defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+        defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768}
+        | {"max_position_embeddings": 32_768}
+        | QWEN_WINDOW,
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
@@ -167,7 +199,9 @@ DECODERS: dict[str, Family] = {
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
             "qkv_bias": True,
-        },
+            "max_position_embeddings": 32_768,
+        }
+        | QWEN_WINDOW,
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -182,7 +216,7 @@ DECODERS: dict[str, Family] = {
         ),
         sizes={"experts": (("num_experts",),), "expert_inner": (("intermediate_size",),)},
         aliases={"num_local_experts": "num_experts"},
-        defaults={"num_experts": 64},
+        defaults={"num_experts": 64, "max_position_embeddings": 4096, "pad_token_id": 1},
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
@@ -215,6 +249,7 @@ DECODERS: dict[str, Family] = {
             "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
+            "max_position_embeddings": 4096,
         },
     ),
     "llama4_text": Family(
@@ -247,6 +282,7 @@ DECODERS: dict[str, Family] = {
             "num_local_experts": 16,
             "intermediate_size": 8192,
             "intermediate_size_mlp": 16384,
+            "max_position_embeddings": 131_072,
         },
         intermediate_key="intermediate_size_mlp",
     ),
@@ -263,7 +299,8 @@ DECODERS: dict[str, Family] = {
         ),
         layer_norm("self_attn_layer_norm") | layer_norm("final_layer_norm"),
         sizes={"q": (("hidden_size",),), "kv": (("hidden_size",),)},  # whatever keys for others say
-        defaults={"enable_bias": True, "tie_word_embeddings": True, "max_position_embeddings": 2048},
+        defaults={"enable_bias": True, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 2048, "pad_token_id": 1},
         fixed={
             "word_embed_proj_dim": "hidden_size",
             "do_layer_norm_before": True,
@@ -276,6 +313,8 @@ DECODERS: dict[str, Family] = {
         outside={"model.decoder.embed_positions.weight": ("positions + 2", "hidden")}
         | layer_norm("model.decoder.final_layer_norm"),
         intermediate_key="ffn_dim",
+        activation_key="activation_function",
+        rope_types=(),
     ),
 }
 """Families that read text alone, by `model_type`."""
@@ -319,8 +358,11 @@ def _reads_images(architecture: str, text: Family, vision: Vision, **defaults: i
 
 FAMILIES: dict[str, Family] = {
     **DECODERS,
-    "qwen2_5_vl": _reads_images(
-        "Qwen2_5_VLForConditionalGeneration", DECODERS["qwen2"], _QWEN_VISION, num_key_value_heads=8
+    "qwen2_5_vl": replace(
+        _reads_images(
+            "Qwen2_5_VLForConditionalGeneration", DECODERS["qwen2"], _QWEN_VISION, num_key_value_heads=8
+        ),
+        rope_aliases={"mrope": "default"},
     ),
     "llava": _reads_images(
         "LlavaForConditionalGeneration",

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from compression.families.native_values import ROPE_TYPES
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -136,7 +138,8 @@ class Family:
     them. counts_positions: its forward counts positions by a cumsum of floating point, for which CUDA has no
     deterministic kernel, so it has to be given them. vision: what stands beside the decoder, where it reads
     images; its sizes are then those of text_config, and all names those of Transformers, whatever they are on
-    disk.
+    disk. activation_key: the config key that names the activation function. rope_types: the kinds of rotary
+    embedding that Transformers has for it, () where there is none. rope_aliases: other names for them.
     """
 
     architecture: str
@@ -156,6 +159,14 @@ class Family:
     eager: bool = False
     counts_positions: bool = False
     vision: Vision = Vision()
+    activation_key: str = "hidden_act"
+    rope_types: tuple[str, ...] = tuple(ROPE_TYPES)
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions have embeddings, so that there is none beyond the last."""
+        return any("positions + 2" in shape for shape in self.outside.values())
 
     def linears(self) -> list[LinearSpec]:
         """A dense layer's linears in forward order."""

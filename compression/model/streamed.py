@@ -8,23 +8,27 @@ file, and the pinned version is in pyproject.toml.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from copy import deepcopy
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
+from compression.boundary import foreign
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
 from compression.families.families import FAMILIES
 from compression.math.finite import all_finite
 from compression.model.experts import unfuse
+from compression.model.state import forget_between_calls, stateful, without_storage, without_values
 
 HEAD = "lm_head"
+
+_CONFIG = "Correct config.json, or download the model again."
 
 
 class StreamedModel:
@@ -42,7 +46,7 @@ class StreamedModel:
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
         family = FAMILIES[checkpoint.config["model_type"]]
-        self.module = _build_empty(checkpoint.folder, family.architecture, compute_dtype)
+        self.module = _build_empty(checkpoint.config, family.architecture, compute_dtype)
         self.layers = list(self.module.get_submodule(layers_prefix.removesuffix(".")).children())
         if family.sparse:
             for layer in self.layers:
@@ -52,6 +56,7 @@ class StreamedModel:
             self.module.register_forward_pre_hook(_with_positions, with_kwargs=True)
         self._layers_prefix = layers_prefix
         self._tower = family.vision.modules
+        self._embedding = family.embedding
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -89,7 +94,11 @@ class StreamedModel:
             handles.append(self.module.get_submodule(name).register_forward_hook(at_producer(name)))
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
-        self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        with (
+            foreign("config_invalid", "Transformers cannot run the model of config.json", _CONFIG),
+            without_storage(stateful(self.module, self._tower).values()),
+        ):
+            self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
         groups: dict[int, list[str]] = {}
@@ -99,7 +108,11 @@ class StreamedModel:
         return list(groups.values()), readers
 
     def load_embeddings(self) -> None:
-        """Make real all that runs before the first layer, and what is small: norms and rotary buffers."""
+        """Make real all that runs before the first layer, and what is small: norms and rotary buffers.
+
+        Raises:
+            PlanError: `plan_mismatch`, where the model keeps a tensor that none of this makes real.
+        """
         model: Any = self.module  # the half-private part of Transformers' interface has no types
         meta_buffers = [buffer for buffer in model.buffers() if buffer.is_meta]
         model._move_missing_keys_from_meta_to_device([], {"": self.device}, None, None)
@@ -107,6 +120,10 @@ class StreamedModel:
             tensor._is_hf_initialized = True  # only what no checkpoint holds is initialised
         model.initialize_weights()
         self._load(self._outside())
+        forget_between_calls(stateful(self.module, self._tower).values())
+        later = (self._layers_prefix, f"{HEAD}.")
+        if missing := without_values(self.module, loaded_later=later, outside=self._tower):
+            raise _missing(missing[0])
 
     def drop_embeddings(self) -> None:
         """Give back the embeddings, which no batch reads again once it has reached the first layer."""
@@ -114,10 +131,10 @@ class StreamedModel:
         self._drop([name for name, p in self.module.named_parameters() if id(p) in embeddings])
 
     def load_head(self) -> None:
-        """Make lm_head real, from the embeddings on disk where the two are tied."""
+        """Make lm_head real: that on disk, and the embeddings where there is none, whatever config.json says
+        of it (docs/adr/0038-what-is-on-disk-is-the-model.md)."""
         name = f"{HEAD}.weight"
-        tied: dict[str, str] = self.module.all_tied_weights_keys
-        self._load([name], {name: tied.get(name, name)})
+        self._load([name], {} if name in self.checkpoint.tensors else {name: self._embedding})
 
     def load_layer(self, index: int) -> None:
         """Make one decoder layer real.
@@ -211,14 +228,29 @@ def _missing(name: str) -> PlanError:
     )
 
 
-def _build_empty(folder: Path, architecture: str, compute_dtype: torch.dtype) -> PreTrainedModel:
+def _build_empty(stated: Mapping[str, Any], architecture: str, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with foreign("config_invalid", "Transformers cannot read config.json", _CONFIG):
+        config = CONFIG_MAPPING[stated["model_type"]].from_dict(deepcopy(dict(stated)))
     cls: Any = getattr(transformers, architecture)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"  # Gemma 2 soft-caps its scores
     for part in config.sub_configs:
         getattr(config, part).dtype = compute_dtype  # parts are built in the dtypes that their configs state
-    with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        _return_logits_only(part)
+    with (
+        foreign("config_invalid", f"Transformers makes no {architecture} of config.json", _CONFIG),
+        ContextManagers(cls.get_init_context(compute_dtype, False, False, None)),
+    ):
         model: PreTrainedModel = cls(config)
     model.train(False)
     return model.requires_grad_(False)
+
+
+def _return_logits_only(config: PreTrainedConfig) -> None:
+    """What config.json may ask of every forward besides, or in place of, an object that holds the logits."""
+    config.return_dict = True
+    config.output_hidden_states = False
+    config.output_attentions = False
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False

@@ -254,8 +254,10 @@ def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[Me
         "Gram matrix", FLOAT32 * columns**2, f"of the input of {group.name}, float32", ("gram", "solve")
     )
     chunk = min(CHUNK_TOKENS, work.parked.at_groups)
-    basis = f"{chunk} tokens x {columns}, and an eighth of the Gram matrix"
-    yield MemoryItem("chunk", itemsize * (chunk * columns + columns**2 // 8), basis, ("gram",))
+    numbers = chunk * columns
+    basis = f"{chunk} tokens x {columns}, the same in float32, and an eighth of the Gram matrix"
+    size = itemsize * numbers + FLOAT32 * (numbers + columns**2 // 8)
+    yield MemoryItem("chunk", size, basis, ("gram",))
     if count := work.experts_at_once:
         yield MemoryItem(
             "experts' Gram matrices",

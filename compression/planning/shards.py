@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.layout import TensorSpec
-from compression.families.decoder import LM_HEAD, Decoder, LayerShape
+from compression.families.decoder import Decoder, LayerShape
 from compression.methods import method_of
 from compression.planning.plans import CachePlan, FoldPlan, LayerPlan, LinearFoldPlan, ModulePlan
 from compression.schemes import Scheme
@@ -65,8 +65,6 @@ def assign_shards(
     what they are folded into. caches: keys and values get scales.
     """
     outside = [key for key in (*decoder.outside_tensors(), *beside) if key in checkpoint.tensors]
-    if decoder.tied and f"{LM_HEAD}.weight" in checkpoint.tensors:
-        outside.append(f"{LM_HEAD}.weight")
     parts = list(_parts(checkpoint, outside))
     total = decoder.num_layers + len(parts)
     names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]

@@ -6,17 +6,19 @@ Plans of one model share it: who plans many jobs surveys each folder once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from compression.boundary import foreign
 from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.errors import PlanError, Problem
+from compression.families.configuration import without_nulls
 from compression.families.decoder import LM_HEAD, Decoder, read_decoder
 from compression.families.naming import module_names, with_model_names
 from compression.families.stacks import unstacked
-from compression.planning import checks
+from compression.planning import checks, model_checks
 from compression.planning.assignment import Linear
 from compression.planning.guide import GuideModel
 
@@ -57,7 +59,9 @@ class Survey:
     @cached_property
     def copied_bytes(self) -> int:
         """The size of the files that are copied as they are: the tokenizer's, for example."""
-        return sum((self.checkpoint.folder / name).stat().st_size for name in self.checkpoint.other_files)
+        folder = self.checkpoint.folder
+        with foreign("source_unreadable", "The model folder cannot be read"):
+            return sum((folder / name).stat().st_size for name in self.checkpoint.other_files)
 
 
 def survey(folder: Path) -> Survey:
@@ -75,10 +79,13 @@ def survey(folder: Path) -> Survey:
         raise PlanError(*problems, *decoder)
     vision = decoder.family.vision
     checkpoint = with_model_names(checkpoint, vision)
+    checkpoint = replace(checkpoint, config=without_nulls(checkpoint.config, decoder.family))
+    decoder = model_checks.tied_as_stored(decoder, checkpoint, warnings)
     tower = tuple(sorted(name for name in checkpoint.tensors if name.startswith(vision.modules)))
     expected = _expected(checkpoint, decoder)
     if not any(problem.code == "source_already_quantized" for problem in problems):
-        problems += checks.tensor_problems(checkpoint, decoder, expected)
+        wrapped = model_checks.wrapped_names(checkpoint, vision, expected)
+        problems += wrapped or checks.tensor_problems(checkpoint, decoder, expected)
     linears = _linears(checkpoint, decoder)
     return Survey(
         checkpoint=checkpoint if problems else unstacked(checkpoint, decoder),
@@ -88,7 +95,11 @@ def survey(folder: Path) -> Survey:
         tower=tower,
         unknown=tuple(sorted(checkpoint.tensors.keys() - expected.keys() - set(tower))),
         problems=tuple(problems),
-        warnings=(*warnings, *checks.fp8_warnings(checkpoint)),
+        warnings=(
+            *warnings,
+            *checks.fp8_warnings(checkpoint),
+            *model_checks.left_out_warnings(checkpoint.left_out),
+        ),
     )
 
 
@@ -103,10 +114,8 @@ def _layer_count(checkpoint: Checkpoint, decoder: Decoder) -> int:
 
 
 def _expected(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the model has -> its shape. A tied lm_head may be on disk as well."""
+    """Every tensor that the model has -> its shape."""
     expected = dict(decoder.outside_tensors())
-    if f"{LM_HEAD}.weight" in checkpoint.tensors:
-        expected[f"{LM_HEAD}.weight"] = (decoder.vocab_size, decoder.hidden_size)
     for index in range(_layer_count(checkpoint, decoder)):
         layer = decoder.layer(index).tensors
         expected |= {f"{decoder.layers_prefix}{index}.{name}": shape for name, shape in layer.items()}

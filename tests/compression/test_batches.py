@@ -20,10 +20,7 @@ from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
 from compression.model.batches import SuspendedBatches
 from compression.model.hooks import ForwardHooks
-from compression.model.streamed import StreamedModel
-from compression.planning.planner import plan
-from compression.planning.plans import Plan
-from compression.recipe import Recipe
+from tests.compression.streaming import empty, hooks_of, planned, streamed, through_all_layers, tokens
 from tests.support.models import load_model, tiny_model
 
 
@@ -31,39 +28,6 @@ from tests.support.models import load_model, tiny_model
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def empty(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    made = planned(folder)
-    return StreamedModel(made.checkpoint, made.layers_prefix, device="cpu", compute_dtype=dtype)
-
-
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    model = empty(folder, dtype)
-    model.load_embeddings()
-    return model
-
-
-def planned(folder: Path) -> Plan:
-    return plan(folder, Recipe.from_short("W4A16", method="rtn", has_dataset=False))
-
-
-def hooks_of(model: StreamedModel, folder: Path) -> ForwardHooks:
-    groups = {m.name: m.group for layer in planned(folder).layers for m in layer.modules}
-    return ForwardHooks(model, groups, {})
-
-
-def tokens(batch: int = 2, seq: int = 24, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (batch, seq), generator=torch.Generator().manual_seed(seed))
-
-
-def through_all_layers(model: StreamedModel, stream: SuspendedBatches) -> list[Tensor]:
-    for index in range(len(model)):
-        model.load_layer(index)
-        stream.run_through(index)
-        model.drop_layer(index)
-    model.load_head()
-    return [logits for logits, _ in stream.finish()]
 
 
 def one_expert_at_a_time(experts: nn.Module, x: Tensor) -> Tensor:

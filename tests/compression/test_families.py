@@ -134,7 +134,7 @@ def test_tensors_and_shapes_are_those_of_the_model(variant: str) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_a_config_leaves_out_has_the_default_of_transformers(model_type: str) -> None:
     """A config.json may hold little; defaults then come from the configuration class."""
-    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160}
+    sizes = {**SIZES, "hidden_size": 384, "num_attention_heads": 96, "ffn_dim": 160, "vocab_size": 200_000}
     del sizes["num_key_value_heads"]
     stated = {"text_config": sizes} if model_type in TOWERS else sizes
     whole = AutoConfig.for_model(model_type, **deepcopy(stated))

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 
 from api.jobs.ledger.models import IdempotencyKey, Job
 from api.settings import Settings
 from tests.api.conftest import Server
+from tests.support.models import tiny_model
 
 
 def refused(server: Server, **changes: Any) -> dict[str, Any]:
@@ -92,6 +94,25 @@ class TestAccepted:
         job = server.http.post("/v1/jobs", json=body).json()
         assert (job["method"], job["scheme"]) == ("gptq", "W4A16")
 
+    def test_an_ignore_that_matches_nothing_is_refused_only_if_strict(self, server: Server) -> None:
+        """`strict` is of the recipe, and so of its clones."""
+        patterns = ["lm_head", "re:vision.*"]
+        lenient = server.submit(scheme="W8A16", ignore=patterns)
+        warnings = server.http.get(f"/v1/jobs/{lenient['id']}").json()["plan"]["warnings"]
+        assert [warning["code"] for warning in warnings] == ["pattern_matches_nothing"]
+        assert "strict" not in lenient["recipe"]
+        strict = server.submit(scheme="W8A16", ignore=["lm_head"], strict=True)
+        assert strict["recipe"]["strict"] is True
+        clone = server.http.post(f"/v1/jobs/{strict['id']}/clone", json={}).json()
+        assert clone["recipe"] == strict["recipe"]
+        answer = server.http.post(
+            f"/v1/jobs/{strict['id']}/clone", json={"ignore": patterns, "scheme": "W8A16", "strict": True}
+        )
+        assert (answer.status_code, pointers(answer.json())) == (
+            422,
+            {"/ignore/1": "pattern_matches_nothing"},
+        )
+
     def test_a_sparse_scheme(self, server: Server) -> None:
         job = server.submit(scheme="sparse-2of4", method=None)
         assert (job["method"], job["scheme"]) == ("sparsegpt", "SPARSE_2OF4")
@@ -119,6 +140,12 @@ class TestAccepted:
             row = session.get_one(Job, job["id"])
             assert row.dataset is not None
             assert len(row.dataset["texts"]) == 3
+
+    def test_a_flag_that_contradicts_the_checkpoint_is_a_warning(self, server: Server) -> None:
+        config = json.loads((server.model / "config.json").read_text())
+        (server.model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        job = server.http.get(f"/v1/jobs/{server.submit()['id']}").json()
+        assert [each["code"] for each in job["plan"]["warnings"]] == ["tie_flag_contradicts_checkpoint"]
 
     def test_through_a_link_inside_the_root(self, server: Server) -> None:
         link = server.model.parent / "link"
@@ -227,6 +254,11 @@ class TestRefused:
         problem = refused(server, scheme="W3A16", require="vllm")
         assert pointers(problem) == {"/scheme": "not_served_by_vllm"}
 
+    @pytest.mark.parametrize("reader", ["transformers", "both"])
+    def test_so_is_what_transformers_does_not_load(self, reader: str, server: Server) -> None:
+        problem = refused(server, scheme="W4A16_ASYM", require=reader)
+        assert pointers(problem) == {"/scheme": "not_loaded_by_transformers"}
+
     def test_gptq_without_data(self, server: Server) -> None:
         assert "/dataset" in pointers(refused(server, method="gptq", dataset=None))
 
@@ -238,6 +270,34 @@ class TestRefused:
     def test_all_problems_at_once(self, server: Server) -> None:
         problem = refused(server, model="/etc", dataset="/etc/passwd", scheme="W5A16")
         assert set(pointers(problem)) == {"/model", "/dataset", "/scheme"}
+
+    @pytest.mark.parametrize(
+        ("change", "field"),
+        [
+            ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters.rope_type"),
+            ({"hidden_act": "gloo"}, "hidden_act"),
+            ({"pad_token_id": 5000}, "pad_token_id"),
+        ],
+    )
+    def test_a_config_that_no_model_can_be_built_from(
+        self, server: Server, change: dict[str, Any], field: str
+    ) -> None:
+        config = json.loads((server.model / "config.json").read_text())
+        (server.model / "config.json").write_text(json.dumps(config | change))
+        problem = refused(server)
+        assert pointers(problem) == {"/model": "config_invalid"}
+        assert f"config.json: {field} is" in problem["detail"]
+
+    def test_samples_longer_than_the_positions_of_a_model(self, server: Server) -> None:
+        shutil.rmtree(server.model)
+        tiny_model(server.model, "opt", max_position_embeddings=512)
+        problem = refused(server, calibration={"max_seq_length": 1024})
+        assert pointers(problem) == {"/calibration/max_seq_length": "sequence_too_long"}
+
+    def test_names_of_a_wrapped_model(self, server: Server) -> None:
+        path = server.model / "model.safetensors"
+        save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}, path)
+        assert pointers(refused(server)) == {"/model": "names_of_wrapped_model"}
 
     def test_a_pickle_only_checkpoint(self, server: Server) -> None:
         for file in server.model.glob("*.safetensors*"):
