@@ -64,7 +64,7 @@ SIZES: Mapping[str, dict[str, Any]] = {
     "experts": {"hidden": 512, "intermediate": 512, "kv_heads": 2, "vocab": 512, "layers": 2, "experts": 8},
 }
 TINY: Mapping[str, dict[str, Any]] = {
-    "large": {"hidden": 256, "intermediate": 256, "kv_heads": 2, "head_dim": 64, "vocab": 512},
+    "large": {"hidden": 128, "intermediate": 256, "kv_heads": 2, "head_dim": 32, "vocab": 512},
     "small": {"hidden": 128, "intermediate": 128, "kv_heads": 1, "vocab": 512, "layers": 2},
     "experts": {"hidden": 128, "intermediate": 128, "kv_heads": 1, "vocab": 512, "layers": 2, "experts": 3},
 }
