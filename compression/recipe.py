@@ -46,9 +46,12 @@ def _written_out(step: Any) -> list[Any]:
 
 
 def _peer_steps(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Raises ValueError alone: pydantic lets other errors of a validator through as they are."""
+    """Raises ValueError alone, in whole characters: pydantic lets other errors of a validator through as they
+    are, and fails on a message that quotes half a character."""
     try:
         return peer_steps(document)
+    except ValueError as error:
+        raise ValueError(reason(error)) from error
     except (TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"the recipe cannot be read: {reason(error)}") from error
 
