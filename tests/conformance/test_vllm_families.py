@@ -33,6 +33,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"type": "rtn", "scheme": "FP8_DYNAMIC", "targets": [r"re:.*layers\.0\."]},
         {"type": "rtn", "scheme": "W4A16"},
     ],
+    "FP8_DYNAMIC-then-experts-W4A16": [
+        {"type": "rtn", "scheme": "FP8_DYNAMIC", "targets": [r"re:.*self_attn.*"]},
+        {"type": "rtn", "scheme": "W4A16"},
+    ],
     "SPARSE_2OF4": [{"type": "magnitude", "mask_structure": "2:4"}],
 }
 LEARNED = ("FP8", "NVFP4", "W4A16-fp8-cache")
@@ -57,11 +61,12 @@ NOT_ON_CPU = [
     ("glm4", "FP8"),
 ]
 CASES = [
-    *[("llama", name) for name in RECIPES if ("llama", name) not in NOT_ON_CPU],
+    *[("llama", name) for name in RECIPES if "experts" not in name and ("llama", name) not in NOT_ON_CPU],
     *[(family, name) for family in DENSE[1:] + EXPERTS for name in ("original", "W4A16")],
     *[(family, "FP8_DYNAMIC") for family in ("qwen3", "gemma3_text", "phi3")],
     ("phi3", "FP8"),
     *[(family, "W8A8") for family in ("mixtral", "qwen3_moe")],
+    ("qwen3_moe", "FP8_DYNAMIC-then-experts-W4A16"),
 ]
 REFUSAL = (
     "Failed to find a kernel|kernel .* is not supported|No compressed-tensors compatible scheme"
