@@ -56,7 +56,8 @@ class Position:
 
 
 def next_cursor(found: Sequence[ListedRow], limit: int) -> str | None:
-    """The cursor of the next page, whose first row `found` has, if there is one, behind `limit` others."""
+    """The cursor of the next page. found: at most `limit` + 1 rows; None if there are not more than
+    `limit`."""
     if len(found) <= limit:
         return None
     last = found[limit - 1]

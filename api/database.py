@@ -30,11 +30,12 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+from api.private import make_file, make_folder
 from api.write_queue import WriteQueue, write_queue
 
 AWAY = (OperationalError, InterfaceError, TimeoutError)
-"""What is raised while the database does not answer. A transaction may have been committed all the same: its
-answer may be what was lost."""
+"""Errors that are raised while the database does not answer. The transaction may have been committed all the
+same, if only the answer was lost."""
 BUSY_TIMEOUT_SECONDS = 5
 """How long SQLite waits for a writer in another process."""
 WRITE_WAIT_SECONDS = 30.0
@@ -48,7 +49,7 @@ _WRITING: dict[str, dict[str, Any]] = {
     "postgresql": {"immediate": True, "isolation_level": "READ COMMITTED"},
 }
 _FRESH_SECONDS = 1.0
-"""A connection that was used so short a time ago is not asked whether it still stands."""
+"""A connection that was used less than this ago is not pinged before it is used again."""
 _POOL_SIZE = 40  # as many as FastAPI has threads for routes; connections above are opened for each use
 _POOL_OVERFLOW = 20  # for submissions, which have threads of their own, probes, and a worker in the process
 _TURN = "write_queue"  # in a connection's info, while it has SQLite's write lock
@@ -121,23 +122,23 @@ def now(session: Session) -> datetime:
 
 
 def lock(session: Session, name: str) -> None:
-    """Let no other transaction past this line with the same name until this one ends.
+    """Take an advisory lock of that name until the transaction ends.
 
-    For what has no row yet that could be locked. A writer on SQLite is alone as it is.
+    For what has no row yet that could be locked. On SQLite there is one writer at a time anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def reason(error: Exception) -> str:
-    """What a database said, without the statement that it said it of."""
+    """The database's message, without the statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
 class Database:
     """Sessions on one database.
 
-    A session is a transaction, unless it looks only: it begins with its first statement, commits when the
+    A session of `read` or `write` is a transaction: it begins with its first statement, commits when the
     block ends and rolls back when the block raises. Objects stay readable after the block.
     """
 
@@ -150,14 +151,14 @@ class Database:
 
     @contextmanager
     def look(self) -> Iterator[Session]:
-        """A session that only reads, each statement for itself: what two of them found may not go together.
-        Saves PostgreSQL and us two messages."""
+        """A session without a transaction, in autocommit: each statement reads for itself, and two may see
+        different states. Saves two round trips to PostgreSQL."""
         with self._look() as session:
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only reads, all of it as of its first statement."""
+        """A session that only reads, from one snapshot: the state at its first statement."""
         with self._read() as session:
             yield session
 
@@ -190,20 +191,21 @@ def make_engine(url: str) -> Engine:
             skip_autocommit_rollback=True,
         )
         event.listen(engine, "checkin", _note_use)
-        event.listen(engine, "checkout", partial(_ask_if_it_stands, engine.dialect))
+        event.listen(engine, "checkout", partial(_ping_if_idle, engine.dialect))
         return engine
     if parts.get_backend_name() != "sqlite":
         raise ValueError(f"Bitmill keeps its jobs in SQLite or PostgreSQL, not in {parts.get_backend_name()}")
     file = parts.database
     if not file or file == ":memory:":
         raise ValueError("SQLite needs a file: every connection to :memory: is a database of its own")
-    Path(file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(Path(file).parent)
     engine = create_engine(
         url,
         pool_size=_POOL_SIZE,
         max_overflow=_POOL_OVERFLOW,
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
     )
+    event.listen(engine, "do_connect", partial(_make_private, Path(file)))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", partial(_begin_sqlite, write_queue(str(Path(file).resolve()))))
     event.listen(engine, "checkin", _end_turn)
@@ -219,8 +221,8 @@ def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
     record.info["used"] = time.monotonic()
 
 
-def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-    """Before a connection is used again: the server may have gone away and come back meanwhile."""
+def _ping_if_idle(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Ping a connection that lay idle: the server may have been restarted meanwhile."""
     used = record.info.get("used")
     if used is None or time.monotonic() - used < _FRESH_SECONDS:
         return
@@ -228,6 +230,11 @@ def _ask_if_it_stands(dialect: Dialect, connection: Any, record: ConnectionPoolE
         dialect.do_ping(connection)
     except dialect.loaded_dbapi.Error as error:
         raise InvalidatePoolError from error
+
+
+def _make_private(file: Path, *_connecting: Any) -> None:
+    """Before SQLite makes the file, with a mode for everybody. Its -wal and -shm get the mode of the file."""
+    make_file(file)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ids of what is made over HTTP: a prefix and a ULID, which sorts by time."""
+"""Ids: a prefix and a ULID, which sorts by time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def new_id(prefix: str, now: datetime) -> str:
 
 
 def new_ids(prefix: str, now: datetime, count: int) -> list[str]:
-    """As many ids, each of which sorts after the one before."""
+    """That many ids in ascending order."""
     first = int(now.timestamp() * 1000) << 80 | secrets.randbits(79)
     return [f"{prefix}_{_base32(first + number)}" for number in range(count)]
 

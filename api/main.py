@@ -47,9 +47,11 @@ GRACE_SECONDS = 5
 """For requests that are being answered, and streams that are being read, when the process shall end."""
 
 SUBMITTING_THREADS = 8
-"""Submissions that are planned at once. More would not be faster, as planning is work for the processor."""
+"""Submissions that are planned at once. More are no faster, and others wait longer (docs/adr/0033 has
+figures)."""
 
-_NEW_OBJECTS = 50_000  # those that a request leaves die young: Python looks for them after 700
+_NEW_OBJECTS = 50_000
+"""Threshold of young collections (700 by default). The objects of a request die young anyway."""
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         hasher=KeyHasher.from_settings(settings),
         key_uses=KeyUses(database),
         submitting=ThreadLimit(SUBMITTING_THREADS),
+        waking=ThreadLimit(1),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
         readiness=Readiness(settings, database.engine, store),
@@ -100,8 +103,8 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def settle(app: FastAPI) -> None:
-    """What a process does last before it serves: leave all that it has out of garbage collections, and make
-    them rarer. Otherwise a whole one holds up every request for 0.2 to 0.5 s now and then."""
+    """Call this last before serving: it takes all objects made so far out of garbage collections, and makes
+    those rarer. Otherwise a full collection stops every request for 0.2 to 0.5 s now and then."""
     app.openapi()  # made at the first use, and large
     gc.collect()
     gc.freeze()

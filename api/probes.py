@@ -1,4 +1,5 @@
-"""Questions to what may not answer: whoever asks can stop waiting, and the question is not asked twice."""
+"""Checks of things that may hang: the caller can stop waiting, and a check that hangs is not started
+again."""
 
 from __future__ import annotations
 

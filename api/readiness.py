@@ -1,4 +1,4 @@
-"""Whether this server can do its work: what it needs is asked, each within a time limit."""
+"""Whether this server can work: checks of everything that it needs, each with a time limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from api.settings import Settings
 from api.store.base import Store, StoreUnavailable
 
 CHECK_SECONDS = 2.0
-"""What a check has. All run side by side, so it is also what an answer takes at most."""
+"""Time limit of a check. They run in parallel, so an answer takes no longer."""
 
 log = structlog.get_logger(__name__)
 

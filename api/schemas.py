@@ -1,4 +1,4 @@
-"""What schemas of several parts share."""
+"""What schemas of several folders share."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ from typing import Any
 
 
 def all_required(schema: dict[str, Any]) -> None:
-    """Of an answer, which has every field, also where the class has a default for it."""
+    """For schemas of answers: every field is required, because an answer always has it, even one with a
+    default."""
     schema["required"] = list(schema["properties"])

@@ -16,6 +16,7 @@ import zlib
 from enum import StrEnum
 from pathlib import Path
 
+from api.private import make_folder, opener
 from api.settings import Settings
 
 PREFIX = "bitmill_"
@@ -75,10 +76,9 @@ class KeyHasher:
 
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with open(temporary, "xb", opener=opener) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,9 @@
-"""Telling workers to look for work. The database is the queue: a message may be lost, doubled or late."""
+"""Wake-ups: messages that make a worker look for jobs at once. The database is the queue, so a message may be
+lost, doubled or late."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -14,6 +16,10 @@ from api.settings import get_settings
 LOOK = "bitmill.look"
 EXPIRES_SECONDS = 30
 _CONNECT_SECONDS = 2
+_PAUSE_SECONDS = 2.0
+"""How long a broker that did not answer is left alone. Workers find the jobs of that time by themselves."""
+
+_next_try: dict[str, float] = {}  # broker -> time.monotonic()
 
 log = structlog.get_logger(__name__)
 
@@ -29,18 +35,22 @@ def wake(device_class: str, *, broker_url: str | None = None) -> bool:
     broker_url: another broker than the settings'. A broker that is down costs seconds, never an error:
     workers also look by themselves.
     """
+    url = broker_url or get_settings().broker_url
+    if time.monotonic() < _next_try.get(url, 0):
+        return False
     try:
-        _producer(broker_url or get_settings().broker_url).send_task(
+        _producer(url).send_task(
             LOOK, queue=queue_name(device_class), expires=EXPIRES_SECONDS, ignore_result=True, retry=False
         )
     except (OperationalError, OSError) as error:
+        _next_try[url] = time.monotonic() + _PAUSE_SECONDS
         log.warning("wake_failed", device_class=device_class, error=type(error).__name__)
         return False
     return True
 
 
 def wake_all(counts: Mapping[str, int], *, broker_url: str) -> None:
-    """Ask so many workers of each class to look; the first message that cannot be sent is the last one."""
+    """Send that many wake-ups to each device class. Stops at the first that cannot be sent."""
     all(
         wake(device_class, broker_url=broker_url)
         for device_class, count in counts.items()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import train_small
 from benchmarks.heldout import heldout_text
-from cli.demo.data import make_demo_dataset
+from benchmarks.python_reference import write_python_reference
 from cli.demo.model import make_demo_model
 from compression.data.calibration import load_blocks
 from compression.recipe import Calibration, DatasetSpec, Evaluation
@@ -47,7 +47,7 @@ def prepare(work: Path, size: Size = Size()) -> Inputs:
     work.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(
         model=make_demo_model(work / "model", work / "downloads"),
-        dataset=make_demo_dataset(work / "topics.jsonl"),
+        dataset=write_python_reference(work / "topics.jsonl"),
         calibration=work / "calibration.safetensors",
         heldout=work / "heldout.safetensors",
         samples=size.samples,

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from benchmarks.python_reference import write_python_reference
 from benchmarks.random_llama import make
-from cli.demo.data import make_demo_dataset
 from compression.machine.arithmetic import DTYPES
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES, estimate
 from compression.planning.planner import plan
@@ -87,7 +87,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     texts = options.folder / "topics.jsonl"
     if not texts.exists():
-        make_demo_dataset(texts)
+        write_python_reference(texts)
     if options.estimates:
         compare_with_estimates(options.folder, texts)
     else:

@@ -126,7 +126,7 @@ def states(counts: BatchCounts) -> str:
 
 
 def _read(file: Path, *, as_json: bool) -> Any:
-    """The lines as they are, for the server to judge one by one; or the one JSON document."""
+    """The lines as they are, which the server checks one by one; or the one JSON document."""
     try:
         content = file.read_bytes()
         return content if file.suffix.lower() == ".jsonl" else json.loads(content)

@@ -1,4 +1,4 @@
-"""`bitmill doctor`: is everything here that a server and a worker need?"""
+"""`bitmill doctor`: whether this machine has what a server and a worker need."""
 
 from __future__ import annotations
 

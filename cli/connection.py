@@ -1,4 +1,4 @@
-"""From credentials to a client, and from what can go wrong on the way to an exit code."""
+"""A client of the configured server, and the exit codes of its errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from api.client.types import FieldProblem
     from api.settings import Settings
 
-DEFAULT_URL = "http://127.0.0.1:8080"
 PATIENCE_SECONDS = 1.0
-"""A person would rather hear that the server does not answer."""
+"""How long a call is tried again. A person would rather hear that the server does not answer."""
+UNREACHABLE_HINT = "Start one with `bitmill serve`, or set BITMILL_URL and BITMILL_API_KEY."
 
 
 @contextmanager
@@ -41,14 +41,8 @@ def server(*, as_json: bool) -> Iterator[Client]:
     except httpx.InvalidURL as error:
         fail(Exit.USAGE, "bad_setting", f"BITMILL_URL {url}: {error}", as_json=as_json)
     except httpx.TransportError as error:
-        hint = "Start one with `bitmill serve`, or set BITMILL_URL and BITMILL_API_KEY."
-        fail(
-            Exit.UNREACHABLE,
-            "server_unreachable",
-            f"{url} does not answer: {error}",
-            as_json=as_json,
-            hint=hint,
-        )
+        message = f"{url} does not answer: {error}"
+        fail(Exit.UNREACHABLE, "server_unreachable", message, as_json=as_json, hint=UNREACHABLE_HINT)
 
 
 def _problem_text(problem: FieldProblem) -> str:
@@ -57,14 +51,29 @@ def _problem_text(problem: FieldProblem) -> str:
 
 
 def _credentials(settings: Settings, *, as_json: bool) -> tuple[str, str]:
-    """URL and key: each from its setting, else from the data folder's credentials.json."""
-    stored: dict[str, str] = {}
-    if settings.credentials_file.exists():
-        stored = json.loads(settings.credentials_file.read_text())
-    url = settings.url or stored.get("url") or DEFAULT_URL
-    key = settings.api_key.get_secret_value() if settings.api_key else stored.get("api_key")
-    if key is None:
-        message = f"There is no API key: neither BITMILL_API_KEY nor {settings.credentials_file}."
-        hint = "`bitmill serve` makes one at its first start."
+    """URL and key: each from its setting, else from the data folder's credentials.json.
+
+    What is in that file is used only for the server that wrote it, while it listens. Somebody else's program
+    may have its port by now, and would be sent the key.
+    """
+    if settings.url is not None and settings.api_key is not None:
+        return settings.url, settings.api_key.get_secret_value()
+    file = settings.credentials_file
+    if not file.exists():
+        absent = "API key" if settings.api_key is None else "server"
+        variable = "BITMILL_API_KEY" if settings.api_key is None else "BITMILL_URL"
+        message = f"There is no {absent}: neither {variable} nor {file}."
+        hint = "`bitmill serve` makes the file at its first start."
         fail(Exit.USAGE, "no_credentials", message, as_json=as_json, hint=hint)
-    return url, key
+    stored: dict[str, str] = json.loads(file.read_text())
+    url = stored["url"]
+    if settings.url is not None and settings.url.rstrip("/") != url:
+        message = f"The key in {file} is for {url}, and BITMILL_URL is {settings.url}."
+        hint = "Set BITMILL_API_KEY to a key of that server, or leave out BITMILL_URL."
+        fail(Exit.USAGE, "key_of_another_server", message, as_json=as_json, hint=hint)
+    from api.listening import is_announced
+
+    if not is_announced(settings.data_dir, url):
+        message = f"No `bitmill serve` of {settings.data_dir} listens at {url}. No key was sent there."
+        fail(Exit.UNREACHABLE, "server_unreachable", message, as_json=as_json, hint=UNREACHABLE_HINT)
+    return url, settings.api_key.get_secret_value() if settings.api_key else stored["api_key"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.exits import Exit
-from cli.output import JsonOption, fail, load_settings, out, print_json
+from cli.output import JsonOption, err, fail, load_settings, out, print_json
 
 app = typer.Typer(help="The service's database.", no_args_is_help=True)
 
@@ -22,7 +22,11 @@ def upgrade(as_json: JsonOption = False) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     import migrations
+    from api.data_dir import secure_data_dir
 
+    warning = secure_data_dir(settings).warning
+    if warning is not None:
+        err().print(warning, markup=False)
     try:
         migrations.upgrade(settings.database_url)
     except migrations.SchemaNewer as error:

@@ -1,4 +1,4 @@
-"""Looks at everything a server and a worker need, and says what to do about what is missing."""
+"""Checks what a server and a worker need, and says what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
+from api.data_dir import examine_data_dir
 from api.database import make_engine
+from api.private import make_folder
 from api.settings import Settings
 from api.store.factory import open_store
 from cli.formats import bytes_text
@@ -96,11 +98,14 @@ def _torch(_settings: Settings) -> Check:
 def _data_dir(settings: Settings) -> Check:
     folder = settings.data_dir
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         return Check("data folder", "failed", f"{folder}: {error.strerror}", "Set BITMILL_DATA_DIR.")
+    warning = examine_data_dir(settings).warning
+    if warning is not None:
+        return Check("data folder", "warning", warning)
     return Check("data folder", "ok", str(folder))
 
 

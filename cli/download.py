@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def download(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the files; made if need be.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the files; made unless it exists.")],
     as_json: JsonOption = False,
 ) -> None:
     """Download a job's checkpoint.

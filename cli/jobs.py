@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from api.client.types import JobRead, JobStatus
 
 PAGE = 100
-"""Of lists, where as many are asked for."""
+"""Items in one answer of the server."""
 
 
 def jobs(
@@ -29,8 +29,8 @@ def jobs(
     from cli.connection import server
 
     with server(as_json=as_json) as client:
-        wanted = cast("JobStatus | None", status)  # the server judges it
-        found = list(islice(client.jobs(status=wanted, batch=batch, page_size=min(limit, PAGE)), limit))
+        checked = cast("JobStatus | None", status)  # the server refuses other values
+        found = list(islice(client.jobs(status=checked, batch=batch, page_size=min(limit, PAGE)), limit))
     if as_json:
         print_json({"jobs": found})
     elif found:

@@ -34,7 +34,7 @@ def view_for(console: Console, layers_total: int) -> View:
 
 
 def sentence(event: EventRead) -> str | None:
-    """What a line says about an event; None for those that say nothing to the person who waits."""
+    """An event as a line of text; None for events that are of no interest to the person who waits."""
     data = event["data"]
     match event["type"]:
         case "phase_changed":
@@ -74,7 +74,7 @@ def _details(data: dict[str, Any]) -> str:
 
 
 class Silent:
-    """Nothing."""
+    """Shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +89,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """One line for an event."""
+    """Shows one line for each event."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -151,7 +151,7 @@ class Bar:
 
 @contextmanager
 def batch_progress(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives what shows how many jobs of a batch are done, of how many, and what the others are."""
+    """A function (done, total, states) that shows the progress of a batch."""
     if not console.is_terminal:
         said = ""
 

@@ -1,4 +1,4 @@
-"""From command-line options to the body of POST /v1/jobs. The server judges the values."""
+"""From command-line options to the body of POST /v1/jobs. The server checks the values."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ class JobOptions:
     group_size: str | None = None
     targets: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
+    strict: bool = False
     recipe: Path | None = None
     num_calibration_samples: int | None = None
     max_seq_length: int | None = None
     packing: bool | None = None
     seed: int | None = None
+    max_dropped_share: float | None = None
     evaluation: bool = True
     num_evaluation_samples: int | None = None
     max_perplexity_ratio: float | None = None
@@ -73,12 +75,14 @@ def body(options: JobOptions) -> JobSubmit:
         group_size=_group_size(options.group_size),
         targets=options.targets or None,
         ignore=options.ignore or None,
+        strict=options.strict or None,
         recipe=None if options.recipe is None else _recipe(options.recipe),
         calibration=_given(
             num_calibration_samples=options.num_calibration_samples,
             max_seq_length=options.max_seq_length,
             packing=options.packing,
             seed=options.seed,
+            max_dropped_share=options.max_dropped_share,
         ),
         evaluation=_given(
             enabled=None if options.evaluation else False, num_samples=options.num_evaluation_samples
@@ -103,7 +107,7 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 
 def _server_path(text: str) -> str:
-    """A path that exists here is sent whole: the server has another working directory."""
+    """A path that exists is made absolute: the server has another working directory."""
     path = Path(text).expanduser()
     return str(path.absolute()) if path.exists() else text
 
@@ -120,18 +124,18 @@ def _dataset(options: JobOptions) -> dict[str, Any] | None:
             names = ", ".join(f"--{_OPTION_OF.get(name, name.replace('_', '-'))}" for name in details)
             raise BadOptions(f"{names} describe a --dataset, and none is given.")
         return None
-    named = options.dataset
-    told = DatasetSpec.model_validate(named if named == "self" else _server_path(named))
-    return {**told.model_dump(include={"path", "hub", "s3", "generated"}, exclude_none=True), **details}
+    name = options.dataset
+    spec = DatasetSpec.model_validate(name if name == "self" else _server_path(name))
+    return {**spec.model_dump(include={"path", "hub", "s3", "generated"}, exclude_none=True), **details}
 
 
 def _group_size(text: str | None) -> int | str | None:
-    """A number, or the word that the server is to judge."""
+    """A number, or the word as it is, for the server to check."""
     return int(text) if text is not None and text.isdecimal() else text
 
 
 def _recipe(path: Path) -> Any:
-    """A recipe file, ours or LLM Compressor's: YAML, of which JSON is a part."""
+    """A recipe file, ours or LLM Compressor's: YAML, which includes JSON."""
     try:
         return load_recipe_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
-import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +14,8 @@ from cli.exits import Exit
 from cli.output import JsonOption, fail, load_settings, out, print_json
 
 if TYPE_CHECKING:
+    from api.server import OnListening
     from api.settings import Settings
-
-READY_POLL_SECONDS = 0.1
 
 
 def serve(
@@ -38,28 +34,26 @@ def serve(
     on at the next start.
     """
     roots = os.pathsep.join(str(root.absolute()) for root in local_root) if local_root else None
-    _override(HOST=host, PORT=_free_port(host) if port == 0 else port, DATA_DIR=data_dir, LOCAL_ROOTS=roots)
+    _override(HOST=host, PORT=port, DATA_DIR=data_dir, LOCAL_ROOTS=roots)
     settings = load_settings(as_json=as_json)
     _check_urls(settings, as_json=as_json)
-    url = _url(settings.host, settings.port)
+    _start_tracing(settings, "bitmill" if settings.embedded else "bitmill-api", as_json=as_json)
     first_start = not settings.credentials_file.exists()
 
-    def announce() -> None:
+    def announce(url: str) -> None:
         _keep_url(settings.credentials_file, url)
         _print_welcome(url, settings.credentials_file, first_start=first_start, as_json=as_json)
 
-    threading.Thread(target=_when_ready, args=(url, announce), daemon=True).start()
-    _start_tracing(settings, "bitmill" if settings.embedded else "bitmill-api", as_json=as_json)
-    if not settings.embedded:
-        _serve_api(settings)
-        return
     import migrations
+    from api.listening import CannotListen
     from worker.embedded import ServeRefused, run_embedded
 
     try:
-        run_embedded(settings)
+        (run_embedded if settings.embedded else _run_api)(settings, announce)
     except ServeRefused as error:
         fail(Exit.FAILED, error.code, str(error), as_json=as_json)
+    except CannotListen as error:
+        fail(Exit.FAILED, error.code, error.message, as_json=as_json, hint=error.hint)
     except migrations.SchemaNewer as error:
         fail(Exit.FAILED, "schema_newer", str(error), as_json=as_json)
     except RuntimeError as error:
@@ -94,24 +88,20 @@ def _start_tracing(settings: Settings, service: str, *, as_json: bool) -> None:
         fail(Exit.USAGE, "otel_missing", str(error), as_json=as_json)
 
 
-def _serve_api(settings: Settings) -> None:
+def _run_api(settings: Settings, on_listening: OnListening) -> None:
     """The API alone; workers are processes of their own."""
-    import uvicorn
-
-    from api.main import GRACE_SECONDS, create_app, settle
+    from api.data_dir import secure_and_log
+    from api.listening import listen
+    from api.main import create_app, settle
     from api.observability import configure_logging
+    from api.server import Server
 
     configure_logging(settings)
-    app = create_app(settings)
-    settle(app)
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    secure_and_log(settings)
+    with listen(settings.host, settings.port) as listener, suppress(KeyboardInterrupt):
+        app = create_app(settings.model_copy(update={"port": listener.getsockname()[1]}))
+        settle(app)
+        Server(app, listener, settings.data_dir, on_listening).serve_until_stopped()
 
 
 def _check_urls(settings: Settings, *, as_json: bool) -> None:
@@ -133,12 +123,6 @@ def _check_urls(settings: Settings, *, as_json: bool) -> None:
         fail(Exit.USAGE, "unknown_database", f"BITMILL_DATABASE_URL: {error}", as_json=as_json, hint=hint)
 
 
-def _free_port(host: str | None) -> int:
-    with socket.socket() as probe:
-        probe.bind((host or "127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _override(**settings: object) -> None:
     """Options become environment variables, so that there is one way in which settings reach the code."""
     for name, value in settings.items():
@@ -146,31 +130,9 @@ def _override(**settings: object) -> None:
             os.environ[f"BITMILL_{name}"] = str(value)
 
 
-def _url(host: str, port: int) -> str:
-    """Where a client on this machine finds the server."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    return f"http://{reachable}:{port}"
-
-
-def _when_ready(url: str, announce: Callable[[], None]) -> None:
-    """Announce once the server answers. Runs beside the server, and ends with the process."""
-    import httpx
-
-    from api.client import Client
-
-    with Client(url, patience_seconds=0) as client:
-        while True:
-            try:
-                client.alive()
-            except httpx.TransportError:
-                time.sleep(READY_POLL_SECONDS)
-            else:
-                return announce()
-
-
 def _keep_url(credentials: Path, url: str) -> None:
     """The file names the address of the first start; a later start may listen elsewhere."""
-    if not credentials.exists():
+    if not credentials.exists():  # the first key was made by a server with another data folder
         return
     stored = json.loads(credentials.read_text())
     if stored["url"] != url:

@@ -62,6 +62,9 @@ def submit(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave as they are; can be repeated.", **_How)
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse an --ignore that matches no module.", **_How)
+    ] = False,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.", **_Data)] = None,
     messages_column: Annotated[str | None, typer.Option(help="Column with chat messages.", **_Data)] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Part of a dataset on the Hub.", **_Data)] = None,
@@ -74,13 +77,18 @@ def submit(
         bool | None, typer.Option(help="Fill samples with several documents, or not.", **_Data)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which documents, in which order.", **_Data)] = None,
+    max_dropped_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the rows read that may be unusable; 0.05 unless given.", **_Data),
+    ] = None,
     evaluation: Annotated[bool, typer.Option(help="Measure perplexity on held-out text.", **_Data)] = True,
     num_evaluation_samples: Annotated[int | None, typer.Option(help="Held-out samples.", **_Data)] = None,
     max_perplexity_ratio: Annotated[
         float | None, typer.Option(help="Fail the job if perplexity rises by more than this factor.", **_Data)
     ] = None,
     require: Annotated[
-        str | None, typer.Option(help="vllm: refuse what vLLM has no kernels for.", **_Run)
+        str | None,
+        typer.Option(help="vllm, transformers or both: refuse what they could not load or run.", **_Run),
     ] = None,
     device_class: Annotated[str | None, typer.Option(help="any, cpu or cuda.", **_Run)] = None,
     priority: Annotated[int | None, typer.Option(help="-100 to 100; higher goes first.", **_Run)] = None,
@@ -88,7 +96,9 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", **_Run)] = None,
     max_runtime_seconds: Annotated[int | None, typer.Option(help="Fail the job after this.", **_Run)] = None,
     max_queue_seconds: Annotated[int | None, typer.Option(help="Give up waiting after this.", **_Run)] = None,
-    callback: Annotated[str | None, typer.Option(help="A webhook that is told how it ends.", **_Run)] = None,
+    callback: Annotated[
+        str | None, typer.Option(help="Webhook that gets a message at its end.", **_Run)
+    ] = None,
     cache: Annotated[
         bool, typer.Option(help="Take what another job of the project has made of the same.", **_Run)
     ] = True,
@@ -118,11 +128,13 @@ def submit(
         group_size=group_size,
         targets=target or [],
         ignore=ignore or [],
+        strict=strict,
         recipe=recipe,
         num_calibration_samples=num_calibration_samples,
         max_seq_length=max_seq_length,
         packing=packing,
         seed=seed,
+        max_dropped_share=max_dropped_share,
         evaluation=evaluation,
         num_evaluation_samples=num_evaluation_samples,
         max_perplexity_ratio=max_perplexity_ratio,
@@ -173,8 +185,8 @@ def _print_submitted(job: JobRead, *, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        twin = job["deduplicated_from"]
-        out().print(f"{job['id']} is {job['status']}" + (f", as {twin} does the same." if twin else "."))
+        same = job["deduplicated_from"]
+        out().print(f"{job['id']} is {job['status']}" + (f", as {same} does the same." if same else "."))
 
 
 def _print_outcome(job: JobDetail, report: dict[str, Any] | None, *, as_json: bool) -> None:

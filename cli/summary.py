@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def table(job: JobRead, report: dict[str, Any]) -> Table:
     """Size, accuracy, seconds by phase and peak memory of a succeeded job."""
     shown = Table(
-        title=f"{Path(job['model']).name} as {job['scheme']} by {job['method']}", title_justify="left"
+        title=f"{Path(job['model']).name} as {job['scheme']} by {job['method']}",
+        title_justify="left",
+        caption=_found(job, report),
+        caption_justify="left",
     )
     shown.add_column("")
     for heading in ("before", "after", ""):
@@ -25,6 +28,14 @@ def table(job: JobRead, report: dict[str, Any]) -> Table:
     for row in _rows(report):
         shown.add_row(*row)
     return shown
+
+
+def _found(job: JobRead, report: dict[str, Any]) -> str | None:
+    """That nothing was computed this time, where the result is another job's."""
+    if job["deduplicated_from"] is None:
+        return None
+    then = seconds_text(report["totals"]["seconds"])
+    return f"found: the same work was done before, {then} then\nby {job['deduplicated_from']}"
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""`bitmill webhooks`: who is told what happens to jobs, and what was sent."""
+"""`bitmill webhooks`: receivers of messages about jobs, and what was sent to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cli.output import JsonOption, out, print_json, print_table
 if TYPE_CHECKING:
     from api.client.types import DeliveryRead, DeliveryStatus, WebhookCreate, WebhookRead
 
-app = typer.Typer(help="Servers that are told what happens to jobs.", no_args_is_help=True)
+app = typer.Typer(help="Receivers of messages about jobs.", no_args_is_help=True)
 
 WebhookArgument = Annotated[str, typer.Argument(metavar="WEBHOOK", help="The webhook's id.")]
 LimitOption = Annotated[int, typer.Option(min=1, max=100, help="How many, the newest first.")]
@@ -41,7 +41,7 @@ def add(
     if event:
         body["events"] = event
     with server(as_json=as_json) as client:
-        webhook = client.create_webhook(cast("WebhookCreate", body))  # the server judges it
+        webhook = client.create_webhook(cast("WebhookCreate", body))  # the server checks it
     if as_json:
         print_json(webhook)
     else:
@@ -97,8 +97,10 @@ def deliveries(
     from cli.connection import server
 
     with server(as_json=as_json) as client:
-        wanted = cast("DeliveryStatus | None", status)
-        found = list(islice(client.deliveries(webhook_id, status=wanted, job_id=job, page_size=limit), limit))
+        checked = cast("DeliveryStatus | None", status)  # the server refuses other values
+        found = list(
+            islice(client.deliveries(webhook_id, status=checked, job_id=job, page_size=limit), limit)
+        )
     if as_json:
         print_json({"deliveries": found})
     elif found:

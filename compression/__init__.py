@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ResourceError,
         SelfCheckError,
         SourceError,
+        UnexpectedError,
     )
     from compression.methods import (
         AWQStep,
@@ -75,6 +76,7 @@ __all__ = [
     "SourceError",
     "SparseGPTModifier",
     "SparseGPTStep",
+    "UnexpectedError",
     "WandaPruningModifier",
     "WandaStep",
     "__version__",
@@ -87,7 +89,7 @@ __all__ = [
 _HOME = {
     "compression.errors": (
         "CompressionError", "NumericalError", "PlanError", "Problem", "ResourceError", "SelfCheckError",
-        "SourceError",
+        "SourceError", "UnexpectedError",
     ),
     "compression.modifiers": ("oneshot",),
     "compression.pipeline": ("compress",),

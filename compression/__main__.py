@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from compression.errors import CompressionError
+from compression.boundary import unexpected
+from compression.errors import CompressionError, UnexpectedError
 from compression.events import (
     Event,
     FetchProgress,
@@ -54,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--observer", choices=["minmax", "mse", "imatrix", "gram"])
     result.add_argument("--group-size", type=lambda value: value if value == "auto" else int(value))
     result.add_argument("--ignore", action="append", help="module name or re:pattern; may be repeated")
+    result.add_argument(
+        "--strict", action="store_true", help="an --ignore that matches no module is an error, not a warning"
+    )
     result.add_argument("--dataset", help=".jsonl, .parquet, .csv or .txt file, a name on the Hub, or self")
     result.add_argument("--dataset-config", help="part of a dataset on the Hub")
     result.add_argument("--dataset-split", help="split of it; train unless given")
@@ -65,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
         "--no-packing", action="store_true", help="one truncated document a sample, not a block of several"
     )
     result.add_argument("--seed", type=int, default=defaults.seed)
+    result.add_argument(
+        "--max-dropped-share",
+        type=float,
+        default=defaults.max_dropped_share,
+        help="share of the rows read that may be unusable, and are dropped",
+    )
     result.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     result.add_argument("--activation-budget-bytes", type=int, default=ACTIVATION_BUDGET_BYTES)
     result.add_argument("--no-evaluation", action="store_true")
@@ -74,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 when the run failed, with its code on stderr; 2 for bad options."""
+    """Exit code 0; 1 when the run failed, with its code on stderr; 2 for bad options; 130 for Ctrl-C."""
     options = parser().parse_args(argv)
     try:
         recipe = _recipe(options)
@@ -93,25 +105,44 @@ def main(argv: list[str] | None = None) -> int:
             max_seq_length=options.max_seq_length,
             packing=not options.no_packing,
             seed=options.seed,
+            max_dropped_share=options.max_dropped_share,
         )
         evaluation = Evaluation(enabled=not options.no_evaluation, num_samples=options.num_evaluation_samples)
         report = _run(options, recipe, dataset, calibration, evaluation)
     except ValidationError as error:
-        console.print(f"[red]invalid_request[/red] {error}", highlight=False)
+        _say("invalid_request", str(error))
         return 2
-    except CompressionError as error:
-        console.print(f"[red]{error.code}[/red] {error.message} {error.hint}", highlight=False)
+    except KeyboardInterrupt:
+        _say("interrupted", "The same command goes on with the first unfinished layer.")
+        return 130
+    except Exception as error:
+        ours = error if isinstance(error, CompressionError) else unexpected(error)
+        if isinstance(ours, UnexpectedError):
+            traceback.print_exception(error)
+        _say(ours.code, f"{ours.message} {ours.hint}")
         return 1
     sys.stdout.write(json.dumps(_summary(report, Path(options.output_dir)), indent=2) + "\n")
     return 0
+
+
+def _say(code: str, text: str) -> None:
+    """A line on stderr; brackets in names of files are no markup."""
+    console.print(Text.assemble((code, "red"), " ", text.strip()), soft_wrap=True)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     of_scheme = {name: getattr(options, name) for name in ("observer", "group_size", "ignore")}
     if options.recipe is None:
         has_dataset = options.dataset is not None
-        return Recipe.from_short(options.scheme, method=options.method, has_dataset=has_dataset, **of_scheme)
-    given = [name for name, value in (("method", options.method), *of_scheme.items()) if value is not None]
+        return Recipe.from_short(
+            options.scheme,
+            method=options.method,
+            has_dataset=has_dataset,
+            strict=options.strict,
+            **of_scheme,
+        )
+    told = (("method", options.method), ("strict", options.strict or None), *of_scheme.items())
+    given = [name for name, value in told if value is not None]
     if given:
         parser().error(f"--recipe says all of it: leave out --{given[0].replace('_', '-')}")
     try:
@@ -153,7 +184,7 @@ def _run(
                 case LayerReplayed(layer, total):
                     progress.update(bar, total=total, completed=layer + 1, note="replayed")
                 case WarningRaised(code, message):
-                    progress.console.print(f"[yellow]{code}[/yellow] {message}", highlight=False)
+                    progress.console.print(Text.assemble((code, "yellow"), " ", message), soft_wrap=True)
 
         from compression.pipeline import compress  # torch: only once the options are known to be good
 

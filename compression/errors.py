@@ -5,9 +5,11 @@
     ├── SourceError         the checkpoint or the dataset cannot be read, or changed while it was read
     ├── NumericalError      NaN or Inf in weights or activations, or a Gram matrix beyond dampening
     ├── ResourceError       the machine lacks something: disk, memory budget, device
-    └── SelfCheckError      what was written is not what was meant
+    ├── SelfCheckError      what was written is not what was meant
+    └── UnexpectedError     nobody foresaw it: a fault of Bitmill's, with the type and message of its cause
 
-A code is stable: programs branch on it, so it is never renamed. The hint says what to do.
+Nothing else comes out of the engine (compression/boundary.py). A code is stable: programs branch on it, so it
+is never renamed. The hint says what to do.
 This module imports nothing, so that the control plane can use it.
 """
 
@@ -28,11 +30,20 @@ class Problem:
     hint: str = ""
     pointer: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", _encodable(self.message))
+
+
+def _encodable(text: str) -> str:
+    """Half characters as escapes: messages quote names of strangers, and are printed and stored as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 class CompressionError(Exception):
     """Base of all deliberate errors: a stable `code`, a `message` and a `hint` that says what to do."""
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
+        message = _encodable(message)
         super().__init__(f"{message} {hint}".strip())
         self.code = code
         self.message = message
@@ -62,3 +73,7 @@ class ResourceError(CompressionError):
 
 class SelfCheckError(CompressionError):
     """A written checkpoint does not hold what the engine meant to write; the message names the module."""
+
+
+class UnexpectedError(CompressionError):
+    """`engine_error`: what nobody foresaw. Its cause is chained; the same work would end the same again."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compression.boundary import foreign
 from compression.events import OnEvent
 from compression.peer_recipe import load_recipe_yaml
 from compression.pipeline import compress
@@ -32,12 +33,13 @@ def oneshot(
     recipe, Bitmill's or LLM Compressor's.
 
     Raises:
-        OSError, yaml.YAMLError: a recipe file that cannot be read.
         pydantic.ValidationError: a recipe or dataset that is not well formed.
-        CompressionError: as `compress`.
+        CompressionError: as `compress`; `recipe_unreadable`, a recipe file that cannot be read.
     """
     if isinstance(recipe, str | Path):
-        recipe = Recipe.model_validate(load_recipe_yaml(Path(recipe).read_text(encoding="utf-8")))
+        with foreign("recipe_unreadable", f"The recipe {recipe} cannot be read"):
+            document = load_recipe_yaml(Path(recipe).read_text(encoding="utf-8"))
+        recipe = Recipe.model_validate(document)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.model_validate({"steps": list(recipe)})
     return compress(

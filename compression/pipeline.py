@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compression.boundary import last_resort
 from compression.checkpoint.formats import decode, encode
 from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
@@ -60,13 +61,15 @@ from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.planning.planner import plan as make_plan
 from compression.planning.plans import LayerPlan, ModulePlan, Plan
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
-from compression.report import ModuleReport, Report, Totals
+from compression.report import ModuleReport, Report, dampening_warnings
 from compression.run.fingerprint import resolve, source_digests
-from compression.run.journal import FinishedLayer, Journal
+from compression.run.journal import FinishedLayer, Journal, check_output
 from compression.run.publish import publish
+from compression.run.results import make_report
 from compression.run.verify import check_against_model, check_files, sha256_of
 
 
+@last_resort
 @torch.no_grad()
 def compress(
     source: str | Path,
@@ -107,6 +110,7 @@ def compress(
     )
     sources = local(source, dataset)
     if sources is None:
+        check_output(Path(output_dir))
         emit(PhaseChanged("fetch"))
         with clock.phase("fetch"):
             planned(
@@ -132,6 +136,8 @@ def compress(
         blocks = None
         if dataset is not None:
             blocks = load_blocks(dataset, plan.source, calibration, evaluation, calibrate=plan.calibrates)
+            for warning in blocks.warnings:
+                emit(WarningRaised(warning.code, warning.message))
 
     emit(PhaseChanged("compress"))
     rows: list[ModuleReport] = []
@@ -152,13 +158,15 @@ def compress(
                 activations.pass_calibration(layer)
                 emit(LayerReplayed(layer.index, len(plan.layers), clock.total - before))
             else:
-                stored, modules = _solve_layer(layer, plan, model, activations, arithmetic, clock)
+                stored, modules = _solve_layer(layer, plan, model, activations, clock)
                 stored.update(activations.pass_calibration(layer))
                 with clock.phase("write"):
                     copied = {key: plan.checkpoint.tensors[key] for key in layer.copied}
                     tensors: dict[str, Tensor | StoredTensor] = {**stored, **copied}
                     shard = write_shard(journal.folder / layer.shard, layer.on_disk(tensors))
                     finished = journal.commit(layer.index, shard, modules)
+                for raised in dampening_warnings(modules):
+                    emit(WarningRaised(**raised))
                 emit(_layer_solved(finished, len(plan.layers), clock.total - before))
             activations.pass_compressed(layer, stored)
             model.drop_layer(layer.index)
@@ -173,25 +181,7 @@ def compress(
     if self_check:
         with clock.phase("verify"):
             check_files(plan, journal.folder, rows)
-    report = Report(
-        work_key=journal.header["work_key"],
-        fingerprint=journal.header["fingerprint"],
-        totals=Totals(
-            source_bytes=plan.checkpoint.weight_bytes,
-            output_bytes=sum(shard.size for shard in shards),
-            parameters=plan.parameters,
-            compressed_parameters=plan.compressed_parameters,
-            seconds=clock.total,
-        ),
-        modules=rows,
-        evaluation=measured,
-        data=None if blocks is None else blocks.report,
-        phases=dict(clock.seconds),
-        peak_host_bytes=machine.peak_host_bytes(),
-        peak_gpu_bytes=machine.peak_device_bytes(device),
-        bytes_may_differ=journal.header.get("bytes_may_differ", False),
-        warnings=[{"code": w.code, "message": w.message} for w in plan.warnings],
-    )
+    report = make_report(plan, journal, shards, rows, measured, blocks, clock, device)
     publish(plan, journal, shards, report, Path(output_dir))
     return report
 
@@ -241,7 +231,6 @@ def _solve_layer(
     plan: Plan,
     model: StreamedModel,
     activations: Activations,
-    arithmetic: Arithmetic,
     clock: Clock,
 ) -> tuple[dict[str, Tensor], list[ModuleReport]]:
     """Solve every group of one real layer, in the order in which the layer runs them.
@@ -252,14 +241,14 @@ def _solve_layer(
     stored: dict[str, Tensor] = {}
     rows: list[ModuleReport] = []
     with clock.phase("solve"):
-        folds = fold_linears(layer, model, activations, plan.recipe, arithmetic.gram_precision)
+        folds = fold_linears(layer, model, activations, plan.recipe)
         stored.update(folds.biases)
     for group in activations.groups(layer):
         names = [module.name for module in group.modules]
         weights = [folds.weights.pop(n, w) for n, w in zip(names, model.weights(names), strict=True)]
         smoothed = group.name in folds.groups
         with clock.phase("gram"):
-            gram = group.gram(arithmetic.gram_precision)
+            gram = group.gram()
             if gram is not None:
                 require_finite_gram(group.name, gram)
         with clock.phase("solve"):
@@ -344,7 +333,10 @@ def solve(
             rounded = method_of(step).solve(
                 pruned.weight, matrix, scheme.weights, params, keep=pruned.keep, **step.options
             )
-    dampening_frac = (rounded and rounded.dampening_frac) or pruned.dampening_frac
+    dampening_asked, dampening_frac = None, None
+    for done, by in ((pruned, pruning), (rounded, step)):
+        if by is not None and done is not None and done.dampening_frac is not None:
+            dampening_asked, dampening_frac = by.options.get("dampening_frac"), done.dampening_frac
     stop = 0
     for (module, _), size in zip(stack, sizes, strict=True):
         start, stop = stop, stop + size
@@ -365,6 +357,7 @@ def solve(
             weight_error=weight_error,
             relative_error=relative_error,
             dampening_frac=dampening_frac,
+            dampening_asked=dampening_asked,
             dead_columns=0 if rounded is None else rounded.dead_columns,
             sparsity=None if pruning is None else float((meant == 0).float().mean()),
             dequantized_sha256=sha256_of(meant),

@@ -7,10 +7,12 @@ identity is computed from. Two spellings of the same recipe have the same canoni
 from __future__ import annotations
 
 import json
+import operator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from compression.boundary import reason
 from compression.errors import PlanError, Problem
 from compression.hub.presets import PRESETS
 from compression.hub.references import HubRef
@@ -43,14 +45,24 @@ def _written_out(step: Any) -> list[Any]:
     return [own, {**rounding, "type": "rtn"}]
 
 
+def _peer_steps(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Raises ValueError alone: pydantic lets other errors of a validator through as they are."""
+    try:
+        return peer_steps(document)
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the recipe cannot be read: {reason(error)}") from error
+
+
 class Recipe(Frozen):
     """An ordered list of steps: at most one that smooths, then those that prune, then those that quantize.
 
     A linear is pruned by the first pruning step that targets it, and what is left of it is quantized by the
-    first quantizing step that does.
+    first quantizing step that does. strict: a pattern in `ignore` that matches no module of the model is an
+    error; otherwise it is a warning, as recipes serve several models.
     """
 
     steps: tuple[AnyStep, ...] = Field(min_length=1, max_length=16)
+    strict: bool = Field(default=False, strict=True, exclude_if=operator.not_)
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +70,8 @@ class Recipe(Frozen):
         if isinstance(value, list | tuple):
             value = {"steps": value}
         elif isinstance(value, dict) and is_peer_recipe(value):
-            value = {"steps": peer_steps(value)}
+            strict = {"strict": value["strict"]} if "strict" in value else {}
+            value = {"steps": _peer_steps(value), **strict}
         if isinstance(value, dict) and isinstance(value.get("steps"), list | tuple):
             return {**value, "steps": [part for step in value["steps"] for part in _written_out(step)]}
         return value
@@ -85,6 +98,7 @@ class Recipe(Frozen):
         *,
         method: str | None = None,
         has_dataset: bool,
+        strict: bool = False,
         **options: Any,
     ) -> Recipe:
         """The recipe of the short form.
@@ -105,12 +119,12 @@ class Recipe(Frozen):
             )
         if sparse is not None:
             method = method or ("sparsegpt" if has_dataset else "magnitude")
-            return cls.model_validate({"steps": [{"type": method, **sparse, **given}]})
+            return cls.model_validate({"steps": [{"type": method, **sparse, **given}], "strict": strict})
         if method is None:
             weights = get_scheme(scheme).weights
             coarse = weights.type == "int" or weights.num_bits == 4
             method = "gptq" if coarse and has_dataset else "rtn"
-        return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}]})
+        return cls.model_validate({"steps": [{"type": method, "scheme": scheme, **given}], "strict": strict})
 
     @property
     def smoothing(self) -> SmoothingStep | None:
@@ -243,12 +257,15 @@ class Calibration(Frozen):
 
     With packing, one sample is one block of max_seq_length tokens; without, one sample is one document,
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
+    max_dropped_share: of the documents that are read, how many may be unusable: conversations that the chat
+    template refuses, text that is no Unicode. They are dropped, counted and named; more are an error.
     """
 
     num_calibration_samples: int = Field(default=512, strict=True, ge=1, le=1_000_000)
     max_seq_length: int = Field(default=2048, strict=True, ge=2, le=1 << 20)
     packing: bool = Field(default=True, strict=True)
     seed: int = Field(default=0, strict=True, ge=0, lt=1 << 63)
+    max_dropped_share: float = Field(default=0.05, strict=True, ge=0, le=1, allow_inf_nan=False)
 
 
 class Evaluation(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,13 @@ class ModuleReport:
     """One compressed linear.
 
     scheme: None where it was only pruned. sparsity: share of zeros in what a reader gets, None where nothing
-    was pruned. relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens, None without
-    data, and where X W^T is zero and the error is not. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac:
-    the one that worked, None when nothing was inverted. smoothed: whether scales of the norm before it were
-    folded into it. tokens: how many were routed to it, for an expert's; where they are fewer than its
-    columns, relative_error is over those that its Gram was filled up with as well.
-    dequantized_sha256: digest of the dequantized weight's bytes as the engine meant it; the self-check
-    compares the written file with it.
+    was pruned. relative_error: |X W^T - X W'^T|_F^2 / |X W^T|_F^2 over the calibration tokens; None without
+    data, where X W^T is zero and the error is not, and where the error is less than float32 statistics of X
+    can tell. weight_error: |W - W'|_F^2 / |W|_F^2. dampening_frac: the one that worked, None when nothing was
+    factorized; dampening_asked: the recipe's. smoothed: whether scales of the norm before it were folded into
+    it. tokens: how many were routed to it, for an expert's; where they are fewer than its columns,
+    relative_error is over those that its Gram was filled up with as well. dequantized_sha256: digest of the
+    dequantized weight's bytes as the engine meant it; the self-check compares the written file with it.
     """
 
     name: str
@@ -36,6 +37,13 @@ class ModuleReport:
     sparsity: float | None = None
     smoothed: bool = False
     tokens: int | None = None
+    dampening_asked: float | None = None
+
+    @property
+    def dampening_raised(self) -> bool:
+        """Whether more was taken than the recipe's, which did not make the Gram matrix positive definite."""
+        asked, taken = self.dampening_asked, self.dampening_frac
+        return asked is not None and taken is not None and taken > asked
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -63,17 +71,22 @@ class EvaluationReport:
     kl_divergence_stderr: float
     top1_agreement: float
     top1_agreement_stderr: float
-    split: str  # "documents", or "blocks" where there were fewer than two documents
+    split: str  # "documents", or "blocks" where the held-out text and the calibration's share a document
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the calibration text."""
+    """What became of the calibration text.
+
+    documents: those that were drawn, without documents_dropped, which have no tokens. tokens_dropped: of what
+    was tokenized; a long document is tokenized only as far as it is used.
+    """
 
     documents: int
     samples: int
     tokens_used: int
     tokens_dropped: int
+    documents_dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,3 +123,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def dampening_warnings(rows: Iterable[ModuleReport]) -> list[dict[str, str]]:
+    """What is to be said where a method took more dampening than its step asks for: one warning, or none."""
+    raised = [row for row in rows if row.dampening_raised]
+    if not raised:
+        return []
+    most = max(raised, key=lambda row: row.dampening_frac or 0.0)
+    names = ", ".join(row.name for row in raised[:5]) + (" ..." if len(raised) > 5 else "")
+    message = (
+        f"The Gram matrices of {len(raised)} linears are not positive definite with the recipe's "
+        f"dampening_frac ({most.dampening_asked:g}). It was doubled until they were, up to "
+        f"{most.dampening_frac:g}: {names}. More calibration tokens help, or a larger dampening_frac."
+    )
+    return [{"code": "dampening_raised", "message": message}]

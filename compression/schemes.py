@@ -101,6 +101,25 @@ class Scheme:
         return self.weights.type == "int" and self.weights.strategy == "group"
 
     @property
+    def served_group_sizes(self) -> tuple[int | None, ...]:
+        """Group sizes that vLLM has kernels for, None for a scale per channel; empty where none is chosen."""
+        activations = self.input_activations
+        if self.format != "pack-quantized":
+            return ()
+        if activations is not None and activations.type == "float":
+            return (128,)
+        return (*SERVED_GROUP_SIZES, None)
+
+    @property
+    def read_in_bfloat16(self) -> bool:
+        """Whether readers compute in bfloat16 only.
+
+        compressed-tensors 0.20 dequantizes to it what has scales of a dtype of their own, whatever the model
+        is in, and its first forward dies; vLLM's kernels of MX formats take nothing else.
+        """
+        return self.weights.scale_dtype is not None
+
+    @property
     def fixed_input(self) -> str | None:
         """Name of the tensor that says how activations are quantized, where calibration fixes that."""
         if self.input_activations is None or self.input_activations.dynamic is True:

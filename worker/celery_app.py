@@ -1,4 +1,4 @@
-"""Celery as the alarm clock: it receives wake-ups and calls `look`. Nothing of correctness rests on it."""
+"""Celery, which wakes workers when there are jobs. A message may be lost: workers also look regularly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from celery import Celery, signals
 from celery.worker import state
 
+from api.data_dir import secure_and_log
 from api.observability import configure_logging
 from api.readiness import check_schema
 from api.settings import Settings
@@ -14,18 +15,18 @@ from api.wake import LOOK, queue_name
 from worker import metrics
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.reaper import housekeeping
-from worker.tasks import look
+from worker.housekeeping import housekeeping
+from worker.tasks import run_jobs
 
 _MEMORY_POLL_SECONDS = 0.1
 
 
 class WorkerRefused(Exception):
-    """A worker that could never do anything; the message says what to set."""
+    """The settings let no worker work. The message says what to set."""
 
 
 def make_app(worker: WorkerContext, presence: Presence) -> Celery:
-    """A Celery application whose only task is `bitmill.look`, run by one thread: a worker has one device."""
+    """A Celery application with the one task `bitmill.look`, run by one thread: a worker has one device."""
     app = Celery("bitmill.worker", broker=worker.settings.broker_url, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -44,19 +45,19 @@ def make_app(worker: WorkerContext, presence: Presence) -> Celery:
     if worker.settings.embedded:
         app.conf.broker_transport_options = {"polling_interval": _MEMORY_POLL_SECONDS}
 
-    def look_for_jobs() -> None:
-        look(worker, presence)
+    def run_task() -> None:
+        run_jobs(worker, presence)
 
-    app.task(name=LOOK, shared=False)(look_for_jobs)
+    app.task(name=LOOK, shared=False)(run_task)
     return app
 
 
 def options(worker: WorkerContext) -> dict[str, object]:
-    """How every Celery worker here is started: the queues of its device class and of `any`, no gossip."""
-    own = worker.identity.device_class
+    """Options of every Celery worker: the queues of its device class and of `any`, no gossip."""
+    device_class = worker.identity.device_class
     return {
         "hostname": worker.identity.id,
-        "queues": [queue_name(own), queue_name("any")],
+        "queues": [queue_name(device_class), queue_name("any")],
         "without_gossip": True,
         "without_mingle": True,
         "without_heartbeat": True,
@@ -64,11 +65,11 @@ def options(worker: WorkerContext) -> dict[str, object]:
 
 
 def run_worker(settings: Settings) -> None:
-    """`bitmill worker`: serve one device until SIGTERM or SIGINT, then give a running job back.
+    """`bitmill worker`: serve one device until SIGTERM or SIGINT, then give a running job back to the queue.
 
     Raises:
         WorkerRefused: the broker is the embedded one, which no other process can reach.
-        Unavailable: what `check_schema` and `metrics.shown` raise.
+        Unavailable: what `check_schema` and `metrics.exposed` raise.
     """
     if settings.embedded:
         raise WorkerRefused(
@@ -76,6 +77,7 @@ def run_worker(settings: Settings) -> None:
             "Set it to a redis:// URL, the same for the API and every worker."
         )
     configure_logging(settings)
+    secure_and_log(settings)
     worker = WorkerContext.open(settings)
     check_schema(worker.database.engine)
     presence = Presence(worker)
@@ -86,7 +88,7 @@ def run_worker(settings: Settings) -> None:
 
     signals.worker_shutting_down.connect(stop)
     try:
-        with metrics.shown(settings), housekeeping(worker, presence):
+        with metrics.exposed(settings), housekeeping(worker, presence):
             app.Worker(**options(worker), quiet=True, loglevel=settings.log_level.upper()).start()
     finally:
         worker.close()
@@ -101,15 +103,15 @@ class CeleryThread:
         self._thread = threading.Thread(target=self._controller.start, name="celery", daemon=True)
 
     def start(self) -> None:
-        """Begin to receive."""
+        """Start receiving messages."""
         self._thread.start()
 
     def is_alive(self) -> bool:
-        """Whether it still receives."""
+        """Whether it is still receiving."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Receive no more, and return when the running task has ended."""
+        """Stop receiving, and return when the running task has ended."""
         state.should_stop = 0
         self._thread.join()
         state.should_stop = None

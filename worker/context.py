@@ -1,4 +1,4 @@
-"""What a worker process has: its settings, connections, folders and the wish to stop."""
+"""What the threads of a worker process share: settings, connections, scratch folder, and whether to stop."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from worker.scratch import Scratch
 
 
 class ShuttingDown(Exception):
-    """This worker process is asked to end."""
+    """This worker process was asked to stop."""
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """Shared by the threads of one worker process. stopping: set once, when the process shall end."""
+    """One worker process.
+
+    identity: its id, device class and memory. stopping: set once, when the process was asked to stop.
+    """
 
     settings: Settings
     identity: WorkerIdentity
@@ -34,7 +37,7 @@ class WorkerContext:
 
     @classmethod
     def open(cls, settings: Settings) -> WorkerContext:
-        """Connect, and take a scratch folder under a name that no other process has."""
+        """Connect to database and store, and make a scratch folder under a name that no other process has."""
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         gpu = gpu_bytes(settings.device)
         identity = WorkerIdentity(name, device_class(settings.device, gpu), host_bytes(), gpu)
@@ -43,7 +46,7 @@ class WorkerContext:
         return cls(settings, identity, database, open_store(settings.store_url), scratch)
 
     def check(self) -> None:
-        """Raise ShuttingDown once this process shall end."""
+        """Raise ShuttingDown once the process was asked to stop."""
         if self.stopping.is_set():
             raise ShuttingDown
 

@@ -1,6 +1,6 @@
-"""Sends messages to webhooks, beside the jobs of every worker. What is due is in api/webhooks/outbox.py.
+"""Sends messages to webhooks, beside the jobs of every worker. api/webhooks/outbox.py says what is due.
 
-A receiver that is slow keeps at most two of the threads waiting, so it delays its own messages alone.
+A slow receiver blocks at most two of the threads, so it delays only its own messages.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Sender:
         self._taking = threading.Lock()
 
     def send_due(self) -> None:
-        """Begin to send what is due, as far as there are threads; each goes on as long as anything is."""
+        """Start sending what is due, in as many threads as are free. Each goes on until nothing is due."""
         while (message := self._take()) is not None:
             self._pool.submit(self._send_on, message)
 
     def close(self) -> None:
-        """Send no more, and return when what is being sent has been answered."""
+        """Start no more, and return when every message in flight has been answered."""
         with self._taking:
             self._closed = True
         self._pool.shutdown()
@@ -68,7 +68,7 @@ class Sender:
             busy = [webhook for webhook, count in self._busy.items() if count == _THREADS_EACH]
             with self._database.read() as session:
                 if not outbox.is_due(session, busy=busy):
-                    return None  # most of the time: a look takes no lock of SQLite
+                    return None  # the usual case; reading takes no lock of SQLite
             with self._database.write() as session:
                 message = outbox.claim(session, busy=busy)
             if message is not None:
@@ -82,7 +82,7 @@ class Sender:
                 with self._released(message):
                     self._send(message)
                 message = self._take()
-        except Exception:  # what was claimed is due again when its claim runs out
+        except Exception:  # a claimed message is due again when its claim expires
             log.exception("sender_failed")
 
     @contextmanager
@@ -120,7 +120,7 @@ class Sender:
 
 
 async def _post(message: Message, target: Target, tls: ssl.SSLContext) -> int:
-    """Send a message to the checked address, and return the status of the answer, whose body is dropped.
+    """Send a message to the checked address, and return the status of the answer. Its body is discarded.
 
     Host, SNI and the certificate's name stay those of the URL. Neither redirects nor proxies are followed.
     """
@@ -142,14 +142,14 @@ async def _post(message: Message, target: Target, tls: ssl.SSLContext) -> int:
         request.url = target.url.copy_with(host=target.address)
         answer = await client.send(request, stream=True)
         try:
-            await _drop(answer)
+            await _discard(answer)
         finally:
             await answer.aclose()
         return answer.status_code
 
 
-async def _drop(answer: httpx.Response) -> None:
-    """Read a body as far as a receiver may expect that somebody does."""
+async def _discard(answer: httpx.Response) -> None:
+    """Read a body up to _ANSWER_BYTES: some receivers fail when nobody reads."""
     received = 0
     async for chunk in answer.aiter_raw():
         received += len(chunk)

@@ -1,4 +1,4 @@
-"""What this worker's machine has, found without importing torch. The engine chooses the device itself."""
+"""This machine's GPU and memory, found without importing torch. The engine chooses the device itself."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def host_bytes(root: Path = Path("/")) -> int:
     meminfo = (root / "proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemTotal:"))
     limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    given = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([total, *(int(limit) for limit in given if limit.isdigit())])
+    set_limits = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([total, *(int(limit) for limit in set_limits if limit.isdigit())])
 
 
 def device_class(device: str, gpu: int) -> DeviceClass:

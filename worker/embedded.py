@@ -5,25 +5,27 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
-import uvicorn
 from sqlalchemy import make_url
 
 import migrations
+from api.data_dir import secure_and_log
 from api.jobs.queue import leases
-from api.main import GRACE_SECONDS, create_app, settle
+from api.listening import listen
+from api.main import create_app, settle
 from api.observability import configure_logging
+from api.private import FILE_MODE
+from api.server import OnListening, Server
 from api.settings import Settings
 from worker.celery_app import CeleryThread, make_app
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.reaper import housekeeping
+from worker.housekeeping import housekeeping
 
 _LIVENESS_SECONDS = 0.5
 
@@ -38,13 +40,15 @@ class ServeRefused(Exception):
         self.code = code
 
 
-def run_embedded(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a running job is given back, and goes on at the next start.
+def run_embedded(settings: Settings, on_listening: OnListening) -> None:
+    """Serve until SIGTERM or SIGINT. A running job is given back, and goes on at the next start.
 
-    Brings the database's schema up to date first.
+    Takes the port first, then brings the database's schema up to date. on_listening: called with the
+    server's URL once it answers.
 
     Raises:
         ServeRefused: the data folder is being served, or the database may have other servers.
+        CannotListen: `port_taken`, `cannot_listen`.
         RuntimeError: API or worker ended by itself; the log says why.
     """
     configure_logging(settings)
@@ -54,42 +58,28 @@ def run_embedded(settings: Settings) -> None:
             "An embedded server gives back every job that runs, so its database has to be its own. "
             "Set BITMILL_BROKER_URL to a redis:// URL and run `bitmill worker` beside it, or use SQLite.",
         )
-    with _only_one(settings.data_dir):
+    secure_and_log(settings)
+    with _only_server(settings.data_dir), listen(settings.host, settings.port) as listener:
         migrations.upgrade(settings.database_url)
+        settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         app = create_app(settings)
         settle(app)
-        api = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-        server = uvicorn.Server(api)
-        listening = threading.Thread(target=server.run, args=([bound(api)],), name="api", daemon=True)
-        with _worker(settings) as celery, _until_signalled() as ending:
-            listening.start()
-            while not ending.wait(_LIVENESS_SECONDS) and listening.is_alive() and celery.is_alive():
+        server = Server(app, listener, settings.data_dir, on_listening)
+        api = threading.Thread(target=server.serve_until_stopped, name="api", daemon=True)
+        with _worker(settings) as celery, _until_signalled() as stopping:
+            api.start()
+            while not stopping.wait(_LIVENESS_SECONDS) and api.is_alive() and celery.is_alive():
                 pass
-            died = not ending.is_set()
+            died = not stopping.is_set()
             server.should_exit = True
-        listening.join()
+        api.join()
     if died:
         raise RuntimeError("The API or the worker ended by itself.")
 
 
-def bound(api: uvicorn.Config) -> socket.socket:
-    """The server's socket. Its connections send at once: asyncio sees to that only for sockets that were made
-    with a protocol, and uvicorn makes this one without, so that every answer would take 40 ms longer."""
-    made = api.bind_socket()
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return made
-
-
 @contextmanager
 def _worker(settings: Settings) -> Iterator[CeleryThread]:
-    """A worker beside the API. No other can be alive, so every lease that is held is given back first."""
+    """A worker beside the API. No other worker can be alive, so every lease is released first."""
     worker = WorkerContext.open(settings)
     with worker.database.write() as session:
         released = leases.release_all(session)
@@ -110,10 +100,13 @@ def _worker(settings: Settings) -> Iterator[CeleryThread]:
 
 
 @contextmanager
-def _only_one(data_dir: Path) -> Iterator[None]:
-    """Hold the data folder's lock; the kernel drops it with the process."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(data_dir / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _only_server(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder's lock. The kernel drops it with the process.
+
+    Raises:
+        ServeRefused: `already_served`.
+    """
+    lock = os.open(data_dir / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -131,14 +124,14 @@ def _only_one(data_dir: Path) -> Iterator[None]:
 @contextmanager
 def _until_signalled() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set. For the main thread."""
-    ending = threading.Event()
+    stopping = threading.Event()
 
-    def end(_number: int, _frame: object) -> None:
-        ending.set()
+    def stop(_number: int, _frame: object) -> None:
+        stopping.set()
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield ending
+        yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,7 @@
-"""The supervisor's handle on an engine or fetching process: start it, hear it, watch its memory, end it."""
+"""An engine or fetching process, as its supervisor handles it: start, read messages, watch memory, end."""
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -12,19 +11,23 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import structlog
 
+from api.private import UMASK, opener
 from api.store.base import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
+from worker.messages import BadMessage, Message, parse
 from worker.runner import EngineSpec
 
 RUNNER = (sys.executable, "-P", "-m", "worker.runner")  # -P: nothing is imported from the scratch folder
 FETCHER = (sys.executable, "-P", "-m", "worker.fetcher")
-CANCEL_GRACE_SECONDS = 1.5  # an engine that is deaf is killed: what it finished is journaled
-EXIT_GRACE_SECONDS = 10.0  # between the last message and the end of the process: torch tears down slowly
-_LINE_BYTES = 4096  # of one log record; what is longer becomes several
+CANCEL_GRACE_SECONDS = 1.5
+"""Between SIGTERM and SIGKILL: a cancel has to take effect within 5 seconds (docs/adr/0028)."""
+EXIT_GRACE_SECONDS = 10.0
+"""Between the last message and the end of the process: torch tears down slowly."""
+_LOG_RECORD_BYTES = 4096
+"""A longer line of the process's log becomes several records."""
 
 PASSED_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH",
@@ -41,9 +44,9 @@ log = structlog.get_logger(__name__)
 
 
 def engine_environment(scratch: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The engine's whole environment: where to find Python, libraries and devices, and nothing secret.
+    """The engine's whole environment: where Python, libraries and devices are, and nothing secret.
 
-    It never writes .pyc files: on a full disk they come out truncated, and every later start would fail.
+    It writes no .pyc files: on a full disk they are truncated, and every later start fails.
     """
     passed = {name: environment[name] for name in PASSED_VARIABLES if name in environment}
     own = {"TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -53,8 +56,10 @@ def engine_environment(scratch: Path, environment: Mapping[str, str] = os.enviro
 def fetcher_environment(
     scratch: Path, environment: Mapping[str, str] = os.environ, *, s3: bool = False
 ) -> dict[str, str]:
-    """The fetching process's whole environment: the engine's, the network, the Hub with its token, and for a
-    job that has something in S3 what AWS libraries read."""
+    """The fetching process's whole environment: the engine's, the network's, and the Hub's with its token.
+
+    s3: also what AWS libraries read, for a job that has something in S3.
+    """
     prefixes = ("HF_", "AWS_") if s3 else ("HF_",)
     network = {
         name: value
@@ -65,19 +70,37 @@ def fetcher_environment(
     return {**engine_environment(scratch, environment), **network, **offline}
 
 
-class EngineProcess:
-    """One running engine, leader of its own process group.
+def start_engine(spec: EngineSpec, folder: Path) -> EngineProcess:
+    """Start an engine in its scratch folder. What it writes is private: the umask is its own."""
+    return EngineProcess(spec, folder, RUNNER, engine_environment(folder), umask=UMASK)
 
-    Create it in a thread that outlives it: the kernel kills the engine when that thread ends.
+
+def start_fetcher(spec: EngineSpec, folder: Path, *, s3: bool) -> EngineProcess:
+    """Start a fetching process. It writes to the Hub's cache, which others may share: its umask is ours."""
+    return EngineProcess(spec, folder, FETCHER, fetcher_environment(folder, s3=s3))
+
+
+class EngineProcess:
+    """One running engine or fetcher, leader of its own process group.
+
+    Create it in a thread that outlives it: the kernel kills the process when that thread ends.
+    umask: of the process; -1: as this one's.
     """
 
     def __init__(
-        self, spec: EngineSpec, scratch: Path, command: Sequence[str], environment: Mapping[str, str]
+        self,
+        spec: EngineSpec,
+        scratch: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        umask: int = -1,
     ) -> None:
         specification = scratch / "spec.json"
-        specification.write_text(spec.model_dump_json())
+        with open(specification, "w", encoding="utf-8", opener=opener) as file:
+            file.write(spec.model_dump_json())
         self._log_path = scratch / "engine.log"
-        with self._log_path.open("wb") as stderr:
+        with open(self._log_path, "wb", opener=opener) as stderr:
             self._process = subprocess.Popen(
                 [*command, str(specification)],
                 stdin=subprocess.PIPE,
@@ -86,16 +109,22 @@ class EngineProcess:
                 cwd=scratch,
                 env=environment,
                 start_new_session=True,
+                umask=umask,
             )
         self._log = self._log_path.open("rb")
-        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message | BadMessage | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="engine-messages", daemon=True)
         self._reader.start()
         self._peak_host_bytes = 0
         self._exited = False
 
-    def next_message(self, timeout: float) -> dict[str, Any] | None:
-        """The next message, None if none came within `timeout` seconds; EOFError when there are no more."""
+    def next_message(self, timeout: float) -> Message | None:
+        """The next message, or None if none came within `timeout` seconds.
+
+        Raises:
+            EOFError: there are no more messages.
+            BadMessage: the process wrote a line that is no message.
+        """
         try:
             message = self._messages.get(timeout=timeout)
         except queue.Empty:
@@ -103,6 +132,8 @@ class EngineProcess:
         if message is None:
             self._messages.put(None)
             raise EOFError("the engine closed its messages")
+        if isinstance(message, BadMessage):
+            raise message
         return message
 
     def resident_bytes(self) -> int:
@@ -124,8 +155,8 @@ class EngineProcess:
 
     def relay_log(self) -> None:
         """Log what the process has written to stderr since the last call, a record for each line."""
-        while line := self._log.readline(_LINE_BYTES):
-            if not (line.endswith(b"\n") or len(line) == _LINE_BYTES or self._exited):
+        while line := self._log.readline(_LOG_RECORD_BYTES):
+            if not (line.endswith(b"\n") or len(line) == _LOG_RECORD_BYTES or self._exited):
                 self._log.seek(-len(line), os.SEEK_CUR)  # the rest of it is still to come
                 return
             text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
@@ -181,11 +212,14 @@ class EngineProcess:
             time.sleep(0.02)
 
     def _read(self) -> None:
+        """Read messages until the process closes its end, whatever is in them: a full pipe would stop it."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith(b"\n"):  # a killed engine may leave a torn last line
-                self._messages.put(json.loads(line))
-        self._messages.put(None)
+        try:
+            for line in self._process.stdout:
+                if line.endswith(b"\n"):  # a killed engine may leave a torn last line
+                    self._messages.put(_parsed(line))
+        finally:
+            self._messages.put(None)
 
     def _memory_fields(self) -> dict[str, int]:
         try:
@@ -194,3 +228,10 @@ class EngineProcess:
             return {}
         lines = (line.partition(":") for line in status.splitlines() if line.startswith(("VmHWM", "VmRSS")))
         return {name: int(value.split()[0]) * 1024 for name, _, value in lines}
+
+
+def _parsed(line: bytes) -> Message | BadMessage:
+    try:
+        return parse(line)
+    except BadMessage as error:
+        return error

@@ -1,4 +1,4 @@
-"""Signs of life: a worker keeps the lease of the job it runs, and tells the service that it is there."""
+"""Heartbeats: a worker renews the lease of the job that it runs, and its own row in the list of workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from api.jobs.queue import leases, workers
 from api.jobs.queue.leases import Lease, LeaseLost
 from worker.context import WorkerContext
 
-POLL_SECONDS = 0.5  # how late a cancel is noticed; a deaf engine takes 1.5 s more, and 5 is the limit
+POLL_SECONDS = 0.5
+"""How late a cancel is noticed. An engine that ignores SIGTERM takes 1.5 s more, and 5 is the limit."""
 
 log = structlog.get_logger(__name__)
 
@@ -29,9 +30,9 @@ class CancelRequested(Exception):
 
 
 class LeaseKeeper:
-    """Renews a lease in a thread of its own, and tells through `check` when the work must stop.
+    """Renews a lease in a thread of its own. `check` raises when the work must stop.
 
-    A database that does not answer is no reason: it alone says that a lease is lost.
+    A database that does not answer is no reason to stop: only its answer says that a lease is lost.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LeaseKeeper:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise what the last look found: LeaseLost or CancelRequested. Costs nothing."""
+        """Raise what the last poll found: LeaseLost or CancelRequested. Asks no database."""
         if self._lost:
             raise LeaseLost(self._lease)
         if self._cancelled:
@@ -72,40 +73,40 @@ class LeaseKeeper:
     def _keep(self) -> None:
         while not self._done.wait(POLL_SECONDS):
             try:
-                self._cancelled = self._look() == JobStatus.CANCELLING
+                self._cancelled = self._poll() == JobStatus.CANCELLING
             except LeaseLost:
                 self._lost = True
                 return
             except SQLAlchemyError as error:
                 log.warning("lease_not_checked", error=type(error).__name__)
 
-    def _look(self) -> JobStatus:
-        asked = time.monotonic()
-        if asked - self._renewed < self._heartbeat_seconds:
+    def _poll(self) -> JobStatus:
+        now = time.monotonic()
+        if now - self._renewed < self._heartbeat_seconds:
             with self._database.read() as session:
                 return leases.held(session, self._lease)
         with self._database.write() as session:
             status = leases.renew(session, self._lease, self._lease_seconds)
-        self._renewed = asked
+        self._renewed = now
         return status
 
 
 class Presence:
-    """This worker's row in the list of workers: what it is and which job it runs."""
+    """This worker's row in the list of workers: its device, its memory, and the job that it runs."""
 
     def __init__(self, worker: WorkerContext) -> None:
         self._worker = worker
         self._job_id: str | None = None
-        self._telling = threading.Lock()
+        self._refreshing = threading.Lock()
 
-    def tell(self) -> None:
-        """Refresh the row; the first call makes it."""
-        with self._telling, self._worker.database.write() as session:
+    def refresh(self) -> None:
+        """Write the row with the current time. The first call makes it."""
+        with self._refreshing, self._worker.database.write() as session:
             workers.heartbeat(session, self._worker.identity, self._job_id)
 
     @contextmanager
     def busy(self, job_id: str) -> Iterator[None]:
-        """Show this job while the block runs."""
+        """Have the row name this job while the block runs."""
         self._show(job_id)
         try:
             yield
@@ -115,16 +116,16 @@ class Presence:
     def _show(self, job_id: str | None) -> None:
         self._job_id = job_id
         try:
-            self.tell()
-        except SQLAlchemyError as error:  # the next regular call tells it
-            log.warning("presence_not_told", error=type(error).__name__)
+            self.refresh()
+        except SQLAlchemyError as error:  # the next heartbeat writes it
+            log.warning("presence_not_written", error=type(error).__name__)
 
     def leave(self) -> None:
         """Remove the row."""
         try:
             with self._worker.database.write() as session:
                 workers.remove(session, self._worker.identity.id)
-        except AWAY as error:  # it is removed for its silence
+        except AWAY as error:  # the reaper removes rows without heartbeats
             log.warning("presence_not_removed", error=reason(error))
 
 
@@ -139,11 +140,11 @@ class Periodic:
         self._thread = threading.Thread(target=self._repeat, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin with a call at once."""
+        """Make the first call at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Let a call that runs end, and make no more."""
+        """Wait for a running call, and make no more."""
         self._done.set()
         self._thread.join()
 

@@ -1,5 +1,5 @@
-"""What this process counts for Prometheus. `bitmill serve` shows it among its own where the worker is in it,
-`bitmill worker` on a port of its own if BITMILL_WORKER_METRICS_PORT says so."""
+"""Metrics of a worker, for Prometheus. The embedded server exposes them at its own /metrics, `bitmill
+worker` on BITMILL_WORKER_METRICS_PORT if that is set."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PEAK_MEMORY = Gauge(
     ["memory"],
 )
 
-for _outcome in AttemptOutcome:  # told as 0 before the first one
+for _outcome in AttemptOutcome:  # exposed as 0 before the first one
     ATTEMPTS.labels(_outcome.value)
 for _phase in get_args(Phase):
     PHASE_SECONDS.labels(_phase)
 
 
 @contextmanager
-def shown(settings: Settings) -> Iterator[None]:
-    """Answer Prometheus while the block runs, if a port is set.
+def exposed(settings: Settings) -> Iterator[None]:
+    """Expose the metrics while the block runs, if a port is set.
 
     Raises:
         Unavailable: `metrics_port_unavailable`.
@@ -43,7 +43,7 @@ def shown(settings: Settings) -> Iterator[None]:
     try:
         server, thread = start_http_server(settings.worker_metrics_port, settings.host)
     except OSError as error:
-        message = f"Metrics cannot be shown on port {settings.worker_metrics_port}: {error.strerror}."
+        message = f"Metrics cannot be exposed on port {settings.worker_metrics_port}: {error.strerror}."
         hint = "Set BITMILL_WORKER_METRICS_PORT to a port that is free, or leave it out."
         raise Unavailable("metrics_port_unavailable", message, hint) from error
     try:

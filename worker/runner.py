@@ -1,6 +1,6 @@
 """The engine's own process: `python -m worker.runner SPEC.json`.
 
-    stdin   control pipe: nothing is written to it; its end means that the supervisor is gone; so goes this
+    stdin   control pipe: nothing is written to it. It closes when the supervisor is gone; so this ends
     stdout  one JSON line for every event, and last {"type": "succeeded" | "failed", "data": {...}}
     stderr  the log, and whatever a library prints
 
@@ -30,11 +30,21 @@ from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MESSAGE_CHARACTERS = 2000
+"""Of what an unexpected exception says: some quote the whole input."""
+REPORT_HINT = "This is a fault of Bitmill. Report it with the worker's log of this attempt."
+
+
+class Terminated(BaseException):
+    """SIGTERM came, in a process that has to clean up before it ends."""
 
 
 class EngineSpec(BaseModel):
-    """One compression. `source` is a checkpoint folder or, like `dataset.hub`, a name on the Hub at a commit,
-    or a folder in S3 at a revision; what is there, `worker.fetcher` has put into the cache before."""
+    """One compression.
+
+    source: a checkpoint folder; a name on the Hub at a commit, as `dataset.hub` is; or a folder in S3 at a
+    revision. worker.fetcher puts what is on the Hub or in S3 into the cache first.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +59,7 @@ class EngineSpec(BaseModel):
 
 
 Work = Callable[[EngineSpec, OnEvent], dict[str, Any]]
-"""What a process is there for; gives data of its last message."""
+"""What a process is there for. Returns the data of its last message."""
 
 
 def main(arguments: list[str], work: Work) -> int:
@@ -57,29 +67,36 @@ def main(arguments: list[str], work: Work) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_supervisor(control=sys.stdin.fileno())
     messages = _claim_stdout()
-    spec = EngineSpec.model_validate_json(Path(arguments[0]).read_bytes())
-    outcome = run(spec, messages, work)
-    _write(messages, outcome)
-    return 0 if outcome["type"] == "succeeded" else 1
+    last = run(Path(arguments[0]), messages, work)
+    _write(messages, last)
+    return 0 if last["type"] == "succeeded" else 1
 
 
-def run(spec: EngineSpec, messages: IO[str], work: Work) -> dict[str, Any]:
-    """Work, writing events as they come. Returns the last message, with this process's peak memory."""
+def run(specification: Path, messages: IO[str], work: Work) -> dict[str, Any]:
+    """Work, writing events as they come. Returns the last message, with this process's peak memory.
+
+    Whatever is raised, also by the specification or by a result that is not JSON, becomes such a message: a
+    process without one counts as crashed.
+    """
 
     def forward(event: Event) -> None:
         _write(messages, event.to_dict())
 
     try:
-        data = work(spec, forward)
-    except Exception as error:
+        spec = EngineSpec.model_validate_json(specification.read_bytes())
+        data = {**work(spec, forward), "peak_host_bytes": peak_host_bytes()}
+        json.dumps(data)
+    except Terminated:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception, nor is its sys.exit()
         sys.excepthook(type(error), error, error.__traceback__)
         return {"type": "failed", "data": {**explain(error), "peak_host_bytes": peak_host_bytes()}}
-    return {"type": "succeeded", "data": {**data, "peak_host_bytes": peak_host_bytes()}}
+    return {"type": "succeeded", "data": data}
 
 
 def compress(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
     """The engine's work: {"report"}."""
-    import compression  # when `run` looks: a broken installation is a reason too
+    import compression  # here, so that a broken installation is reported as a failure too
 
     report = compression.compress(
         spec.source,
@@ -95,7 +112,7 @@ def compress(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
     return {"report": report.to_dict()}
 
 
-def explain(error: Exception) -> dict[str, str]:
+def explain(error: BaseException) -> dict[str, str]:
     """{"code", "message", "hint"} of whatever the engine raised."""
     if isinstance(error, CompressionError):
         return {"code": error.code, "message": error.message, "hint": error.hint}
@@ -111,15 +128,16 @@ def explain(error: Exception) -> dict[str, str]:
             "message": f"The engine ran out of memory: {error or type(error).__name__}.",
             "hint": "Use a machine with more memory, or fewer or shorter calibration samples.",
         }
-    return {"code": "engine_error", "message": f"{type(error).__name__}: {error}", "hint": ""}
+    message = f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]
+    return {"code": "engine_error", "message": message, "hint": REPORT_HINT}
 
 
-def is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether there was no room to write."""
     return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
-def _is_gpu_out_of_memory(error: Exception) -> bool:
+def _is_gpu_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
@@ -133,10 +151,10 @@ def peak_host_bytes() -> int:
 
 
 def die_with_supervisor(control: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; leave at the end of `control`.
+    """Have the kernel kill this process when the thread that started it ends, or when `control` closes.
 
-    The end of the pipe covers what the signal cannot: a supervisor that died before this call, and, as the
-    whole process group goes, children that the engine started.
+    The pipe covers what the signal cannot: a supervisor that died before this call, and children that the
+    engine started, since the whole process group is killed.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         code = ctypes.get_errno()

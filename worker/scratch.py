@@ -1,7 +1,7 @@
 """Scratch folders: one for each worker process, and in it one for each attempt.
 
-A worker process holds a lock on its folder for as long as it lives; the kernel drops it with the process. So
-a folder whose lock is free belongs to nobody, and a worker that starts removes it.
+A worker process holds a lock on its folder, which the kernel drops with the process. A folder whose lock is
+free was left by a process that died: the next worker that starts removes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from api.private import FILE_MODE, FOLDER_MODE, make_folder
+
 LOCK = ".lock"
 
 
@@ -20,19 +22,19 @@ class Scratch:
     """This process's folder `<root>/<name>`, mode 0700."""
 
     def __init__(self, root: Path, name: str) -> None:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(root)
         self._root = root
         self.folder = root / name
         with _locked(root):
             _remove_abandoned(root)
-            self.folder.mkdir(mode=0o700)
+            self.folder.mkdir(mode=FOLDER_MODE)
             self._lock = _lock(self.folder, fcntl.LOCK_EX)
 
     @contextmanager
     def attempt(self, job_id: str, token: int) -> Iterator[Path]:
         """A new empty folder for one attempt, removed at the end whatever happens."""
         folder = self.folder / f"{job_id}-{token}"
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=FOLDER_MODE)
         try:
             yield folder
         finally:
@@ -68,7 +70,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path, how: int) -> int:
     """A descriptor that holds the folder's lock until closed. BlockingIOError if LOCK_NB finds it held."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What a wake-up starts: claim jobs and run them, one after another, until none is left."""
+"""The work of the Celery task: claim jobs and run them, one after another, until none is left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sqlalchemy.orm import Session
 from api.jobs.ledger.models import Job
 from api.jobs.queue import leases
 from api.jobs.queue.leases import Lease
+from worker.attempt import run_attempt
 from worker.context import ShuttingDown, WorkerContext
 from worker.heartbeat import Presence
-from worker.patience import write_patiently
-from worker.supervisor import run_attempt
+from worker.retry import write_with_retry
 
 
-def look(worker: WorkerContext, presence: Presence) -> None:
-    """Run every job that this worker can claim. Returns when there is none, or when the worker shall stop."""
+def run_jobs(worker: WorkerContext, presence: Presence) -> None:
+    """Run every job that this worker can claim. Returns when there is none, or when the worker stops."""
 
     def claim(session: Session) -> tuple[Lease, Job] | None:
         leases.release_held(session, worker.identity.id)
@@ -28,7 +28,7 @@ def look(worker: WorkerContext, presence: Presence) -> None:
     with suppress(ShuttingDown):
         while True:
             worker.check()
-            claimed = write_patiently(worker.check, worker.database, claim)
+            claimed = write_with_retry(worker.database, claim, worker.check)
             if claimed is None:
                 return
             lease, job = claimed

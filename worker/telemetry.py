@@ -1,4 +1,4 @@
-"""What an attempt tells those who watch: numbers, and spans where they are made."""
+"""Metrics and trace spans of an attempt."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from api.jobs.ledger.models import AttemptOutcome, Job
 from api.jobs.queue.leases import AttemptFacts, Lease
 from api.tracing import context_of
 from worker import metrics
-from worker.endings import Ending
+from worker.messages import Message
+from worker.outcomes import Outcome
 
 _tracer = trace.get_tracer("bitmill.worker")
 _LAYERS = ("layer_solved", "layer_replayed")
 
 
 class AttemptTelemetry:
-    """Follows one attempt from phase to phase.
+    """The span of one attempt, with a child span for each phase.
 
-    Its span is a child of the request's that queued the job. An item of a batch is a trace of its own, linked
-    to the request: a thousand jobs in one trace are more than anybody can look at, or a backend would take.
+    The attempt's span is a child of the span of the request that queued the job. An item of a batch starts a
+    trace of its own, linked to the request: backends refuse a trace of a thousand jobs.
     """
 
     def __init__(self, lease: Lease, job: Job) -> None:
-        asked = context_of(job.traceparent)
-        alone = job.batch_id is not None
+        parent = context_of(job.traceparent)
+        is_in_batch = job.batch_id is not None
         self._span = _tracer.start_span(
             "attempt",
-            Context() if alone else asked,
+            Context() if is_in_batch else parent,
             SpanKind.CONSUMER,
             {
                 "bitmill.job_id": lease.job_id,
@@ -41,14 +42,14 @@ class AttemptTelemetry:
                 "bitmill.scheme": job.scheme,
                 "bitmill.method": job.method,
             },
-            [Link(trace.get_current_span(asked).get_span_context())] if alone else None,
+            [Link(trace.get_current_span(parent).get_span_context())] if is_in_batch else None,
         )
         self._inside = trace.set_span_in_context(self._span)
         self._phase: tuple[str, Span, float] | None = None
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """The block's log records belong to the attempt's trace."""
+        """Make log records of the block part of the attempt's trace."""
         with trace.use_span(self._span, record_exception=False, set_status_on_exception=False):
             yield
 
@@ -57,28 +58,28 @@ class AttemptTelemetry:
         self._leave()
         self._phase = phase, _tracer.start_span(phase, self._inside), time.monotonic()
 
-    def hear(self, message: dict[str, Any]) -> None:
-        """Take notice of what an engine says. When `fetch` begins, the supervisor says."""
+    def on_message(self, message: Message) -> None:
+        """Follow a message of a process. The attempt itself calls `enter` for `fetch` and `upload`."""
         kind, data = message["type"], message["data"]
         if kind == "phase_changed" and data["phase"] != "fetch":
             self.enter(data["phase"])
         elif kind in _LAYERS:
             self._layer(kind, data)
 
-    def saw(self, facts: AttemptFacts) -> None:
-        """Take notice of what was seen of the engine's process."""
+    def record_memory(self, facts: AttemptFacts) -> None:
+        """Record the peak memory of the attempt's processes."""
         for memory, peak in (("host", facts.peak_host_bytes), ("gpu", facts.peak_gpu_bytes)):
             if peak is not None:
                 metrics.PEAK_MEMORY.labels(memory).set(peak)
 
-    def end(self, ending: Ending) -> None:
-        """The last call."""
+    def end(self, outcome: Outcome) -> None:
+        """End the attempt's span. The last call."""
         self._leave()
-        metrics.ATTEMPTS.labels(ending.outcome.value).inc()
-        self._span.set_attribute("bitmill.outcome", ending.outcome.value)
-        if ending.code is not None:
-            self._span.set_attribute("error.type", ending.code)
-        if ending.outcome not in (AttemptOutcome.SUCCEEDED, AttemptOutcome.CANCELLED):
+        metrics.ATTEMPTS.labels(outcome.outcome.value).inc()
+        self._span.set_attribute("bitmill.outcome", outcome.outcome.value)
+        if outcome.code is not None:
+            self._span.set_attribute("error.type", outcome.code)
+        if outcome.outcome not in (AttemptOutcome.SUCCEEDED, AttemptOutcome.CANCELLED):
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
@@ -90,13 +91,13 @@ class AttemptTelemetry:
             self._phase = None
 
     def _layer(self, kind: str, data: dict[str, Any]) -> None:
-        """A span that begins when the engine began with the layer."""
+        """A span of a layer that has just ended."""
         if kind == "layer_solved":
             metrics.LAYERS.inc()
         now = time.time_ns()
         attributes = {"bitmill.layer": data["layer"]}
         if data.get("relative_error") is not None:
             attributes["bitmill.relative_error"] = data["relative_error"]
-        inside = self._inside if self._phase is None else trace.set_span_in_context(self._phase[1])
+        parent = self._inside if self._phase is None else trace.set_span_in_context(self._phase[1])
         began = now - int(1e9 * data["seconds"])
-        _tracer.start_span(kind, inside, attributes=attributes, start_time=began).end(now)
+        _tracer.start_span(kind, parent, attributes=attributes, start_time=began).end(now)

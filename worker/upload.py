@@ -1,4 +1,4 @@
-"""What goes into the store: shards of finished layers as they come, and at the end the output folder."""
+"""Uploads to the store: the shard of each finished layer, and at the end the output folder."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from api.store.base import Check, Store
 from api.store.keys import artifact_key, work_key
 from compression.errors import CompressionError
 from worker import metrics
-from worker.patience import patiently
+from worker.retry import retry_store
 
 MANIFEST = "manifest.json"
 
 
 class UploadError(CompressionError):
-    """What was stored is not what the engine wrote."""
+    """The stored bytes are not those that the engine wrote."""
 
 
-def keep_shard(store: Store, path: Path, job_id: str, sha256: str, check: Check) -> str:
-    """Store a finished layer's shard, durable when this returns. Returns its key.
+def put_shard(store: Store, path: Path, job_id: str, sha256: str, check: Check) -> str:
+    """Store the shard of a finished layer; it is durable when this returns. Returns its key.
 
     Raises:
-        UploadError: `upload_corrupt`, the file has not the digest that it was written with.
+        UploadError: `upload_corrupt`: the digest is not that of the bytes that were written.
     """
     key, size = work_key(job_id, sha256), path.stat().st_size
-    if patiently(check, store.put, key, path, check) != sha256:
+    if retry_store(check, store.put, key, path, check) != sha256:
         raise _corrupt(path.name)
     metrics.UPLOADED.inc(size)
     return key
@@ -37,10 +37,10 @@ def publish(
 ) -> str:
     """Put every file below `folder` under artifacts/<job>/<token>/, the manifest last. Returns its key.
 
-    A store that is away is waited for, and no file is sent twice. Shards are in the store since their layers
-    were finished, so they get a second key and are not sent at all.
+    Retries while the store is unreachable; no file is sent twice. Shards are in the store since their layers
+    were finished: they get a second key, and are not sent again.
 
-    digests: their sha256 by file name. check: whatever it raises ends the upload.
+    digests: sha256 of the shards, by file name. check: what it raises ends the upload.
     """
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -49,16 +49,16 @@ def publish(
         key = artifact_key(job_id, token, name)
         if name in digests:
             sha256 = digests[name]
-            patiently(check, store.link, work_key(job_id, sha256), key, check)
+            retry_store(check, store.link, work_key(job_id, sha256), key, check)
         else:
-            sha256 = patiently(check, store.put, key, path, check)
+            sha256 = retry_store(check, store.put, key, path, check)
             metrics.UPLOADED.inc(path.stat().st_size)
         files.append({"name": name, "size": path.stat().st_size, "sha256": sha256})
     check()
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"job": job_id, "files": files}, indent=2) + "\n")
     key = artifact_key(job_id, token, MANIFEST)
-    patiently(check, store.put, key, manifest, check)
+    retry_store(check, store.put, key, manifest, check)
     return key
 
 
@@ -71,9 +71,9 @@ def copy(store: Store, folder: Path, target: str, check: Check) -> None:
     manifest = folder / MANIFEST
     for file in json.loads(manifest.read_text())["files"]:
         name = file["name"]
-        if patiently(check, store.put, f"{target}/{name}", folder / name, check) != file["sha256"]:
+        if retry_store(check, store.put, f"{target}/{name}", folder / name, check) != file["sha256"]:
             raise _corrupt(name)
-    patiently(check, store.put, f"{target}/{MANIFEST}", manifest, check)
+    retry_store(check, store.put, f"{target}/{MANIFEST}", manifest, check)
 
 
 def remove(store: Store, folder: str, token: int) -> None:
@@ -82,8 +82,8 @@ def remove(store: Store, folder: str, token: int) -> None:
 
 
 def remove_older(store: Store, folder: str, token: int) -> None:
-    """Remove what earlier attempts, killed in their upload, have left: never the work of a later one."""
-    store.probe()  # an upload's first request: one that hangs would keep a cancel waiting
+    """Remove what earlier attempts left that were killed in their upload; never the files of a later one."""
+    store.probe()  # fails soon where the store hangs: a cancel is not to wait for it
     for older in (other for other in tokens(store, folder) if other < token):
         remove(store, folder, older)
 
@@ -91,7 +91,7 @@ def remove_older(store: Store, folder: str, token: int) -> None:
 def tokens(store: Store, folder: str) -> set[int]:
     """The fencing tokens of the attempts that have files in a job's folder."""
     names = {key.removeprefix(f"{folder}/").partition("/")[0] for key in store.list(folder)}
-    return {int(name) for name in names if name.isdecimal()}  # a copy lies among other people's files
+    return {int(name) for name in names if name.isdecimal()}  # a copy may lie beside files that are not ours
 
 
 def _corrupt(name: str) -> UploadError:

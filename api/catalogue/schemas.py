@@ -77,9 +77,9 @@ class CalibrationParameter(BaseModel):
     """A field of `calibration`. least, most: null where it is no number, or has no such bound."""
 
     name: str = Field(examples=["num_calibration_samples"])
-    default: bool | int
-    least: int | None
-    most: int | None
+    default: bool | int | float
+    least: int | float | None
+    most: int | float | None
 
 
 class DatasetList(BaseModel):

@@ -12,7 +12,7 @@ import httpx
 from api.client.base import Base, in_path
 from api.client.drivers import call
 from api.client.errors import DigestMismatch
-from api.client.flows import Do, Flow, Open, Patience, Pause, Read, Request, answered
+from api.client.flows import Backoff, Do, Flow, Open, Pause, Read, Request, answered
 from api.client.types import ArtifactList
 
 
@@ -49,24 +49,24 @@ class ArtifactCalls(Base):
 
     def _fetch(self, url: str, path: Path, size: int) -> Flow[None]:
         """Append what is missing; a connection that breaks is taken up where it broke."""
-        patience = Patience(self.patience_seconds)
+        backoff = Backoff(self.patience_seconds)
         yield Do(path.touch)
         while (have := (yield Do(lambda: path.stat().st_size))) < size:
             try:
-                yield from self._append(url, path, have, patience)
+                yield from self._append(url, path, have, backoff)
             except httpx.TransportError:
-                pause = patience.pause()
+                pause = backoff.next_pause()
                 if pause is None:
                     raise
                 yield Pause(pause)
 
-    def _append(self, url: str, path: Path, have: int, patience: Patience) -> Flow[None]:
+    def _append(self, url: str, path: Path, have: int, backoff: Backoff) -> Flow[None]:
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-        response = yield from answered(Open(Request("GET", url, headers=headers, repeatable=True)), patience)
+        response = yield from answered(Open(Request("GET", url, headers=headers, repeatable=True)), backoff)
         with (yield Do(partial(path.open, "ab" if response.status_code == 206 else "wb"))) as file:
             while (chunk := (yield Read())) is not None:
                 yield Do(partial(file.write, chunk))
-                patience.renew()
+                backoff.reset()
 
 
 def _sha256(path: Path) -> str:

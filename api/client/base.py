@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from api.client.flows import Flow, Item, Listing, Patience, Request, Send, answered
+from api.client.flows import Backoff, Flow, Item, Listing, Request, Send, answered
 
 PAGE = 100
 
@@ -24,11 +24,11 @@ class Base:
         return self._json(Request("POST", path, params, json=body, repeatable=repeatable))
 
     def _json(self, request: Request) -> Flow[Any]:
-        response = yield from answered(Send(request), Patience(self.patience_seconds))
+        response = yield from answered(Send(request), Backoff(self.patience_seconds))
         return response.json()
 
     def _delete(self, path: str) -> Flow[None]:
-        yield from answered(Send(Request("DELETE", path)), Patience(self.patience_seconds))
+        yield from answered(Send(Request("DELETE", path)), Backoff(self.patience_seconds))
 
     def _pages(self, path: str, page_size: int, **params: Any) -> Listing[Any]:
         cursor = None

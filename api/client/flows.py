@@ -87,22 +87,22 @@ Flow: TypeAlias = Generator[Step, Any, T]
 Listing: TypeAlias = Generator[Step | Item[T], Any, None]
 
 
-class Patience:
-    """How long a call goes on trying: the pauses between tries take so many seconds together, and no more."""
+class Backoff:
+    """The pauses between the tries of a call: exponential, with jitter, and so many seconds in all."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.renew()
+        self.reset()
 
-    def renew(self) -> None:
-        """Begin anew, since something arrived."""
+    def reset(self) -> None:
+        """Start over, because something arrived."""
         self._left = self._seconds
         self._next = _FIRST_PAUSE_SECONDS
 
-    def pause(self, told: float | None = None) -> float | None:
-        """The seconds until the next try: those that the server told, else growing ones, not the same for all
-        clients. None: there is no next try."""
-        seconds = random.uniform(0.5, 1) * self._next if told is None else told
+    def next_pause(self, retry_after: float | None = None) -> float | None:
+        """The seconds until the next try: those that the server asked for, else twice the last ones, with
+        jitter. None: there is no next try."""
+        seconds = random.uniform(0.5, 1) * self._next if retry_after is None else retry_after
         self._next = min(2 * self._next, _LONGEST_PAUSE_SECONDS)
         if seconds > self._left:
             return None
@@ -110,9 +110,10 @@ class Patience:
         return seconds
 
 
-def answered(step: Send | Open, patience: Patience) -> Flow[httpx.Response]:
-    """The answer, asked for again where no connection came about or lasted, and where the server says when
-    (Retry-After of a 429 or 503). What is not repeatable is sent again only where it cannot have been done.
+def answered(step: Send | Open, backoff: Backoff) -> Flow[httpx.Response]:
+    """The answer, with retries: after a connection that failed or broke, and when the server says so
+    (Retry-After of a 429 or 503). A request that is not repeatable is sent again only if it cannot have been
+    received.
 
     Raises:
         ApiError: the server's error.
@@ -125,16 +126,16 @@ def answered(step: Send | Open, patience: Patience) -> Flow[httpx.Response]:
             response: httpx.Response = yield step
         except httpx.TransportError as error:
             if repeatable or isinstance(error, _NOT_SENT):
-                pause = patience.pause()
+                pause = backoff.next_pause()
             if pause is None:
                 raise
         else:
             if not response.is_error:
                 return response
-            told = response.headers.get("Retry-After", "")
+            retry_after = response.headers.get("Retry-After", "")
             again = response.status_code == 429 or (response.status_code == 503 and repeatable)
-            if again and told.isdecimal():
-                pause = patience.pause(float(told))
+            if again and retry_after.isdecimal():
+                pause = backoff.next_pause(float(retry_after))
             if pause is None:
                 raise error_of(response)
         yield Pause(pause)

@@ -13,7 +13,7 @@ import httpx
 from api.client.base import PAGE, Base, idempotent, in_path
 from api.client.drivers import call, listing
 from api.client.events import EventReader
-from api.client.flows import Flow, Item, Listing, Open, Patience, Pause, Read, Request, Send, answered
+from api.client.flows import Backoff, Flow, Item, Listing, Open, Pause, Read, Request, Send, answered
 from api.client.types import (
     Estimate,
     EventRead,
@@ -108,7 +108,7 @@ class JobCalls(Base):
 
         A stream that breaks is taken up behind the last event that came.
         """
-        patience = Patience(self.patience_seconds)
+        backoff = Backoff(self.patience_seconds)
         while True:
             stream = Request(
                 "GET",
@@ -117,7 +117,7 @@ class JobCalls(Base):
                 repeatable=True,
                 waits=_QUIET_SECONDS,
             )
-            response = yield from answered(Open(stream), patience)
+            response = yield from answered(Open(stream), backoff)
             if response.status_code == 204:
                 return
             reader, last = EventReader(), ""
@@ -126,13 +126,13 @@ class JobCalls(Base):
                 while (chunk := (yield Read())) is not None:
                     for event in reader.events(chunk):
                         since, last = event["seq"], event["type"]
-                        patience.renew()
+                        backoff.reset()
                         yield Item(event)
                 if last in _ENDINGS:  # and no retry came before the stream ended
                     return
             except httpx.TransportError as broken:
                 error = broken
-            pause = patience.pause()
+            pause = backoff.next_pause()
             if pause is None:
                 raise error
             yield Pause(pause)
@@ -164,7 +164,7 @@ class JobCalls(Base):
     def report_csv(self, job_id: str) -> Flow[str]:
         """The modules of the report, a line of CSV each."""
         request = Request("GET", in_path("jobs", job_id, "report"), {"format": "csv"}, repeatable=True)
-        response = yield from answered(Send(request), Patience(self.patience_seconds))
+        response = yield from answered(Send(request), Backoff(self.patience_seconds))
         return response.text
 
     @call

@@ -152,21 +152,24 @@ class Calibration(TypedDict):
 
     With packing, one sample is one block of max_seq_length tokens; without, one sample is one document,
     truncated to max_seq_length. seed: which documents are held out and in which order blocks are drawn.
+    max_dropped_share: of the documents that are read, how many may be unusable: conversations that the chat
+    template refuses, text that is no Unicode. They are dropped, counted and named; more are an error.
     """
 
     num_calibration_samples: NotRequired[int]
     max_seq_length: NotRequired[int]
     packing: NotRequired[bool]
     seed: NotRequired[int]
+    max_dropped_share: NotRequired[float]
 
 
 class CalibrationParameter(TypedDict):
     """A field of `calibration`. least, most: null where it is no number, or has no such bound."""
 
     name: str
-    default: bool | int
-    least: int | None
-    most: int | None
+    default: bool | int | float
+    least: int | float | None
+    most: int | float | None
 
 
 class Check(TypedDict):
@@ -420,11 +423,12 @@ class JobOverrides(TypedDict):
     group_size: NotRequired[int | Literal["auto"] | None]
     targets: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
+    strict: NotRequired[bool | None]
     recipe: NotRequired[Recipe | None]
     calibration: NotRequired[Calibration]
     evaluation: NotRequired[Evaluation]
     quality_gate: NotRequired[QualityGate | None]
-    require: NotRequired[Literal["vllm"] | None]
+    require: NotRequired[Literal["vllm", "transformers", "both"] | None]
     resources: NotRequired[Resources]
     priority: NotRequired[int]
     name: NotRequired[str | None]
@@ -515,11 +519,12 @@ class JobSubmit(TypedDict):
     group_size: NotRequired[int | Literal["auto"] | None]
     targets: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
+    strict: NotRequired[bool | None]
     recipe: NotRequired[Recipe | None]
     calibration: NotRequired[Calibration]
     evaluation: NotRequired[Evaluation]
     quality_gate: NotRequired[QualityGate | None]
-    require: NotRequired[Literal["vllm"] | None]
+    require: NotRequired[Literal["vllm", "transformers", "both"] | None]
     resources: NotRequired[Resources]
     priority: NotRequired[int]
     name: NotRequired[str | None]
@@ -761,10 +766,12 @@ class Recipe(TypedDict):
     """An ordered list of steps: at most one that smooths, then those that prune, then those that quantize.
 
     A linear is pruned by the first pruning step that targets it, and what is left of it is quantized by the
-    first quantizing step that does.
+    first quantizing step that does. strict: a pattern in `ignore` that matches no module of the model is an
+    error; otherwise it is a warning, as recipes serve several models.
     """
 
     steps: list[RTNStep | GPTQStep | AWQStep | SmoothQuantStep | SparseGPTStep | WandaStep | MagnitudeStep]
+    strict: NotRequired[bool]
 
 
 class Refusal(TypedDict):

@@ -104,7 +104,9 @@ def _accepted(
         background.add_task(
             log.info, "batch_accepted", batch_id=batch.id, accepted=counts.accepted, refused=counts.refused
         )
-        background.add_task(wake_all, made.wake_ups, broker_url=context.settings.broker_url)
+        background.add_task(
+            context.waking.run, wake_all, made.wake_ups, broker_url=context.settings.broker_url
+        )
     headers = {"Location": f"/v1/batches/{batch.id}"}
     return Response(batch.model_dump_json(), 202, headers, "application/json")
 

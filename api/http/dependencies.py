@@ -60,7 +60,8 @@ class KeyUses:
 class AppContext:
     """What an app was made with; lives in `app.state.context`.
 
-    submitting: for routes that plan jobs, which may wait for the Hub or S3.
+    submitting: for routes that plan jobs, which may wait for the Hub or S3. waking: for wake-ups, which may
+    wait for the broker.
     """
 
     settings: Settings
@@ -69,6 +70,7 @@ class AppContext:
     hasher: KeyHasher
     key_uses: KeyUses
     submitting: ThreadLimit
+    waking: ThreadLimit
     watch: JobWatch
     rates: Rates
     readiness: Readiness

@@ -44,7 +44,13 @@ _JOB: dict[str, Any] = {
     "scheme": "W4A16",
     "method": "gptq",
     "recipe": _RECIPE,
-    "calibration": {"num_calibration_samples": 512, "max_seq_length": 2048, "packing": True, "seed": 0},
+    "calibration": {
+        "num_calibration_samples": 512,
+        "max_seq_length": 2048,
+        "packing": True,
+        "seed": 0,
+        "max_dropped_share": 0.05,
+    },
     "evaluation": {"enabled": True, "num_samples": None},
     "quality_gate": {"max_perplexity_ratio": 1.05},
     "device_class": "cpu",
@@ -339,6 +345,7 @@ EXAMPLES: dict[str, Any] = {
         "calibration": [
             {"name": "num_calibration_samples", "default": 512, "least": 1, "most": 1_000_000},
             {"name": "packing", "default": True, "least": None, "most": None},
+            {"name": "max_dropped_share", "default": 0.05, "least": 0, "most": 1},
         ],
     },
     "Alive": {"status": "alive"},

@@ -100,7 +100,9 @@ def _accepted(
     """Say where the job is, and let a worker look for it after the answer."""
     if made.is_new:
         background.add_task(log.info, "job_accepted", job_id=made.job.id)
-        background.add_task(wake, made.job.device_class, broker_url=context.settings.broker_url)
+        background.add_task(
+            context.waking.run, wake, made.job.device_class, broker_url=context.settings.broker_url
+        )
     response.headers["Location"] = f"/v1/jobs/{made.job.id}"
     return made.job
 
@@ -250,7 +252,7 @@ def retry_job(
         job = JobRead.of(
             service.retry(session, caller.project_id, job_id, max_queued=caller.limits.max_queued)
         )
-    background.add_task(wake, job.device_class, broker_url=context.settings.broker_url)
+    background.add_task(context.waking.run, wake, job.device_class, broker_url=context.settings.broker_url)
     return job
 
 

@@ -1,4 +1,4 @@
-"""What a request may send, and what its answer tells of its project's rate."""
+"""Limits of a request: the size of its body, and the headers that show its project's rate limit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class RequestLimits:
     headers: dict[str, str] = field(default_factory=dict)
 
     def receive(self, size: int) -> None:
-        """Take so many bytes more, or answer 413."""
+        """Count bytes of the body; 413 when there are too many."""
         self.received += size
         if self.received > self.max_body_bytes:
             raise HTTPException(413, _too_large(self.max_body_bytes), {"Connection": "close"})
 
     def lower_body(self, max_bytes: int) -> None:
-        """Bound the body, also what came of it before it was known whose it is."""
+        """Apply the project's own limit, also to what was received before the key was looked up."""
         self.max_body_bytes = max_bytes
         self.receive(0)
 
 
 class LimitRequests:
-    """ASGI middleware: 413 for a body over its limit, by its Content-Length or as it comes; and what the
-    request's limits tell in the head of the answer."""
+    """ASGI middleware: 413 for a body over its limit, by its Content-Length or as it arrives; and the rate
+    limit's headers in the answer."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""The application class, whose OpenAPI document is one that generators of clients can use as it is."""
+"""The application class, with an OpenAPI document that client generators can use unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _show(media: dict[str, Any], operation_id: str) -> None:
 
 
 def _leave_out_null(schema: dict[str, Any]) -> None:
-    """Neither a query nor a header can say null: what is optional is not sent."""
+    """Remove null from a parameter's types: a query or header cannot be null, only left out."""
     kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
     if len(kinds) == 1:
         del schema["anyOf"]

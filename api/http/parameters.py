@@ -1,4 +1,4 @@
-"""A parameter that a route does not have is refused: a mistyped filter would otherwise find everything."""
+"""Unknown query parameters are refused: with a mistyped filter, a list would have everything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 
 
 def refuse_unknown(request: Request) -> None:
-    """Of a route below /v1: a 422 that names what is not among the query's parameters in the document."""
+    """Raise a 422 that names the query parameters which the OpenAPI document does not have for this route."""
     if not request.query_params:
         return
     item = request.app.openapi()["paths"][request.scope["route"].path_format]

@@ -101,7 +101,7 @@ def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> set[str]:
-    """All methods of the path, of which each may have a route of its own."""
+    """All methods of the path; each may be in another route."""
     tried = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
     return {
         method

@@ -22,13 +22,13 @@ log = structlog.get_logger(__name__)
 
 
 def name_in_logs(request: Request) -> None:
-    """Put what the path names (job_id, batch_id, ...) into every record of the request."""
+    """Add the ids in the path (job_id, batch_id, ...) to every log record of the request."""
     ids = {name: value for name, value in request.path_params.items() if name.endswith("_id")}
     structlog.contextvars.bind_contextvars(**ids)
 
 
 def _describe_span(scope: Scope, request_id: str) -> None:
-    """Add the request's id to its span, and take out what callers may have put into the URL."""
+    """Add the request's id to its span, and remove secrets that callers may have put into the URL."""
     span = trace.get_current_span()
     span.set_attributes({"bitmill.request_id": request_id, "url.path": hide("", scope["path"])})
     if scope.get("query_string"):

@@ -48,7 +48,7 @@ class Seen:
 
 
 class ServiceCollector:
-    """All gauges of the service. lease_seconds: after which silence a worker is no longer alive."""
+    """All gauges of the service. lease_seconds: a worker is alive if its last heartbeat is no older."""
 
     def __init__(self, database: Database, lease_seconds: float) -> None:
         self._database = database

@@ -11,8 +11,8 @@ disable_created_metrics()  # a time beside every counter and histogram, which no
 
 
 def make_registry(database: Database, lease_seconds: float) -> CollectorRegistry:
-    """What the database knows, and what this process tells of itself: memory, CPU, and in the embedded mode
-    the worker's metrics. Those of requests add themselves."""
+    """Metrics from the database, and of this process: memory, CPU and, in the embedded mode, the worker's.
+    Those of requests are registered by RequestMetrics."""
     registry = CollectorRegistry()
     registry.register(REGISTRY)
     registry.register(ServiceCollector(database, lease_seconds))

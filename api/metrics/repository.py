@@ -1,4 +1,4 @@
-"""Queries over all projects, each of which an index answers alone."""
+"""Queries over all projects. Each is answered from an index, without reading rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts and times of HTTP requests, by route and never by path: what a path names has no end."""
+"""Counts and times of HTTP requests, by route. Never by path: there are as many paths as jobs."""
 
 from __future__ import annotations
 

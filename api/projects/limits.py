@@ -9,7 +9,7 @@ from api.settings import Settings
 
 
 class OwnLimits(Protocol):
-    """Those that a project has of its own; None where the settings' holds."""
+    """A project's own limits. None: the setting of that name holds."""
 
     @property
     def max_queued(self) -> int | None: ...
@@ -35,7 +35,7 @@ class Limits:
 
     @classmethod
     def of(cls, project: OwnLimits, settings: Settings) -> Self:
-        """No project may send a larger body than the server takes from anybody."""
+        """From the project's row and the settings. The smaller of the two body limits holds."""
         return cls(
             max_queued=_own_or(project.max_queued, settings.max_queued),
             max_running=_own_or(project.max_running, settings.max_running),

@@ -12,8 +12,9 @@ from compression.s3.client import S3Ref
 class S3Access:
     """Prefixes are `s3://bucket` or `s3://bucket/folder`, and hold for whole parts of a key.
 
-    store_url: where the service keeps its own files, in S3 or not; nobody's to name.
-    reads, writes: the project's. others: where other projects write; closed to this one.
+    store_url: where the service keeps its own files, in S3 or not. No project may name what is there.
+    reads, writes: where the project may read and write. others: where other projects write, and this one may
+    not read.
     """
 
     store_url: str

@@ -23,9 +23,9 @@ from api.settings import Settings
 
 MINUTE_SECONDS = 60
 _STORE_SECONDS = 0.25
-"""What a request waits for a store that does not answer."""
+"""How long a request waits for a store that does not answer."""
 _PAUSE_SECONDS = 10.0
-"""For which such a store is not asked again."""
+"""How long such a store is not asked again."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class Rates(Protocol):
     """Counts requests."""
 
     def count(self, project_id: str) -> Minute | None:
-        """Count one more; None where nobody can say."""
+        """Count one more request. None: the store does not answer."""
 
     def close(self) -> None:
         """Close connections."""

@@ -17,7 +17,7 @@ from api.security import Scope
 
 
 class FoundKey(NamedTuple):
-    """What a request needs of a key that is good now, and of its project. now: the time."""
+    """A valid key with its project, as authentication needs them. now: the database's time."""
 
     id: str
     scopes: list[str]
@@ -42,7 +42,7 @@ def has_keys(session: Session) -> bool:
 
 
 def get_project(session: Session, project_id: str) -> Project:
-    """The project of that id, which exists."""
+    """The project of that id, which must exist."""
     return session.get_one(Project, project_id)
 
 
@@ -76,7 +76,7 @@ def get_or_create_project(session: Session, name: str) -> Project:
 
 
 def hold_project(session: Session, project_id: str) -> None:
-    """Let nobody else who asks for it hold the project's row until the transaction ends."""
+    """Lock the project's row until the transaction ends, against others that call this."""
     session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))
 
 
@@ -123,7 +123,7 @@ def list_keys(session: Session, project_id: str, after: Position | None, limit: 
 
 
 def note_use(session: Session, key_id: str) -> None:
-    """Say that a key was used now."""
+    """Store that a key was used now."""
     session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=database.now(session)))
 
 
@@ -137,8 +137,8 @@ def _is_good() -> tuple[ColumnElement[bool], ...]:
     )
 
 
-# Every request makes this query. To put it together, and to make objects of its rows, takes longer than to
-# answer it.
+# Every request makes this query. It is built once and reads columns: building it, and making objects of its
+# rows, takes longer than running it.
 _FIND_KEY = select(
     *(_KEYS.id, _KEYS.scopes, _KEYS.last_used_at, _KEYS.project_id),
     *(_PROJECTS.max_queued, _PROJECTS.max_running, _PROJECTS.max_body_bytes, _PROJECTS.requests_per_minute),

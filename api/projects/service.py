@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from api import database
 from api.cursors import Position, next_cursor
 from api.errors import Conflict, NotFound, Unauthorized, Unprocessable
+from api.listening import url_of
 from api.projects import repository
 from api.projects.limits import Limits
 from api.projects.models import ApiKey, Project
@@ -193,7 +194,7 @@ def ensure_first_key(session: Session, hasher: KeyHasher, settings: Settings) ->
         return
     project = repository.get_or_create_project(session, FIRST_PROJECT)
     key = create_key(session, hasher, project.id, FIRST_KEY).key
-    credentials = {"url": f"http://{_reachable(settings.host)}:{settings.port}", "api_key": key}
+    credentials = {"url": url_of(settings.host, settings.port), "api_key": key}
     write_private(settings.credentials_file, (json.dumps(credentials, indent=2) + "\n").encode())
     log.info("first_key_made", file=str(settings.credentials_file))
 
@@ -206,10 +207,3 @@ def _revoke(session: Session, key: ApiKey) -> None:
 
 def _key_not_found(key_id: str) -> NotFound:
     return NotFound("key_not_found", f"There is no key {key_id!r}.")
-
-
-def _reachable(host: str) -> str:
-    """An address to connect to, for one to listen on."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host

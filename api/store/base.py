@@ -25,7 +25,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 4 << 20
 
 Check = Callable[[], None]
-"""Called again and again while bytes move. What it raises ends that, and is raised."""
+"""Called again and again during a transfer. What it raises stops the transfer, and is raised."""
 
 
 class StoreError(CompressionError):
@@ -60,7 +60,7 @@ class StoreUnreachable(StoreUnavailable):
 
 
 def go_on() -> None:
-    """The check that stops nothing."""
+    """A check that never stops the transfer."""
 
 
 class Store(Protocol):
@@ -90,8 +90,8 @@ class Store(Protocol):
         """A seekable reader of the object."""
 
     def url(self, key: str, name: str, seconds: int, /) -> str | None:
-        """An address at which anybody gets the object, as a file of that name, for so long; None where the
-        store gives none. Nothing is asked of the store."""
+        """A URL from which anybody can download the object, as a file of that name, for that long; None where
+        the store has no URLs. Makes no request."""
 
     def size(self, key: str) -> int:
         """The object's size in bytes."""

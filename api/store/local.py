@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from api.private import FOLDER_MODE, make_folder, mode_of
 from api.store.base import (
     Check,
     ObjectNotFound,
@@ -28,23 +29,27 @@ _CHUNK_BYTES = 4 << 20
 
 
 class LocalStore:
-    """Objects are files below `root`; a temporary name, fsync and rename make each appear whole."""
+    """Objects are files below `root`; a temporary name, fsync and rename make each appear whole.
+
+    Who can access `root` can access what is in it: where the store makes it that is its owner, and where an
+    operator did, perhaps for an API and workers of several users, whomever its mode says.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(root)
 
     def put(self, key: str, path: Path, check: Check = go_on) -> str:
         target = self._path(key)
         sha256 = sha256_of(path, check)
-        _place(path, target, check)
+        self._place(path, target, check)
         return sha256
 
     def get(self, key: str, path: Path, check: Check = go_on) -> None:
         _place(self._existing(key), path, check)
 
     def link(self, src_key: str, dst_key: str, check: Check = go_on) -> None:
-        _place(self._existing(src_key), self._path(dst_key), check)
+        self._place(self._existing(src_key), self._path(dst_key), check)
 
     def open(self, key: str) -> BinaryIO:
         return self._existing(key).open("rb")
@@ -77,6 +82,11 @@ class LocalStore:
         if not self.root.is_dir():
             raise StoreUnreachable(f"there is no folder {self.root}")
 
+    def _place(self, source: Path, target: Path, check: Check) -> None:
+        """Make `target` an object, which those can access who can access the root."""
+        mode = FOLDER_MODE | (mode_of(self.root) & 0o777 if self.root.exists() else 0)
+        _place(source, target, check, mode)
+
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
@@ -87,13 +97,19 @@ class LocalStore:
         return path
 
 
-def _place(source: Path, target: Path, check: Check) -> None:
-    """Make `target` the same bytes as `source`, durably and in one step."""
+def _place(source: Path, target: Path, check: Check, folder_mode: int | None = None) -> None:
+    """Make `target` the same bytes as `source`, durably and in one step.
+
+    folder_mode: of the folders that this makes, and of the file without the right to execute; the file's own
+    mode unless given.
+    """
     temporary = target.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
     try:
         with room_for(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent, folder_mode or FOLDER_MODE)
             _link_or_copy(source, temporary, check)
+            if folder_mode is not None and mode_of(temporary) != folder_mode & 0o666:
+                temporary.chmod(folder_mode & 0o666)
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)

@@ -197,7 +197,7 @@ class _Ranges(io.RawIOBase):
 
 
 class _End:
-    """Hears of a transfer's end, which s3transfer's own futures only wait for without a limit."""
+    """Set when a transfer ends. s3transfer's own futures have no wait with a time limit."""
 
     def __init__(self) -> None:
         self.came = threading.Event()

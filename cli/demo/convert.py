@@ -1,4 +1,4 @@
-"""GGUF to a Transformers checkpoint: `python -m cli.demo.convert FILE.gguf FOLDER`."""
+"""GGUF to a Transformers checkpoint: `python -m cli.demo.convert FILE.gguf FOLDER DTYPE`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Dequantizes `gguf` and saves it in bfloat16, with its tokenizer, to `folder`."""
+def convert(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Dequantizes `gguf` and saves it in `dtype`, with its tokenizer, to `folder`."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         local_files_only=True,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)
@@ -24,4 +24,4 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3]))

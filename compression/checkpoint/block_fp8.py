@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from compression.checkpoint.headers import Checkpoint
+from compression.checkpoint.stated import stated_dtype
 from compression.checkpoint.tensors import BlockScaledWeight, StoredTensor, TensorInfo
 from compression.errors import SourceError
 
@@ -53,8 +54,8 @@ def _block(quantization: Any) -> tuple[int, int] | None:
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
-    stated = config.get("dtype") or config.get("torch_dtype")
-    dtype = _DTYPES.get(stated) if isinstance(stated, str) else None
+    stated = stated_dtype(config)
+    dtype = _DTYPES.get(stated) if stated is not None else None
     if dtype is None:
         raise SourceError(
             "config_invalid",

@@ -7,7 +7,6 @@ length and range is checked before it is used, links may not lead out of the fol
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from compression.boundary import parse_json, reason
 from compression.checkpoint.layout import DTYPE_BITS, TensorSpec
 from compression.checkpoint.tensors import FileStamp, StoredTensor, TensorInfo
 from compression.errors import SourceError
@@ -236,21 +236,14 @@ def _invalid(file: str, reason: str) -> NoReturn:
 
 def _parse_json(text: bytes, name: str, code: str) -> Any:
     """JSON from a stranger: UTF-8, no name twice in an object, bounded in objects and in depth."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return mapping
-
     brackets = text.count(b"[") + text.count(b"{")
     if brackets > MAX_JSON_BRACKETS or text.count(b",") > MAX_JSON_COMMAS:
         raise SourceError(code, f"{name} holds more than any model has.")
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise SourceError(code, f"{name} is not valid JSON: {reason}.", "Download it again.") from error
+        return parse_json(text, unique_names=True, whole_characters=True)
+    except ValueError as error:
+        message = f"{name} is not valid JSON: {reason(error)}."
+        raise SourceError(code, message, "Download it again.") from error
 
 
 def _read_json(folder: Path, name: str, limit: int, code: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ digest is taken on the way. Memory is bounded by one chunk, whatever is copied.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compression.boundary import foreign, writing
 from compression.checkpoint.headers import (
     INDEX_FILE,
     Checkpoint,
@@ -28,13 +28,14 @@ from compression.checkpoint.headers import (
 from compression.checkpoint.layout import TensorSpec, build_header
 from compression.checkpoint.reader import CHUNK_BYTES, TORCH_DTYPES, make, open_unchanged, read_into
 from compression.checkpoint.tensors import StoredTensor, TensorInfo
-from compression.errors import ResourceError
 
 TEMPORARY_SUFFIX = ".writing"
 """A file of this name is what a killed process left; writing the same file again replaces it."""
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name on Linux."""
+
 _SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Sha
     when its turn comes, where it is stored in another form; under the names that the mapping gives them.
 
     Raises:
-        ResourceError: `disk_full`; nothing is left of the file.
+        ResourceError: `disk_full`, `output_not_writable`; nothing is left of the file.
         SourceError: `source_changed`, when a copied file is not the planned one.
     """
     specs = {name: _spec(value) for name, value in tensors.items()}
@@ -101,7 +102,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a small file with the same discipline.
 
     Raises:
-        ResourceError: `disk_full`; what was there before stays.
+        ResourceError: `disk_full`, `output_not_writable`; what was there before stays.
     """
     with _replacing(path) as sink:
         sink.write(content)
@@ -111,10 +112,11 @@ def copy_file(checkpoint: Checkpoint, name: str, target: Path) -> None:
     """Copy one of the checkpoint's `other_files` byte for byte; the target's folder is made.
 
     Raises:
-        ResourceError: `disk_full`.
-        SourceError: `unsafe_link`, should the file have become a link out of the folder.
+        ResourceError: `disk_full`, `output_not_writable`.
+        SourceError: `source_unreadable`; `unsafe_link`, should the file have become a link out of the folder.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with open_regular(resolve_inside(checkpoint.folder, name)) as descriptor, _replacing(target) as sink:
         for chunk in _chunks(descriptor):
             sink.write(chunk)
@@ -143,10 +145,10 @@ class _Sink:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[_Sink]:
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(_temporary_name(path.name))
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with naming_full_disk(path):
+        with writing(path):
             descriptor = os.open(temporary, flags, 0o666)
             try:
                 yield _Sink(descriptor)
@@ -156,28 +158,17 @@ def _replacing(path: Path) -> Iterator[_Sink]:
             os.replace(temporary, path)
             sync_folder(path.parent)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(temporary)
         raise
 
 
-@contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
-    """Turn the three ways in which a disk is full into `disk_full`, which names the file.
-
-    Raises:
-        ResourceError: `disk_full`, for ENOSPC, EDQUOT and EFBIG.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise ResourceError(
-            "disk_full",
-            f"There is no room to write {path.name}: {error.strerror}.",
-            "Free disk space, or raise the quota or file size limit.",
-        ) from error
+def _temporary_name(name: str) -> str:
+    """Another name, as long as names may be: the source has files whose own are that long."""
+    temporary = f".{name}{TEMPORARY_SUFFIX}"
+    if len(os.fsencode(temporary)) <= _LONGEST_NAME:
+        return temporary
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()}{TEMPORARY_SUFFIX}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -211,6 +202,10 @@ def _copy_tensor(info: TensorInfo, sink: _Sink) -> None:
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
     offset = 0
-    while chunk := os.pread(descriptor, CHUNK_BYTES, offset):
+    while True:
+        with foreign("source_unreadable", "A file cannot be read"):
+            chunk = os.pread(descriptor, CHUNK_BYTES, offset)
+        if not chunk:
+            return
         offset += len(chunk)
         yield chunk

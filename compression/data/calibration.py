@@ -11,22 +11,18 @@ The same dataset, tokenizer and settings give the same blocks on every machine, 
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from compression.data.columns import Document, Messages
-from compression.data.documents import dataset_digest, open_documents
-from compression.errors import SourceError
+from compression.boundary import foreign, parse_json, reason
+from compression.data.documents import Documents, dataset_digest, open_documents
+from compression.data.tokenizer import LONGEST_PART, RowRefused, TextTokenizer, load_tokenizer
+from compression.errors import Problem, SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.report import DataReport
 
@@ -38,19 +34,26 @@ _BATCH_CHARACTERS = 1 << 20
 _SHORTEST_ROW = 2
 """Tokens below which a row predicts nothing."""
 
+_FEWEST_ROWS = 100
+"""Rows whose share is taken where fewer were read: a bad one among the first few says nothing of the rest."""
+_NAMED_ROWS = 5
+"""Dropped rows that a message names."""
+
 
 @dataclass(frozen=True)
 class TokenBlocks:
     """Token ids, each block int64 [tokens]: max_seq_length of them, or fewer without packing.
 
-    split: "documents" where the held-out text shares no document with the calibration's, "blocks" where there
-    was only one document, so that only the blocks differ.
+    split: "documents" where the held-out text shares no document with the calibration's, "blocks" where they
+    share one, as the rest would not have been enough, so that only the blocks differ. warnings: rows that
+    were dropped.
     """
 
     calibration: tuple[Tensor, ...]
     evaluation: tuple[Tensor, ...]
     split: str
     report: DataReport
+    warnings: tuple[Problem, ...] = ()
 
 
 def load_blocks(
@@ -65,30 +68,40 @@ def load_blocks(
 
     A document's tokens are those the tokenizer in `source` gives, with the special tokens it adds to a text
     (a conversation: those of its chat template). With packing, documents follow one another without a gap.
-    Documents are tokenized only until there are enough blocks; `report` counts those documents, and as
-    dropped those of their tokens that no block holds. `calibrate=False` is for recipes that need no data: the
-    dataset then serves the evaluation alone.
+    Documents are tokenized only until there are enough blocks, long ones in parts; `report` counts those
+    documents, and as dropped those of their tokens that no block holds. Of the last document that is held
+    out, what no held-out block holds serves the calibration only where all others are too short for it. A
+    document that has no tokens is dropped, up to calibration.max_dropped_share of them.
+    `calibrate=False` is for recipes that need no data: the dataset then serves the evaluation alone.
 
-    Raises SourceError: what `open_documents` raises, and tokenizer_missing, tokenizer_mismatch,
-    chat_template_missing, dataset_invalid, dataset_too_small.
+    Raises SourceError: what `open_documents`, `load_tokenizer` and `TextTokenizer` raise, and
+    tokenizer_mismatch, dataset_invalid, dataset_too_small.
     """
     documents = open_documents(dataset)
-    tokenizer = load_tokenizer(source)
+    tokenizer = TextTokenizer(load_tokenizer(source))
     for_calibration = calibration.num_calibration_samples if calibrate else 0
     for_evaluation = evaluation.samples(calibration)
     order = list(range(len(documents)))
     generator = random.Random(calibration.seed)
     generator.shuffle(order)
 
-    cutter = _Cutter(_tokenized(documents, order, tokenizer), calibration.max_seq_length, calibration.packing)
+    dropped = _Dropped(documents, calibration.max_dropped_share)
+    cutter = _Cutter(
+        _tokenized(documents, order, tokenizer, dropped), calibration.max_seq_length, calibration.packing
+    )
+    split = "documents" if len(documents) > 1 else "blocks"
     if len(documents) > 1:
         held_out = cutter.take(for_evaluation)
+        rest_of_last = cutter.rest
         learned = cutter.take(for_calibration)
+        if len(learned) < for_calibration and (more := rest_of_last.take(for_calibration - len(learned))):
+            learned, split = [*learned, *more], "blocks"
     else:
         blocks = cutter.take(None)
         generator.shuffle(blocks)
         held_out, learned = blocks[:for_evaluation], blocks[for_evaluation:][:for_calibration]
 
+    dropped.check(cutter.documents)
     if len(held_out) < for_evaluation or len(learned) < for_calibration:
         raise _too_small(calibration, len(held_out) + len(learned), for_calibration, for_evaluation)
     _check_vocabulary([*held_out, *learned], source)
@@ -96,48 +109,141 @@ def load_blocks(
     return TokenBlocks(
         calibration=tuple(learned),
         evaluation=tuple(held_out),
-        split="documents" if len(documents) > 1 else "blocks",
+        split=split,
         report=DataReport(
             documents=cutter.documents,
             samples=len(learned),
             tokens_used=used,
             tokens_dropped=cutter.tokens - used,
+            documents_dropped=dropped.count,
         ),
+        warnings=dropped.warnings(cutter.documents),
     )
 
 
-@dataclass
 class _Cutter:
-    """Cuts a stream of tokenized documents into blocks; counts what it draws."""
+    """Cuts a stream of documents, each the token ids of its parts, into blocks; counts what it draws."""
 
-    stream: Iterator[list[int]]
-    length: int
-    packing: bool
-    documents: int = field(default=0, init=False)
-    tokens: int = field(default=0, init=False)
+    def __init__(self, stream: Iterator[Iterator[list[int]]], length: int, packing: bool) -> None:
+        self._stream = stream
+        self._length = length
+        self._packing = packing
+        self.documents = 0
+        self.tokens = 0
+        self.rest = _Rest(self, [], iter(()))
 
     def take(self, count: int | None) -> list[Tensor]:
         """The next `count` blocks (all that are left for None, fewer at the end of the stream).
 
-        It ends in the middle of a document; what is left of that one is dropped, never given to a later call.
+        It ends in the middle of a document, of which `rest` is what is left; no later call gives that.
         """
         blocks: list[Tensor] = []
-        pending: list[int] = []
+        self.rest = _Rest(self, [], iter(()))
         while count is None or len(blocks) < count:
-            document = next(self.stream, None)
-            if document is None:
+            parts = next(self._stream, None)
+            if parts is None:
                 break
             self.documents += 1
-            self.tokens += len(document)
-            if self.packing:
-                pending += document
-                whole = len(pending) - len(pending) % self.length
-                rows = [pending[begin : begin + self.length] for begin in range(0, whole, self.length)]
-                del pending[:whole]
+            if self._packing:
+                self.rest = _Rest(self, self.rest.tokens, parts)
+                blocks += self.rest.take(None if count is None else count - len(blocks))
             else:
-                rows = [document[: self.length]] if len(document) >= _SHORTEST_ROW else []
-            blocks += [torch.tensor(row, dtype=torch.int64) for row in rows]
-        return blocks if count is None else blocks[:count]
+                blocks += self._row(parts)
+        return blocks
+
+    def _row(self, parts: Iterator[list[int]]) -> list[Tensor]:
+        row: list[int] = []
+        while len(row) < self._length and (part := self.counted(parts)) is not None:
+            row += part
+        return [_block(row[: self._length])] if len(row) >= _SHORTEST_ROW else []
+
+    def counted(self, parts: Iterator[list[int]]) -> list[int] | None:
+        """The next part of a document, None at its end."""
+        part = next(parts, None)
+        self.tokens += len(part or ())
+        return part
+
+    def whole_blocks(self, tokens: list[int], count: int | None) -> list[Tensor]:
+        """At most `count` blocks from the beginning of `tokens`, which lose them."""
+        whole = len(tokens) // self._length
+        taken = whole if count is None else min(whole, count)
+        begins = range(0, taken * self._length, self._length)
+        blocks = [_block(tokens[begin : begin + self._length]) for begin in begins]
+        del tokens[: taken * self._length]
+        return blocks
+
+
+@dataclass
+class _Rest:
+    """What is left of a document from which blocks are cut: tokens, and parts that have none yet."""
+
+    cutter: _Cutter
+    tokens: list[int]
+    parts: Iterator[list[int]]
+
+    def take(self, count: int | None) -> list[Tensor]:
+        """The next `count` blocks of it, all for None, fewer at its end."""
+        blocks = self.cutter.whole_blocks(self.tokens, count)
+        while count is None or len(blocks) < count:
+            part = self.cutter.counted(self.parts)
+            if part is None:
+                break
+            self.tokens += part
+            blocks += self.cutter.whole_blocks(self.tokens, None if count is None else count - len(blocks))
+        return blocks
+
+
+def _block(tokens: Sequence[int]) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+@dataclass
+class _Dropped:
+    """The documents that have no tokens, and whether they are too many."""
+
+    documents: Documents
+    max_share: float
+    rows: list[str] = field(default_factory=list)
+    first: str = ""
+    count: int = 0
+
+    def add(self, index: int, why: str) -> None:
+        """Drop a document. Raises SourceError `dataset_invalid` where no number of good ones could make up
+        for those that were dropped."""
+        self.count += 1
+        self.first = self.first or why
+        if len(self.rows) < _NAMED_ROWS:
+            self.rows.append(self.documents.where(index))
+        if self.count > self.max_share * len(self.documents):
+            raise self._too_many(f"{self.count} of {len(self.documents)} rows")
+
+    def check(self, used: int) -> None:
+        """Raises SourceError: `dataset_invalid`. used: documents that were drawn beside these."""
+        of = max(used + self.count, min(_FEWEST_ROWS, len(self.documents)))
+        if self.count > self.max_share * of:
+            raise self._too_many(f"{self.count} of {used + self.count} rows that were read")
+
+    def warnings(self, used: int) -> tuple[Problem, ...]:
+        """What the run has to tell: which rows it did without."""
+        if not self.count:
+            return ()
+        message = (
+            f"{self.count} of {used + self.count} rows that were read have no tokens and were dropped: "
+            f"{self._named()}."
+        )
+        return (Problem("rows_dropped", message, "Mend or remove them.", "/dataset"),)
+
+    def _too_many(self, which: str) -> SourceError:
+        return SourceError(
+            "dataset_invalid",
+            f"{which} have no tokens, more than max_dropped_share {self.max_share:g} allows: "
+            f"{self._named()}.",
+            "Mend or remove these rows, or raise the calibration's max_dropped_share.",
+        )
+
+    def _named(self) -> str:
+        more = f" and {self.count - len(self.rows)} more" if self.count > len(self.rows) else ""
+        return f"{', '.join(self.rows)}{more}; the first, as {self.first}"
 
 
 def make_batches(blocks: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
@@ -156,76 +262,58 @@ def make_batches(blocks: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
 
 
 def _tokenized(
-    documents: Sequence[Document], order: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[int]]:
-    """Token ids of each document, in `order`, tokenized some at a time."""
-    batch: list[Document] = []
+    documents: Documents, order: Sequence[int], tokenizer: TextTokenizer, dropped: _Dropped
+) -> Iterator[Iterator[list[int]]]:
+    """Token ids of each document, in `order`, tokenized some at a time; a long one part by part."""
+    batch: list[tuple[int, str]] = []
     characters = 0
-    for position, index in enumerate(order, 1):
+    for index in order:
         document = documents[index]
-        batch.append(document)
-        characters += len(document) if isinstance(document, str) else sum(len(str(turn)) for turn in document)
-        if characters >= _BATCH_CHARACTERS or position == len(order):
-            yield from _encode(batch, tokenizer)
-            batch, characters = [], 0
-
-
-def _encode(batch: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    texts = [item if isinstance(item, str) else _rendered(item, tokenizer) for item in batch]
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=isinstance(batch[0], str),  # a chat template writes its own
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,  # no warning that a document is longer than the model's context
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template is None:
-        raise SourceError(
-            "chat_template_missing",
-            "The dataset holds conversations and the model's tokenizer has no chat template.",
-            "Use a dataset of plain text, or add chat_template.jinja to the model.",
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise SourceError(
-            "dataset_invalid", f"The model's chat template refuses a conversation: {error}."
-        ) from None
-
-
-def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights; no download, no code of the model's.
-
-    Raises SourceError: tokenizer_missing.
-    """
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
+        special = isinstance(document, str)  # a chat template writes its own
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except StrictDataclassError:  # of config.json, of which a tokenizer needs no more than the model_type
-            config = PreTrainedConfig.from_pretrained(source, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            "tokenizer_missing",
-            f"No tokenizer could be read from {source}: {error}".splitlines()[0],
-            "Put the model's tokenizer files beside its weights.",
-        ) from None
-    return tokenizer
+            text = tokenizer.text_of(document)
+        except RowRefused as refusal:
+            dropped.add(index, str(refusal))
+            continue
+        if len(text) > LONGEST_PART:
+            yield from _encoded(batch, tokenizer, dropped, special=special)
+            yield tokenizer.encode_long(text, special=special)
+            batch, characters = [], 0
+            continue
+        batch.append((index, text))
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield from _encoded(batch, tokenizer, dropped, special=special)
+            batch, characters = [], 0
+    if batch:
+        yield from _encoded(batch, tokenizer, dropped, special=special)
 
 
-def _check_vocabulary(blocks: Sequence[Tensor], source: Path) -> None:
+def _encoded(
+    batch: Sequence[tuple[int, str]], tokenizer: TextTokenizer, dropped: _Dropped, *, special: bool
+) -> Iterator[Iterator[list[int]]]:
+    """The batch in one call; where that fails, one by one, to find the text that it fails on."""
+    if not batch:
+        return
+    try:
+        whole = tokenizer.encode([text for _, text in batch], special=special)
+    except SourceError:
+        for index, text in batch:
+            try:
+                yield iter(tokenizer.encode([text], special=special))
+            except SourceError as error:
+                dropped.add(index, f"the tokenizer fails on it: {reason(error.__cause__ or error)}")
+        return
+    yield from (iter([ids]) for ids in whole)
+
+
+def _check_vocabulary(blocks: Iterable[Tensor], source: Path) -> None:
     """A token id that the embedding has no row for would crash the forward pass without a name."""
-    config = json.loads((source / "config.json").read_bytes())
-    vocabulary = (config.get("text_config") or config).get("vocab_size")
+    with foreign("config_invalid", "config.json cannot be read", "Download the model again."):
+        config = parse_json((source / "config.json").read_bytes())
+        vocabulary = (config.get("text_config") or config).get("vocab_size")
     largest = max((int(block.max()) for block in blocks), default=0)
-    if vocabulary is not None and largest >= vocabulary:
+    if isinstance(vocabulary, int) and largest >= vocabulary:
         raise SourceError(
             "tokenizer_mismatch",
             f"The tokenizer gives token {largest}; the model's vocabulary ends at {vocabulary - 1}.",

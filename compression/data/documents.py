@@ -12,26 +12,37 @@ import json
 import os
 import tempfile
 import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+from compression.boundary import foreign, parse_json, reason, writing
 from compression.data.columns import Column, Document, invalid, json_name
 from compression.data.tables import csv_documents, parquet_documents
 from compression.errors import SourceError
 from compression.recipe import DATASET_SUFFIXES, DatasetSpec
 
 
-def open_documents(dataset: DatasetSpec) -> Sequence[Document]:
+class Documents(Sequence[Document]):
+    """Documents, and what each is called for people."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """The row or line of a document in its file: "Line 3"."""
+
+
+def open_documents(dataset: DatasetSpec) -> Documents:
     """The documents that are not empty, in the order of the dataset.
 
     Raises SourceError: dataset_not_found, dataset_format_unsupported, dataset_invalid (with the line or row),
     text_column_missing, dataset_empty.
     """
-    documents: Sequence[Document]
+    documents: Documents
     if dataset.texts is not None:
-        documents = [text for text in dataset.texts if text.strip()]
+        documents = _Texts(dataset.texts)
     else:
         assert dataset.path is not None  # what was fetched is a file
         documents = _open_file(Path(dataset.path), Column(dataset.text_column, dataset.messages_column))
@@ -54,7 +65,7 @@ def dataset_digest(dataset: DatasetSpec) -> str:
     else:
         path = _existing(Path(dataset.path or ""))
         kind = path.suffix.lower()
-        with path.open("rb") as file:
+        with _reading(path), path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     identity = {
         "kind": kind,
@@ -75,7 +86,23 @@ class _Format(Protocol):
         """The document in the bytes of one span; None where it is empty."""
 
 
-class _FileDocuments(Sequence[Document]):
+class _Texts(Documents):
+    """Texts of a request."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts[index][1]
+
+    def where(self, index: int) -> str:
+        return f"Text {self._texts[index][0]}"
+
+
+class _FileDocuments(Documents):
     """Documents of a file, read when they are asked for."""
 
     def __init__(self, path: Path, form: _Format) -> None:
@@ -96,12 +123,16 @@ class _FileDocuments(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         begin, end = self._begins[index], self._ends[index]
-        with self._path.open("rb") as file:
+        with _reading(self._path), self._path.open("rb") as file:
             file.seek(begin)
-            document = self._form.parse(file.read(end - begin), self._lines[index])
+            raw = file.read(end - begin)
+        document = self._form.parse(raw, self._lines[index])
         if document is None:
             raise SourceError("dataset_changed", f"{self._path.name} changed while it was read.")
         return document
+
+    def where(self, index: int) -> str:
+        return f"Line {self._lines[index]}"
 
 
 class _JSONLines:
@@ -121,9 +152,9 @@ class _JSONLines:
     def parse(self, raw: bytes, line: int) -> Document | None:
         where = f"Line {line}"
         try:
-            row = json.loads(raw)
+            row = parse_json(raw)
         except ValueError as error:  # UnicodeDecodeError is one
-            raise invalid(where, f"is not JSON: {error}") from None
+            raise invalid(where, f"is not JSON that can be read: {reason(error)}") from None
         if not isinstance(row, dict):
             raise invalid(where, f"holds {json_name(row)}, not an object")
         return self._column.document(row, where)
@@ -149,18 +180,29 @@ class _Paragraphs:
         return _decoded(raw, line).strip() or None
 
 
-class _SpooledDocuments(Sequence[Document]):
-    """Documents of a format in which no row can be read alone, copied to a file that has no name."""
+class _SpooledDocuments(Documents):
+    """Documents of a format in which no row can be read alone, copied to a file that has no name.
 
-    def __init__(self, documents: Iterable[Document]) -> None:
-        self._descriptor, name = tempfile.mkstemp()
-        weakref.finalize(self, os.close, self._descriptor)
-        os.unlink(name)
-        self._ends = array("Q", [0])
+    documents: with the number of the row or line of each. unit: what is counted, "Row" or "Line".
+    """
+
+    def __init__(self, documents: Iterable[tuple[int, Document]], unit: str) -> None:
+        self._unit = unit
+        self._numbers, self._ends = array("Q"), array("Q", [0])
+        copy = Path(tempfile.gettempdir(), "a copy of the dataset's text")
+        with writing(copy):
+            self._descriptor, name = tempfile.mkstemp()
+            weakref.finalize(self, os.close, self._descriptor)
+            os.unlink(name)
         with open(self._descriptor, "wb", closefd=False) as file:
-            for document in documents:
-                size = file.write(json.dumps(document).encode())
-                self._ends.append(self._ends[-1] + size)
+            for number, document in documents:
+                with foreign("dataset_invalid", f"{unit} {number} of the dataset is not text"):
+                    line = json.dumps(document).encode()
+                with writing(copy):
+                    self._ends.append(self._ends[-1] + file.write(line))
+                self._numbers.append(number)
+            with writing(copy):
+                file.flush()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -169,20 +211,32 @@ class _SpooledDocuments(Sequence[Document]):
         begin, end = self._ends[index], self._ends[index + 1]
         return json.loads(os.pread(self._descriptor, end - begin, begin))
 
+    def where(self, index: int) -> str:
+        return f"{self._unit} {self._numbers[index]}"
 
-def _open_file(path: Path, column: Column) -> Sequence[Document]:
-    try:
-        match _existing(path).suffix.lower():
+
+def _open_file(path: Path, column: Column) -> Documents:
+    suffix = _existing(path).suffix.lower()
+    with _reading(path):
+        path.open("rb").close()  # pyarrow says of a file without permission that it is no Parquet file
+        match suffix:
             case ".jsonl":
                 return _FileDocuments(path, _JSONLines(column))
             case ".parquet":
-                return _SpooledDocuments(parquet_documents(path, column))
+                return _SpooledDocuments(parquet_documents(path, column), "Row")
             case ".csv":
-                return _SpooledDocuments(csv_documents(path, column))
+                return _SpooledDocuments(csv_documents(path, column), "Line")
             case _:
                 return _FileDocuments(path, _Paragraphs())
-    except (PermissionError, FileNotFoundError) as error:
-        raise SourceError("dataset_not_found", f"{path} cannot be read: {error.strerror}.") from None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file cannot be read. Raises SourceError: dataset_not_found."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError("dataset_not_found", f"{path} cannot be read: {reason(error)}.") from error
 
 
 def check_format(path: PurePath) -> None:
@@ -197,7 +251,9 @@ def check_format(path: PurePath) -> None:
 
 def _existing(path: Path) -> Path:
     check_format(path)
-    if not path.is_file():
+    with _reading(path):
+        exists = path.is_file()
+    if not exists:
         raise SourceError("dataset_not_found", f"There is no dataset file {path}.")
     return path
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compression.boundary import foreign, parse_json, writing
 from compression.data.columns import Document
 from compression.data.hub_streaming import HubDataset, stream_documents
 from compression.errors import SourceError
@@ -83,9 +84,18 @@ def fetch_rows(
             raise _not_cached(asked)
         _save(path, _enough(stream_documents(pinned, environment), amount, on_rows))
         remember_ref("dataset", asked.ref, commit, environment)
-    with path.open(encoding="utf-8") as file:
-        (column,) = json.loads(file.readline())
+    column = _column(path)
     return DatasetSpec.model_validate({"path": str(path), f"{column}_column": column}), pinned.ref
+
+
+def _column(path: Path) -> str:
+    """What the rows that are kept hold, "text" or "messages"."""
+    with foreign(
+        "dataset_invalid", f"{path} cannot be read", "Remove this file, which is a copy, and try again."
+    ):
+        with path.open("rb") as file:
+            (column,) = parse_json(file.readline())
+        return str(column)
 
 
 def _place(dataset: HubDataset, amount: _Amount, environment: HubEnvironment) -> Path:
@@ -100,18 +110,23 @@ def _place(dataset: HubDataset, amount: _Amount, environment: HubEnvironment) ->
 
 def _save(path: Path, documents: Iterable[Document]) -> None:
     """One document a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, building = tempfile.mkstemp(dir=path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, building = tempfile.mkstemp(dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             for document in documents:
                 column = "text" if isinstance(document, str) else "messages"
-                file.write(json.dumps({column: document}) + "\n")
+                with foreign("dataset_invalid", "A row of the dataset is not text"):
+                    line = json.dumps({column: document}) + "\n"
+                with writing(path):
+                    file.write(line)
             if not file.tell():
                 raise SourceError(
                     "dataset_empty", "The dataset holds no text.", "Use another split or column."
                 )
-        os.replace(building, path)
+        with writing(path):
+            os.replace(building, path)
     finally:
         Path(building).unlink(missing_ok=True)
 

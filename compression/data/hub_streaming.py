@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from compression.boundary import foreign
 from compression.data.columns import Column, Document, without_nulls
 from compression.errors import SourceError
 from compression.hub.client import access_denied, unreachable
@@ -106,6 +108,9 @@ def _stream(dataset: HubDataset, environment: HubEnvironment) -> Iterator[dict[s
         raise access_denied("dataset", dataset.ref) from None
     except (OSError, HTTPError) as error:
         raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
+    except Exception:
+        with _unreadable(dataset):
+            raise
     try:
         rows = builder.as_streaming_dataset(split=dataset.split)
     except ValueError as error:
@@ -114,16 +119,20 @@ def _stream(dataset: HubDataset, environment: HubEnvironment) -> Iterator[dict[s
             f"{dataset.ref.id!r} has no split {dataset.split!r}: {_first_lines(error)}",
             "Name one of its splits with split.",
         ) from None
+    except Exception:
+        with _unreadable(dataset):
+            raise
     try:
         yield from rows
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # pyarrow's are ValueErrors
-        raise SourceError(
-            "dataset_invalid",
-            f"A file of {dataset.ref.id!r} cannot be read: {_first_lines(error)}.",
-            "Use another dataset.",
-        ) from error
     except (OSError, HTTPError) as error:
         raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
+    except Exception:
+        with _unreadable(dataset):
+            raise
+
+
+def _unreadable(dataset: HubDataset) -> AbstractContextManager[None]:
+    return foreign("dataset_invalid", f"A file of {dataset.ref.id!r} cannot be read", "Use another dataset.")
 
 
 def _no_format(dataset: HubDataset, error: Exception) -> SourceError:

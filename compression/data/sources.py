@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from compression.boundary import last_resort
 from compression.data.hub_rows import fetch_rows
 from compression.events import FetchProgress, OnEvent, Teller
 from compression.hub.client import HubClient
@@ -40,7 +41,11 @@ def remote_model(source: str | Path) -> HubRef | S3ModelRef | None:
         return None
     if ref := S3ModelRef.parse(source):
         return ref
-    return None if Path(source).is_dir() else HubRef.parse(source)
+    try:
+        is_folder = Path(source).is_dir()
+    except OSError:  # of a name that no folder can have, say
+        is_folder = False
+    return None if is_folder else HubRef.parse(source)
 
 
 def asks_s3(source: str | Path, dataset: DatasetSpec | None) -> bool:
@@ -73,6 +78,7 @@ def headers_of(source: str | Path) -> tuple[Path, str]:
         return header_folder(client, client.commit("model", ref), environment), ref.name
 
 
+@last_resort
 def fetch(
     source: str | Path,
     dataset: DatasetSpec | None,

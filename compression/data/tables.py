@@ -8,38 +8,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compression.boundary import foreign
 from compression.data.columns import Column, Document, invalid, without_nulls
 from compression.errors import SourceError
 
 _ROWS_AT_ONCE = 256
+_AGAIN = "Write it again."
 
 
-def parquet_documents(path: Path, column: Column) -> Iterator[Document]:
-    """The documents of a Parquet file that are not empty; only their column is read.
+def parquet_documents(path: Path, column: Column) -> Iterator[tuple[int, Document]]:
+    """The documents of a Parquet file that are not empty, each with its row; only their column is read.
 
     Fields that a message does not have are null in Parquet; they are left out.
 
     Raises SourceError: text_column_missing, dataset_invalid.
     """
-    import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            name = column.choose(file.schema_arrow.names, path.name)
-            _check_type(file.schema_arrow.field(name).type, name, path, column)
-            number = 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    document = column.document({name: without_nulls(value)}, f"Row {number}")
-                    if document is not None:
-                        yield document
-    except (PermissionError, FileNotFoundError):
-        raise
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise invalid(path.name, f"is no readable Parquet file: {reason}", "Write it again.") from None
+    with foreign("dataset_invalid", f"{path.name} of the dataset is no readable Parquet file", _AGAIN):
+        schema = parquet.read_schema(path)
+    name = column.choose(schema.names, path.name)
+    if schema.names.count(name) > 1:
+        raise invalid(path.name, f"has {schema.names.count(name)} columns {name!r}")
+    _check_type(schema.field(name).type, name, path, column)
+    for number, value in enumerate(_parquet_values(path, name), 1):
+        document = column.document({name: without_nulls(value)}, f"Row {number}")
+        if document is not None:
+            yield number, document
+
+
+def _parquet_values(path: Path, name: str) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    with (
+        foreign("dataset_invalid", f"{path.name} of the dataset is no readable Parquet file", _AGAIN),
+        parquet.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        number = 0
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[name]):
+            values = batch.column(0)
+            try:
+                yield from values.to_pylist()
+            except ValueError:  # one of them is not UTF-8, say: which one
+                for row, value in enumerate(values, number + 1):
+                    with foreign("dataset_invalid", f"Row {row} of the dataset cannot be read", _AGAIN):
+                        value.as_py()
+                raise
+            number += len(values)
 
 
 def _check_type(found: Any, name: str, path: Path, column: Column) -> None:
@@ -58,8 +73,9 @@ def _check_type(found: Any, name: str, path: Path, column: Column) -> None:
         raise invalid(path.name, f"has {found}, not {wanted}, in {name!r}")
 
 
-def csv_documents(path: Path, column: Column) -> Iterator[Document]:
-    """The documents of a CSV file (RFC 4180, UTF-8, a header in its first row) that are not empty.
+def csv_documents(path: Path, column: Column) -> Iterator[tuple[int, Document]]:
+    """The documents of a CSV file (RFC 4180, UTF-8, a header in its first row) that are not empty, each with
+    its first line.
 
     Raises SourceError: text_column_missing, dataset_invalid.
     """
@@ -77,7 +93,7 @@ def csv_documents(path: Path, column: Column) -> Iterator[Document]:
                 if cells:
                     document = column.document(_row(header, cells, line), f"Line {line}")
                     if document is not None:
-                        yield document
+                        yield line, document
                 line = reader.line_num + 1
         except UnicodeDecodeError as error:
             raise invalid(path.name, f"is not UTF-8 behind line {line}: {error.reason}") from None

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 import httpx
 
+from compression.boundary import parse_json, reason
 from compression.errors import SourceError
 from compression.hub.environment import HubEnvironment
 from compression.hub.references import HubRef, Kind, is_commit
@@ -70,11 +70,11 @@ class HubClient:
         path = f"/api/{kind}s/{ref.id}/revision/{quote(ref.revision, safe='')}?blobs=true"
         text = self._read(path, kind, ref, limit=MAX_ANSWER_BYTES)
         try:
-            answer = json.loads(text)
+            answer = parse_json(text)
             commit = answer["sha"]
             files = [_file(entry) for entry in answer["siblings"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise _not_understood(ref, f"{type(error).__name__} {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise _not_understood(ref, reason(error)) from None
         if not isinstance(commit, str) or not is_commit(commit) or len(files) > MAX_FILES:
             raise _not_understood(ref, f"commit {str(commit)[:50]!r} with {len(files)} files")
         return HubCommit(kind, ref.at(commit), {file.name: file for file in files})

@@ -44,5 +44,5 @@ def _stored_token(home: Path, variables: Mapping[str, str]) -> str | None:
     path = Path(variables.get("HF_TOKEN_PATH") or home / "token").expanduser()
     try:
         return path.read_text().strip() or None
-    except OSError:
+    except (OSError, ValueError):  # not there, or no text
         return None

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from compression.boundary import writing
 from compression.checkpoint.headers import INDEX_FILE, MAX_CONFIG_BYTES, MAX_HEADER_BYTES
-from compression.errors import SourceError
+from compression.errors import ResourceError, SourceError
 from compression.hub.client import HubClient, HubCommit
 from compression.hub.environment import HubEnvironment
 from compression.hub.selection import RemoteFile, wanted_files
@@ -52,12 +53,14 @@ def kept(folder: Path, fill: Callable[[Path], None]) -> Path:
     """A folder that is there already, or appears whole once it is filled."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         fill(building)
-        building.rename(folder)
-    except OSError:
+        with writing(folder):
+            building.rename(folder)
+    except ResourceError:
         if not folder.is_dir():  # another process was first
             raise
     finally:
@@ -101,6 +104,6 @@ def _beginning(file: RemoteFile, read: Read) -> bytes:
 
 
 def _write(path: Path, size: int, beginning: bytes) -> None:
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(beginning)
         os.truncate(file.fileno(), max(size, len(beginning)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
+from compression.boundary import parse_json
 from compression.checkpoint.headers import INDEX_FILE, SINGLE_FILE
 from compression.errors import SourceError
 
@@ -54,7 +54,7 @@ def wanted_files(model: str, files: Mapping[str, File], read_index: Callable[[],
 
 def _named_by(index: bytes) -> set[str]:
     try:
-        names = set(json.loads(index)["weight_map"].values())
+        names = set(parse_json(index)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         names = set()
     if not names or not all(_is_plain(name) for name in names):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compression.boundary import writing
 from compression.checkpoint.headers import INDEX_FILE
 from compression.errors import SourceError
 from compression.hub.client import HubClient, HubCommit, HubFile, refuse, unreachable
@@ -59,7 +60,7 @@ def cached_commit(kind: Kind, ref: HubRef, environment: HubEnvironment) -> str:
         return ref.revision
     try:
         commit = (repository_folder(kind, ref, environment) / "refs" / ref.revision).read_text().strip()
-    except OSError:
+    except (OSError, ValueError):  # not there, or nothing that a library wrote
         commit = ""
     if not is_commit(commit):
         raise _not_cached(kind, ref)
@@ -70,8 +71,9 @@ def remember_ref(kind: Kind, ref: HubRef, commit: str, environment: HubEnvironme
     """Note in the cache which commit a branch or tag stands for."""
     if not ref.is_pinned:
         path = repository_folder(kind, ref, environment) / "refs" / ref.revision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(commit)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(commit)
 
 
 def _cached(ref: HubRef, environment: HubEnvironment) -> Path:
@@ -128,7 +130,8 @@ def _download(commit: HubCommit, name: str, environment: HubEnvironment, meter: 
         refuse(commit.kind, commit.ref, error.response.status_code, code)
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # this machine's: a full disk, say
-            raise
+            with writing(environment.cache / name):
+                raise
         raise unreachable(f"{name} of {commit.ref.id!r} broke off ({type(error).__name__})") from error
 
 

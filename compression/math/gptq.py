@@ -168,7 +168,7 @@ def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, floa
     """Lower L [n, n] with gram + d I = L L^T, and the dampening fraction that worked; `gram` is overwritten.
 
     d = fraction * mean of the non-zero diagonal entries; a zero entry (a dead column) counts as 1. The
-    fraction grows tenfold, up to 1.0, for as long as the factorization fails.
+    fraction doubles, up to 1.0, for as long as the factorization fails; the report warns where it did.
 
     Raises:
         NumericalError: `singular_gram`.
@@ -189,4 +189,4 @@ def dampened_cholesky(gram: Tensor, dampening_frac: float) -> tuple[Tensor, floa
                 f"The Gram matrix of the input is not positive definite, even with dampening {fraction:g}.",
                 "Use more calibration tokens, or leave this module out with ignore.",
             )
-        fraction = min(10 * fraction, _MAX_DAMPENING)
+        fraction = min(2 * fraction, _MAX_DAMPENING)

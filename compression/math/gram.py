@@ -1,23 +1,23 @@
 """The Gram matrix X^T X of a linear's input: the one statistic that calibration needs.
 
-It is half the Hessian of the output error |X W^T - X W'^T|^2 with respect to a row of W, and its diagonal
-divided by the token count is E[x^2].
+Others call it the Hessian: it is half that of the output error |X W^T - X W'^T|^2 with respect to a row of W.
+Its diagonal divided by the token count is E[x^2].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compression.errors import NumericalError
+from compression.machine.arithmetic import products_of_bfloat16
 from compression.math.finite import all_finite
 from compression.math.sizes import CHUNK_TOKENS
 
-Precision = Literal["mixed", "float32"]
 _DIVIDED_ROWS = 512
 """Rows of a Gram matrix that are divided at once: products of scales, by which they are, take as much."""
 
@@ -46,20 +46,16 @@ class Gram:
         return replace(self, matrix=matrix)
 
 
-def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
+def accumulate_gram(inputs: Iterable[Tensor]) -> Gram:
     """Sum x x^T over all tokens of `inputs`, each [..., in] in one float dtype.
 
-    precision "float32": products of float32 copies. "mixed": bfloat16 inputs are multiplied as they are and
-    summed over chunks in float32. On CUDA each product accumulates and returns float32, so nothing is lost;
-    on the CPU a chunk's product is rounded to bfloat16 (1.8e-3 relative). Other dtypes are always float32.
-    Which one is faster depends on the machine, so it is the caller's choice, recorded with the run: on a CPU
-    with AMX bfloat16 products are 4 times faster, on one without bfloat16 instructions (Zen 3, one thread,
-    [4096, 576]^T [4096, 576]) 12 GFLOP/s against float32's 57.
+    Every product is exact and every sum is float32, whatever the inputs are: a Gram matrix that is rounded to
+    bfloat16 (1.8e-3) is often not positive definite (docs/adr/0036-grams-in-float32.md).
 
     Raises:
         ValueError: no tokens at all.
     """
-    accumulator = GramAccumulator(precision)
+    accumulator = GramAccumulator()
     for tensor in inputs:
         accumulator.add(tensor)
     gram = accumulator.finish()
@@ -71,8 +67,7 @@ def accumulate_gram(inputs: Iterable[Tensor], *, precision: Precision) -> Gram:
 class GramAccumulator:
     """A Gram matrix on its way: tokens are cut every CHUNK_TOKENS, whatever the shapes they arrive in."""
 
-    def __init__(self, precision: Precision) -> None:
-        self._precision = precision
+    def __init__(self) -> None:
         self._total: Tensor | None = None
         self._tokens = 0
         self._pending: list[Tensor] = []
@@ -103,7 +98,7 @@ class GramAccumulator:
         self._pending, self._missing = [], CHUNK_TOKENS
         if self._total is None:
             self._total = torch.zeros(chunk.shape[1], chunk.shape[1], device=chunk.device)
-        _add_upper_panels(self._total, chunk, self._precision)
+        _add_upper_panels(self._total, chunk)
         self._tokens += chunk.shape[0]
 
 
@@ -137,7 +132,7 @@ def require_finite_gram(name: str, gram: Gram) -> None:
         )
 
 
-def _add_upper_panels(total: Tensor, chunk: Tensor, precision: Precision) -> None:
+def _add_upper_panels(total: Tensor, chunk: Tensor) -> None:
     """Add chunk^T chunk to `total`, on and above the diagonal only: little more than half of the products.
 
     ┌────┬────┬────┐
@@ -146,17 +141,15 @@ def _add_upper_panels(total: Tensor, chunk: Tensor, precision: Precision) -> Non
          │ ▓▓ │ ▓▓ │  panel 1: its columns times those from itself on
          └────┴────┘
     """
-    if precision == "float32" or chunk.dtype != torch.bfloat16:
-        chunk = chunk.float()
-    for start, stop in _panels(chunk.shape[1]):
-        left, right = chunk[:, start:stop].t(), chunk[:, start:]
-        panel = total[start:stop, start:]
-        if chunk.dtype == torch.float32:
-            panel.addmm_(left, right)
-        elif chunk.is_cuda:
-            panel.add_(torch.mm(left, right, out_dtype=torch.float32))
-        else:
-            panel.add_(left @ right)
+    if chunk.is_cuda and chunk.dtype == torch.bfloat16:
+        for start, stop in _panels(chunk.shape[1]):
+            product = torch.mm(chunk[:, start:stop].t(), chunk[:, start:], out_dtype=torch.float32)
+            total[start:stop, start:].add_(product)
+        return
+    columns = chunk.t().contiguous().float()  # one after the other in memory, as products read them fastest
+    with products_of_bfloat16() if chunk.dtype == torch.bfloat16 else nullcontext():
+        for start, stop in _panels(len(columns)):
+            total[start:stop, start:].addmm_(columns[start:stop], columns[start:].t())
 
 
 def _mirror(total: Tensor) -> None:

@@ -22,7 +22,7 @@ from compression.data.calibration import TokenBlocks, make_batches
 from compression.machine.arithmetic import Arithmetic
 from compression.machine.clock import Clock
 from compression.math.comparison import Comparison
-from compression.math.gram import Gram, Precision, accumulate_gram
+from compression.math.gram import Gram, accumulate_gram
 from compression.model.batches import ExpertsInputs, SuspendedBatches
 from compression.model.expert_grams import ExpertGrams, ExpertInputs
 from compression.model.experts import Experts
@@ -50,13 +50,13 @@ class LinearGroup:
         """The first of its linears, by which the plan knows it."""
         return self.modules[0].group
 
-    def gram(self, precision: Precision) -> Gram | None:
+    def gram(self) -> Gram | None:
         """Statistics of the input; None without data."""
         if self.inputs is None:
             return None
         if isinstance(self.inputs, ExpertInputs):
-            return self.inputs.gram(precision)
-        return accumulate_gram(self.inputs, precision=precision)
+            return self.inputs.gram()
+        return accumulate_gram(self.inputs)
 
     def largest_input(self) -> Tensor | None:
         """The largest magnitude in the input, a scalar, where a scheme fixes the range of activations."""

@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import Tensor
 
-from compression.math.gram import Gram, GramAccumulator, Precision, fill_up
+from compression.math.gram import Gram, GramAccumulator, fill_up
 from compression.model.experts import Experts, Routed, Stage
 
 
@@ -42,33 +42,33 @@ class ExpertGrams:
         for routed in self._inputs:
             yield self._own(stage, expert, routed)
 
-    def gram(self, stage: Stage, expert: int, precision: Precision) -> Gram:
+    def gram(self, stage: Stage, expert: int) -> Gram:
         """Statistics of what one expert's linears read, filled up where it is starved."""
         if (stage, expert) not in self._ready:
             served = range(expert, min(expert + self._at_once, len(self._experts)))
-            self._ready = {(stage, e): gram for e, gram in self._take(stage, served, precision).items()}
+            self._ready = {(stage, e): gram for e, gram in self._take(stage, served).items()}
         return self._ready.pop((stage, expert))
 
-    def _take(self, stage: Stage, experts: Iterable[int], precision: Precision) -> dict[int, Gram]:
-        own = self._sweep({e: partial(self._own, stage, e) for e in experts}, precision)
+    def _take(self, stage: Stage, experts: Iterable[int]) -> dict[int, Gram]:
+        own = self._sweep({e: partial(self._own, stage, e) for e in experts})
         columns = self._experts.expert(0).columns(stage)
         starved = [e for e, gram in own.items() if gram is None or gram.tokens < columns]
-        everyone = self._everyone(stage, starved, precision)
+        everyone = self._everyone(stage, starved)
         for expert in starved:
             own[expert] = fill_up(own[expert], everyone.pop(expert))
         return {e: gram for e, gram in own.items() if gram is not None}
 
-    def _everyone(self, stage: Stage, experts: Sequence[int], precision: Precision) -> dict[int, Gram]:
+    def _everyone(self, stage: Stage, experts: Sequence[int]) -> dict[int, Gram]:
         """What each expert would see if all tokens were routed to it. Gate and up of all see the same."""
         if not experts:
             return {}
         if stage == "gate_up":
             if self._block is None:
-                self._block = self._sweep({0: partial(self._any, stage, 0)}, precision)[0]
+                self._block = self._sweep({0: partial(self._any, stage, 0)})[0]
             assert self._block is not None  # batches have tokens
             return dict.fromkeys(experts, self._block)
         self._block = None
-        grams = self._sweep({e: partial(self._any, stage, e) for e in experts}, precision)
+        grams = self._sweep({e: partial(self._any, stage, e) for e in experts})
         return {e: gram for e, gram in grams.items() if gram is not None}
 
     def _own(self, stage: Stage, expert: int, routed: Routed) -> Tensor:
@@ -84,10 +84,8 @@ class ExpertGrams:
             return hidden_states
         return self._experts.expert(expert).inner_states(hidden_states)
 
-    def _sweep(
-        self, wanted: Mapping[int, Callable[[Routed], Tensor]], precision: Precision
-    ) -> dict[int, Gram | None]:
-        accumulators = {key: GramAccumulator(precision) for key in wanted}
+    def _sweep(self, wanted: Mapping[int, Callable[[Routed], Tensor]]) -> dict[int, Gram | None]:
+        accumulators = {key: GramAccumulator() for key in wanted}
         for routed in self._inputs:
             for key, read in wanted.items():
                 accumulators[key].add(read(routed))
@@ -105,5 +103,5 @@ class ExpertInputs(Iterable[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return self.grams.rows(self.stage, self.expert)
 
-    def gram(self, precision: Precision) -> Gram:
-        return self.grams.gram(self.stage, self.expert, precision)
+    def gram(self) -> Gram:
+        return self.grams.gram(self.stage, self.expert)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compression.checkpoint.reader import TORCH_DTYPES
 from compression.math.finite import all_finite
-from compression.math.gram import Gram, Precision, accumulate_gram, require_finite_gram
+from compression.math.gram import Gram, accumulate_gram, require_finite_gram
 from compression.math.scaling import Readers, SharedChannels, ToRound, fold_norm
 from compression.methods import method_of
 from compression.model.activations import Activations, LinearGroup
@@ -94,7 +94,6 @@ def fold_linears(
     model: StreamedModel,
     activations: Activations,
     recipe: Recipe,
-    precision: Precision,
 ) -> LinearFolds:
     """Search and fold the scales between a layer's own linears, on batches at its entry, for methods that do.
 
@@ -107,7 +106,7 @@ def fold_linears(
         assert step is not None
         members = [module for module in layer.modules if module.group == planned.group]
         inputs = activations.rehearsed(layer.index, planned.group)
-        gram = accumulate_gram(inputs, precision=precision)
+        gram = accumulate_gram(inputs)
         require_finite_gram(planned.group, gram)
         shared = _shared_channels(planned, len(gram.matrix))
         weights = model.weights(member.name for member in members)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from compression.boundary import foreign
 from compression.checkpoint.writer import write_file
 from compression.data.calibration import load_tokenizer
 from compression.errors import NumericalError, SourceError
@@ -96,7 +97,8 @@ def _enough(writer: _Writer, plan: Plan, on_tokens: OnTokens) -> Iterator[str]:
         lot = min(writer.at_once, 1 + int(_MORE * missing) // length)
         begun = partial(_told, on_tokens, needed - missing, lot, needed)
         for text in writer.write(lot, length, begun):
-            size = len(writer.tokenizer(text, verbose=False)["input_ids"])
+            with foreign("tokenizer_failed", "The model's tokenizer fails on text of the model"):
+                size = len(writer.tokenizer(text, verbose=False)["input_ids"])
             if size > 1:
                 tokens, documents = tokens + size, documents + 1
                 yield text
@@ -161,7 +163,8 @@ class _Writer:
     def _text(self, tokens: list[int]) -> str:
         ends = self._ends.tolist()
         length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
-        return str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()
+        with foreign("tokenizer_failed", "The model's tokenizer fails on tokens of the model"):
+            return str(self.tokenizer.decode(tokens[:length], skip_special_tokens=True)).strip()
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.module.config.get_text_config())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compression.checkpoint.writer import naming_full_disk
+from compression.boundary import writing
 
 
 class Spill:
@@ -19,8 +19,9 @@ class Spill:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "activations"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
         self._slots: dict[int, tuple[int, int]] = {}  # offset and size, in bytes
         self._size = 0
         self._numbers = 0
@@ -36,7 +37,7 @@ class Spill:
         changed: False where the slot holds it already. A tensor that shares its storage stays in memory.
 
         Raises:
-            ResourceError: `disk_full`.
+            ResourceError: `disk_full`, `output_not_writable`.
         """
         if not _owns_storage(tensor):
             return
@@ -47,7 +48,7 @@ class Spill:
         if changed:
             on_host = tensor.cpu()
             data = _bytes(on_host)
-            with naming_full_disk(self._path):
+            with writing(self._path):
                 while data:
                     written = os.pwrite(self._file.fileno(), data, offset)
                     data, offset = data[written:], offset + written

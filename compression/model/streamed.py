@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
+from compression.boundary import foreign
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.reader import read_tensors
 from compression.errors import NumericalError, PlanError, Problem
@@ -26,6 +27,8 @@ from compression.model.experts import unfuse
 from compression.model.state import forget_between_calls, stateful, without_storage, without_values
 
 HEAD = "lm_head"
+
+_CONFIG = "Correct config.json, or download the model again."
 
 
 class StreamedModel:
@@ -89,7 +92,10 @@ class StreamedModel:
             handles.append(self.module.get_submodule(name).register_forward_hook(at_producer(name)))
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
-        with without_storage(stateful(self.module, self._tower).values()):
+        with (
+            foreign("config_invalid", "Transformers cannot run the model of config.json", _CONFIG),
+            without_storage(stateful(self.module, self._tower).values()),
+        ):
             self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
@@ -210,14 +216,18 @@ def _missing(name: str) -> PlanError:
 
 def _build_empty(stated: Mapping[str, Any], architecture: str, compute_dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint's config, every tensor on the meta device."""
-    config = CONFIG_MAPPING[stated["model_type"]].from_dict(deepcopy(dict(stated)))
+    with foreign("config_invalid", "Transformers cannot read config.json", _CONFIG):
+        config = CONFIG_MAPPING[stated["model_type"]].from_dict(deepcopy(dict(stated)))
     cls: Any = getattr(transformers, architecture)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"  # Gemma 2 soft-caps its scores
     for part in config.sub_configs:
         getattr(config, part).dtype = compute_dtype  # parts are built in the dtypes that their configs state
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         _return_logits_only(part)
-    with ContextManagers(cls.get_init_context(compute_dtype, False, False, None)):
+    with (
+        foreign("config_invalid", f"Transformers makes no {architecture} of config.json", _CONFIG),
+        ContextManagers(cls.get_init_context(compute_dtype, False, False, None)),
+    ):
         model: PreTrainedModel = cls(config)
     model.train(False)
     return model.requires_grad_(False)

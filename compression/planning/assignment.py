@@ -54,7 +54,10 @@ def assign_steps(linears: Sequence[Linear], module_names: Sequence[str], recipe:
     result = Assignments()
     steps: dict[int, QuantizingStep | PruningStep] = {**recipe.pruning, **recipe.quantizing}
     for number, step in steps.items():
-        result.problems += _pattern_problems(number, step, linears, module_names)
+        problems = _pattern_problems(number, step, linears, module_names)
+        unmatched = [] if recipe.strict else [p for p in problems if _is_unmatched_ignore(p)]
+        result.problems += [problem for problem in problems if problem not in unmatched]
+        result.warnings += unmatched
     if any(problem.code == "pattern_invalid" for problem in result.problems):
         return result
     chosen, pruned = _choose(linears, recipe.quantizing), _choose(linears, recipe.pruning)
@@ -83,14 +86,12 @@ def assign_steps(linears: Sequence[Linear], module_names: Sequence[str], recipe:
         members = [linear for linear, (index, _) in chosen if index == number and linear.name != LM_HEAD]
         schemes[number] = _resolve(number, step, [linear.shape[1] for linear in members], result)
         result.problems += _zero_point_problems(number, schemes[number], members)
-        if any(linear.experts for linear, (index, _) in chosen if index == number):
+        if any(linear.experts for linear in members):
             result.problems += _expert_problems(number, schemes[number])
-        fused = [
-            [linear.shape[0] for linear, _ in members]
-            for members in _fused(chosen)
-            if members[0][1] == number and len(members) > 1
-        ]
-        result.warnings += unserved(number, schemes[number], fused)
+        together = [[linear for linear, _ in m] for m in _fused(chosen) if m[0][1] == number]
+        matrices = [[linear.shape[0] for linear in m] for m in together if not m[0].experts]
+        experts = [[linear.shape for linear in m] for m in together if m[0].experts]
+        result.warnings += unserved(number, schemes[number], matrices, experts)
     for number, pruning in recipe.pruning.items():
         result.problems += _structure_problems(
             number, pruning, {linear.shape[1] for linear, index in any_step if index == number}
@@ -151,6 +152,11 @@ def _pattern_problems(
                 )
             problems.append(problem)
     return problems
+
+
+def _is_unmatched_ignore(problem: Problem) -> bool:
+    """Whether a pattern that leaves modules out finds none: the result is the one that was asked for."""
+    return problem.code == "pattern_matches_nothing" and "/ignore/" in problem.pointer
 
 
 def _structure_problems(number: int, step: PruningStep, widths: set[int]) -> list[Problem]:

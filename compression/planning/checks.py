@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 from compression.checkpoint.headers import Checkpoint
@@ -14,7 +14,7 @@ from compression.families.native_models import NATIVE_MODEL_TYPES
 from compression.methods import method_of
 from compression.planning.memory import Workload
 from compression.recipe import DatasetSpec, Recipe
-from compression.schemes import get_scheme
+from compression.schemes import Scheme, get_scheme
 
 COMPUTE_DTYPES = ("BF16", "F16", "F32")
 
@@ -238,6 +238,24 @@ def fp8_warnings(checkpoint: Checkpoint) -> list[Problem]:
             "source_dequantized",
             f"{len(weights)} weights are stored in block FP8. They are compressed from {weights[0].dtype}; "
             "those that are not compressed are written in it.",
+        )
+    ]
+
+
+def dtype_warnings(stated: str | None, dtypes: Collection[str], schemes: Iterable[Scheme]) -> list[Problem]:
+    """A model in another dtype than the one in which readers compute with what a scheme makes.
+
+    stated: what config.json says. dtypes: those of the compressed weights.
+    """
+    names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes if scheme.read_in_bfloat16))
+    if not names or stated == "bfloat16" or (stated is None and set(dtypes) == {"BF16"}):
+        return []
+    return [
+        Problem(
+            "read_in_bfloat16",
+            f"Readers compute with {names} in bfloat16 only, and the model is in "
+            f"{stated or ', '.join(sorted(dtypes))}: the config.json that is written says bfloat16. Tensors "
+            "that are not compressed keep their dtype on disk.",
         )
     ]
 

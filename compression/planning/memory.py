@@ -19,7 +19,7 @@ from compression.recipe import Calibration, Evaluation
 PROCESS_BYTES = 407 << 20
 """Peak resident memory of a whole run on a tiny model. Measured with torch 2.13, transformers 5.23."""
 LINEAR_BYTES = 6 << 10
-"""What one linear takes without storage: modules, parameters, hooks, lines in plan and report. Assumed."""
+"""Python objects of one linear: modules, empty parameters, hooks, lines in plan and report. An assumption."""
 CUDA_CONTEXT_BYTES = 600 << 20
 """What a CUDA context and the libraries' work spaces take on the device."""
 LARGEST_ITEMSIZE = 4
@@ -118,16 +118,16 @@ class ParkedTokens:
 
     @property
     def at_groups(self) -> int:
-        """Those that stop before each group of a layer: statistics are taken from them."""
+        """Tokens of the batches that stop before each group of a layer, where statistics are taken."""
         return self.calibration or self.evaluation
 
     @property
     def between_layers(self) -> int:
-        """Those that stop between layers only."""
+        """Tokens of the batches that stop between layers only."""
         return self.total - self.at_groups
 
     def batches(self, vocab_size: int) -> list[tuple[int, int]]:
-        """(batches, tokens of one) of the calibration, then of both streams of the evaluation."""
+        """(number of batches, tokens in one) of the calibration, then of the evaluation's two streams."""
         streams = ((1, self.calibration, BATCH_TOKENS), (2, self.evaluation, LOGITS_IN_A_BATCH // vocab_size))
         found = []
         for count, tokens, most in streams:
@@ -177,7 +177,7 @@ class Workload:
         if self.parked is None:
             return 0
         widest = max(group.width for group in self.groups)
-        return _between_and_at(self, self.parked, widest, LARGEST_ITEMSIZE)
+        return _suspended_bytes(self, self.parked, widest, LARGEST_ITEMSIZE)
 
     @property
     def spill_bytes(self) -> int:
@@ -188,9 +188,10 @@ class Workload:
 
     @property
     def experts_at_once(self) -> int:
-        """Of how many experts Gram matrices are held together; 0 without experts or data.
+        """How many experts have a Gram matrix in memory at the same time; 0 without experts or data.
 
-        They take what the activations that lie on disk would have had; in memory one is enough.
+        When activations are on disk, each sweep over them is expensive, and their budget is free: the Gram
+        matrices get it. When activations are in memory, a sweep costs little, and one expert is enough.
         """
         if self.parked is None or not self.experts:
             return 0
@@ -240,7 +241,7 @@ def estimate(work: Workload, itemsize: int = LARGEST_ITEMSIZE) -> MemoryEstimate
 
 
 def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[MemoryItem]:
-    """What is held while one group's turn comes: batches, statistics and the solver's work space."""
+    """What is held while one group is solved: batches, statistics and the solver's work space."""
     yield MemoryItem("solver", *solver_bytes(group, itemsize, has_gram=work.parked is not None), ("solve",))
     if group.folded:
         basis = f"{group.folded} numbers of these and later linears, float32"
@@ -253,8 +254,10 @@ def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[Me
         "Gram matrix", FLOAT32 * columns**2, f"of the input of {group.name}, float32", ("gram", "solve")
     )
     chunk = min(CHUNK_TOKENS, work.parked.at_groups)
-    basis = f"{chunk} tokens x {columns}, and an eighth of the Gram matrix"
-    yield MemoryItem("chunk", itemsize * (chunk * columns + columns**2 // 8), basis, ("gram",))
+    numbers = chunk * columns
+    basis = f"{chunk} tokens x {columns}, the same in float32, and an eighth of the Gram matrix"
+    size = itemsize * numbers + FLOAT32 * (numbers + columns**2 // 8)
+    yield MemoryItem("chunk", size, basis, ("gram",))
     if count := work.experts_at_once:
         yield MemoryItem(
             "experts' Gram matrices",
@@ -264,8 +267,9 @@ def _group_items(work: Workload, group: GroupWork, itemsize: int) -> Iterable[Me
         )
 
 
-def _between_and_at(work: Workload, parked: ParkedTokens, width: int, itemsize: int) -> int:
-    """Bytes of tokens between layers, which hold hidden state and embedding, and of those at a group."""
+def _suspended_bytes(work: Workload, parked: ParkedTokens, width: int, itemsize: int) -> int:
+    """Bytes that suspended forwards hold: `width` numbers for a token before a group, and for a token between
+    layers its hidden state twice, once as embedding."""
     return itemsize * (width * parked.at_groups + 2 * work.hidden_size * parked.between_layers)
 
 
@@ -276,7 +280,7 @@ def _parked(work: Workload, parked: ParkedTokens, group: GroupWork, itemsize: in
     if not work.spill_bytes:
         yield MemoryItem(
             "parked batches",
-            _between_and_at(work, parked, group.width, itemsize),
+            _suspended_bytes(work, parked, group.width, itemsize),
             f"{parked.at_groups} tokens x {group.width} numbers before {group.name}, "
             f"{parked.between_layers} x {2 * work.hidden_size} between layers",
             IN_LAYERS,
@@ -332,7 +336,7 @@ def _embedded(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[M
 
 
 def _generated(work: Workload, itemsize: int) -> Iterable[MemoryItem]:
-    """The whole model, or one layer of it at a time, and what it remembers of documents it has begun."""
+    """While the model writes: its layers (all, or one at a time) and the KV cache of unfinished documents."""
     matrices = 2 * work.matrix_numbers * itemsize + work.matrix_bytes
     yield MemoryItem("embeddings and lm_head", matrices, "both, and one as stored", ("generate",))
     layers, basis = work.layers_numbers * itemsize, "all"
@@ -345,7 +349,7 @@ def _generated(work: Workload, itemsize: int) -> Iterable[MemoryItem]:
 
 
 def _compared(work: Workload, parked: ParkedTokens, itemsize: int) -> Iterable[MemoryItem]:
-    """The end: what waits before lm_head, and the logits of one batch of both streams."""
+    """The comparison at the end: hidden states that wait for lm_head, and one batch's logits twice."""
     _, (_, batch) = parked.batches(work.vocab_size)
     if not work.spill_bytes:
         basis = f"2 streams x {parked.evaluation} tokens x {work.hidden_size} numbers"

@@ -12,7 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+from compression.boundary import last_resort
 from compression.checkpoint.layout import file_size
+from compression.checkpoint.stated import stated_dtype
 from compression.data.sources import headers_of
 from compression.errors import PlanError, Problem, SourceError
 from compression.families.naming import module_names, on_disk
@@ -20,6 +22,7 @@ from compression.planning import checks, model_checks
 from compression.planning.assignment import Assignments, assign_steps
 from compression.planning.cost import disk_estimate, duration
 from compression.planning.guide import guide_estimate
+from compression.planning.loaded import NOT_LOADED, unloaded
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES, ParkedTokens
 from compression.planning.plans import ModulePlan, Plan
 from compression.planning.served import NOT_SERVED, reordered
@@ -28,7 +31,18 @@ from compression.planning.survey import Survey, survey
 from compression.planning.workload import make_workload
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
+Require = Literal["vllm", "transformers", "both"]
+"""Readers that must be able to load the result."""
 
+_REQUIRED: dict[Require | None, tuple[str, ...]] = {
+    None: (),
+    "vllm": (NOT_SERVED,),
+    "transformers": (NOT_LOADED,),
+    "both": (NOT_SERVED, NOT_LOADED),
+}
+
+
+@last_resort
 def plan(
     source: str | Path,
     recipe: Recipe,
@@ -38,14 +52,15 @@ def plan(
     calibration: Calibration = Calibration(),
     evaluation: Evaluation = Evaluation(),
     activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
-    require: Literal["vllm"] | None = None,
+    require: Require | None = None,
     look: Callable[[Path], Survey] = survey,
 ) -> Plan:
     """Decide everything that config.json and the safetensors headers allow to decide.
 
     source: a folder, or a model on the Hub or in S3, of which only headers are fetched. name: what the model
-    is called; by default as its folder, or as on the Hub. require "vllm": what its kernels do not take is a
-    problem, otherwise a warning. look: surveys a folder; who plans many jobs surveys each folder once.
+    is called; by default as its folder, or as on the Hub. require: readers that must load the result: what
+    they do not take is a problem, otherwise a warning. look: surveys a folder; who plans many jobs surveys
+    each folder once.
 
     Raises:
         PlanError: the job cannot succeed; `problems` has every reason that was found. What is wrong with the
@@ -65,9 +80,9 @@ def plan(
     assigned = assign_steps(model.linears, model.modules, recipe)
     quantized = ((linear.name, t.step, t.scheme) for linear, t in assigned.modules)
     assigned.warnings += reordered(decoder.family.architecture, quantized)
+    assigned.warnings += unloaded(decoder.family.architecture, assigned.modules)
     problems += [*model.problems, *assigned.problems]
-    if require == "vllm":
-        problems += [warning for warning in assigned.warnings if warning.code == NOT_SERVED]
+    problems += [warning for warning in assigned.warnings if warning.code in _REQUIRED[require]]
     problems += checks.smoothing_problems(recipe, decoder)
     problems += checks.cache_problems(recipe, decoder, attention_linear(decoder))
     calibrates = has_data and recipe.needs_data
@@ -115,6 +130,11 @@ def plan(
             *checks.generation_warnings(work),
             *(model_checks.position_warnings(decoder, calibration) if runs else ()),
             *checks.unknown_warnings(model.unknown),
+            *checks.dtype_warnings(
+                stated_dtype(checkpoint.config),
+                {module.dtype for module in modules if module.scheme},
+                (module.scheme for module in modules if module.scheme),
+            ),
         ),
         workload=work,
         guide=guide_estimate(model.guide, recipe, calibration),

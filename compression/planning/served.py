@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from compression.errors import Problem
-from compression.schemes import SERVED_BITS, SERVED_GROUP_SIZES, Scheme
+from compression.schemes import SERVED_BITS, Scheme
 
 NOT_SERVED = "not_served_by_vllm"
 
@@ -14,10 +14,16 @@ _REORDERED = {"Llama4ForCausalLM": (".q_proj", ".k_proj")}
 """Linears whose rows vLLM puts in another order when it loads a model, to rotate them as it does others."""
 
 
-def unserved(number: int, scheme: Scheme, fused: Iterable[Sequence[int]]) -> list[Problem]:
+def unserved(
+    number: int,
+    scheme: Scheme,
+    matrices: Sequence[Sequence[int]],
+    experts: Sequence[Sequence[tuple[int, int]]] = (),
+) -> list[Problem]:
     """Why vLLM would not run what step `number` makes.
 
-    fused: for each matrix that vLLM makes of several linears, their output sizes in the order of the model.
+    matrices: for each that vLLM makes of linears, their output sizes in the order of the model. experts: for
+    each layer that has some, the shapes (out, in) of their linears, of which vLLM makes one matrix as well.
     """
     weights = scheme.weights
     pointer = f"/recipe/steps/{number}"
@@ -26,19 +32,48 @@ def unserved(number: int, scheme: Scheme, fused: Iterable[Sequence[int]]) -> lis
         message = f"vLLM's own kernels do not take {weights.num_bits}-bit weights."
         hint = "They take 4 and 8 bits; others need the optional Humming kernels."
         problems.append(Problem(NOT_SERVED, message, hint, f"{pointer}/scheme"))
-    if scheme.takes_group_size and weights.group_size and weights.group_size not in SERVED_GROUP_SIZES:
-        message = f"vLLM has no kernel for group_size {weights.group_size}."
-        hint = "It runs 128, 64, 32 and one scale per channel."
+    sizes = scheme.served_group_sizes
+    if sizes and weights.group_size not in sizes:
+        given = "one scale per channel" if weights.group_size is None else f"group_size {weights.group_size}"
+        message = f"vLLM has no kernel for {scheme.name} with {given}."
+        named = ", ".join(str(size) for size in sizes if size)
+        hint = f"It runs {named}{' and one scale per channel' if None in sizes else ''}."
         problems.append(Problem(NOT_SERVED, message, hint, f"{pointer}/group_size"))
+    if sizes and scheme.input_activations is not None:
+        problems += _few_bits(scheme, matrices, experts, f"{pointer}/scheme")
     if weights.block_structure is not None:
         height = weights.block_structure[0]
         # the last part may end within a block; an earlier one would end within the next one's first
-        misfits = sorted({size for sizes in fused for size in sizes[:-1] if size % height})
+        fused = [*matrices, *([out for out, _ in layer] for layer in experts)]
+        misfits = sorted({size for parts in fused for size in parts[:-1] if size % height})
         if misfits:
             message = f"vLLM fuses linears of which some have {', '.join(map(str, misfits))} outputs."
             hint = f"Its blocks take multiples of {height}. Use FP8_DYNAMIC, or leave these linears out."
             problems.append(Problem(NOT_SERVED, message, hint, f"{pointer}/scheme"))
     return problems
+
+
+def _few_bits(
+    scheme: Scheme,
+    matrices: Sequence[Sequence[int]],
+    experts: Sequence[Sequence[tuple[int, int]]],
+    pointer: str,
+) -> list[Problem]:
+    """int4 weights beside activations of 8 bits, for which vLLM has one kernel each."""
+    assert scheme.input_activations is not None
+    if scheme.input_activations.type == "int":
+        if not experts:
+            return []
+        message = f"vLLM has no kernel for experts in {scheme.name} on GPUs, nor one that reads them packed."
+        return [Problem(NOT_SERVED, message, "Use W4A16, W4AFP8 or W8A8 for them.", pointer)]
+    wide = sorted({size for parts in matrices if (size := sum(parts)) % 128})
+    thin = sorted({size for layer in experts for shape in layer for size in shape if size % 256})
+    if not wide and not thin:
+        return []
+    listed = ", ".join(map(str, [*wide, *thin]))
+    message = f"vLLM's kernel for {scheme.name} does not take all sizes of this model ({listed})."
+    hint = "It takes outputs in multiples of 128, and experts in multiples of 256. Use W4A16."
+    return [Problem(NOT_SERVED, message, hint, pointer)]
 
 
 def reordered(architecture: str, quantized: Iterable[tuple[str, int | None, Scheme | None]]) -> list[Problem]:

@@ -158,7 +158,7 @@ def _parts(checkpoint: Checkpoint, keys: Sequence[str]) -> Iterator[tuple[str, .
 
 
 def stored_layer(checkpoint: Checkpoint, layer: LayerPlan) -> dict[str, TensorSpec]:
-    """What is on disk of a layer, by the names there."""
+    """Every tensor of a layer's shard, by its name on disk: dtype and shape."""
     specs = {key: checkpoint.tensors[key].spec for key in layer.unquantized}
     for module in layer.modules:
         tensors = stored_tensors(module.scheme, module.shape, module.dtype)

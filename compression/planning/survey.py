@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from compression.boundary import foreign
 from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.errors import PlanError, Problem
@@ -58,7 +59,9 @@ class Survey:
     @cached_property
     def copied_bytes(self) -> int:
         """The size of the files that are copied as they are: the tokenizer's, for example."""
-        return sum((self.checkpoint.folder / name).stat().st_size for name in self.checkpoint.other_files)
+        folder = self.checkpoint.folder
+        with foreign("source_unreadable", "The model folder cannot be read"):
+            return sum((folder / name).stat().st_size for name in self.checkpoint.other_files)
 
 
 def survey(folder: Path) -> Survey:

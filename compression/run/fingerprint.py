@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compression.boundary import foreign
 from compression.machine.arithmetic import Arithmetic
 from compression.planning.plans import Plan
 from compression.version import VERSION
@@ -45,5 +46,5 @@ def _hash(value: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with foreign("source_unreadable", f"{path.name} cannot be read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint.writer import Shard, naming_full_disk, read_shard, write_file
-from compression.errors import CompressionError, PlanError, Problem
+from compression.boundary import foreign, parse_json, reason, writing
+from compression.checkpoint.writer import Shard, read_shard, write_file
+from compression.errors import CompressionError, PlanError, Problem, ResourceError
 from compression.events import JOURNAL_FILE, PARTIAL_SUFFIX
 from compression.report import ModuleReport
 
@@ -48,6 +49,57 @@ class FinishedLayer:
         return cls(entry["layer"], entry["file"], entry["sha256"], entry["size"], rows)
 
 
+def check_output(output_dir: Path) -> None:
+    """Whether a folder of this name can be made, as far as that shows without making anything.
+
+    Raises:
+        PlanError: `output_exists`, `output_not_writable`.
+    """
+    try:
+        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+            raise PlanError(
+                Problem(
+                    "output_exists",
+                    f"{output_dir} exists and is not empty.",
+                    "Choose another output_dir, or remove it.",
+                    "/output_dir",
+                )
+            )
+        why = _unwritable(output_dir)
+    except (OSError, ValueError) as error:
+        why = reason(error)
+    if why:
+        raise PlanError(
+            Problem(
+                "output_not_writable",
+                f"{_shortened(output_dir)} cannot be made: {why}.",
+                "Choose another output_dir: a new name in a folder in which this process may write.",
+                "/output_dir",
+            )
+        )
+
+
+def _unwritable(output_dir: Path) -> str:
+    """Why a folder cannot be made beside which a run works, or nothing."""
+    if output_dir.name in ("", "..") or "\0" in str(output_dir):
+        return "it is no name for a new folder"
+    above = next(parent for parent in output_dir.absolute().parents if parent.exists())
+    if not above.is_dir():
+        return f"{above} is no folder"
+    longest = os.pathconf(above, "PC_NAME_MAX") - len(PARTIAL_SUFFIX)
+    if len(os.fsencode(output_dir.name)) > longest:
+        return f"its name is longer than {longest} bytes (a run works in a folder named *{PARTIAL_SUFFIX})"
+    for flag, what in ((os.W_OK, "written to"), (os.X_OK, "entered")):
+        if not os.access(above, flag):
+            return f"{above} cannot be {what}"
+    return ""
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 @dataclass
 class Journal:
     """The journal of one working folder.
@@ -65,19 +117,13 @@ class Journal:
         """The journal beside `output_dir`, with what an earlier run left there.
 
         Raises:
-            PlanError: `output_exists`.
+            PlanError: of `check_output`.
+            ResourceError: `disk_full`, `output_not_writable`.
         """
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise PlanError(
-                Problem(
-                    "output_exists",
-                    f"{output_dir} exists and is not empty.",
-                    "Choose another output_dir, or remove it.",
-                    "/output_dir",
-                )
-            )
+        check_output(output_dir)
         folder = output_dir.with_name(output_dir.name + PARTIAL_SUFFIX)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         journal = cls(folder)
         journal._read()
         return journal
@@ -86,8 +132,9 @@ class Journal:
         """Start or go on under this header. Finished layers of another work key are removed, and those whose
         shard is not on disk with the right digest are forgotten."""
         if self.header.get("work_key") != header["work_key"]:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+            with writing(self.folder):
+                shutil.rmtree(self.folder)
+                self.folder.mkdir()
             self.finished.clear()
         self.header = header
         for layer in list(self.finished.values()):
@@ -101,7 +148,7 @@ class Journal:
     def commit(self, layer: int, shard: Shard, modules: Sequence[ModuleReport]) -> FinishedLayer:
         """Append a layer whose shard is already synced; it is finished when this returns."""
         finished = FinishedLayer(layer, shard.file, shard.sha256, shard.size, tuple(modules))
-        with naming_full_disk(self._path), self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finished.to_dict()) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -118,10 +165,12 @@ class Journal:
 
     def _read(self) -> None:
         path = self._path
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        remove = f"Remove {self.folder.name}, and begin anew."
+        with foreign("output_not_writable", "The journal cannot be read", remove, kind=ResourceError):
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for line in lines:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if entry["type"] == "plan":
                     self.header = entry
                 else:
@@ -133,12 +182,14 @@ class Journal:
     def _rewrite(self) -> None:
         """The file without torn or stale lines, replaced at once."""
         lines = [self.header, *(layer.to_dict() for layer in self.finished.values())]
-        self._path.parent.mkdir(exist_ok=True)
+        with writing(self._path):
+            self._path.parent.mkdir(exist_ok=True)
         write_file(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def close(self) -> None:
         """Remove the journal: what it kept is about to be published."""
-        shutil.rmtree(self._path.parent)
+        with writing(self._path):
+            shutil.rmtree(self._path.parent)
 
     @property
     def scratch(self) -> Path:

@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 
-from compression.checkpoint.reader import same_data
+from compression.boundary import writing
 from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
-from compression.families.configuration import ties, with_ties
-from compression.families.decoder import LM_HEAD
-from compression.families.families import FAMILIES
+from compression.planning.loaded import NOT_LOADED
 from compression.planning.plans import Plan
+from compression.planning.served import NOT_SERVED
 from compression.report import Report
-from compression.run.config import quantization_config
+from compression.run.config import written_config
 from compression.run.journal import Journal
 from compression.version import VERSION
 
@@ -25,7 +24,8 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     """Write config, index, card, recipe and report, copy the source's other files, and rename the folder.
 
     Raises:
-        ResourceError: `disk_full`; the working folder stays, and a next run goes on from it.
+        ResourceError: `disk_full`, `output_not_writable`; the working folder stays, and a next run goes on
+            from it.
     """
     folder = journal.folder
     checkpoint = plan.checkpoint
@@ -34,24 +34,17 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     if (checkpoint.folder / "README.md").exists():
         copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
-    quantization = quantization_config(plan)
-    config = _config(plan) | ({"quantization_config": quantization} if quantization else {})
-    write_file(folder / "config.json", _json(config))
+    write_file(folder / "config.json", _json(written_config(plan)))
     recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
     write_file(folder / "recipe.yaml", recipe.encode())
     write_file(folder / "README.md", _card(plan, report).encode())
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
-    journal.close()
-    _rename(folder, output_dir)
-
-
-def _config(plan: Plan) -> dict[str, Any]:
-    """The source's, saying of lm_head what is written: readers go by the flag, or by the tensors."""
-    tensors, family = plan.checkpoint.tensors, FAMILIES[plan.model_type]
-    config = dict(plan.checkpoint.config)
-    head = tensors.get(f"{LM_HEAD}.weight")
-    tied = head is None or (ties(config, family) and same_data(head, tensors[family.embedding]))
-    return config if tied == ties(config, family) else with_ties(config, family, tied)
+    with writing(output_dir):
+        if output_dir.is_dir():
+            output_dir.rmdir()  # empty, or the run would not have begun
+        journal.close()
+        folder.rename(output_dir)
+        sync_folder(output_dir.parent)
 
 
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
@@ -64,13 +57,6 @@ def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
     }
 
 
-def _rename(folder: Path, output_dir: Path) -> None:
-    if output_dir.is_dir():
-        output_dir.rmdir()  # empty, or the run would not have begun
-    folder.rename(output_dir)
-    sync_folder(output_dir.parent)
-
-
 def _card(plan: Plan, report: Report) -> str:
     """The model card: what this is, how good it is, how to run it."""
     methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
@@ -79,7 +65,7 @@ def _card(plan: Plan, report: Report) -> str:
         f"# {plan.name}, compressed",
         "",
         f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
-        f"{VERSION}, in the compressed-tensors format that Transformers and vLLM load.",
+        f"{VERSION}, in the compressed-tensors format{_readers(plan)}.",
         "",
         "| | original | compressed |",
         "| --- | --- | --- |",
@@ -110,6 +96,13 @@ def _card(plan: Plan, report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _readers(plan: Plan) -> str:
+    """Which readers load the checkpoint, as far as the plan knows."""
+    codes = {warning.code for warning in plan.warnings}
+    names = [name for name, code in (("Transformers", NOT_LOADED), ("vLLM", NOT_SERVED)) if code not in codes]
+    return f" that {' and '.join(names)} load{'s' if len(names) == 1 else ''}" if names else ""
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
+from compression.boundary import writing
 from compression.errors import SourceError
 
 CONNECT_SECONDS = 10
@@ -126,14 +127,17 @@ def save(path: Path, body: Any, size: int, on_bytes: OnBytes, *, building: Path)
 
     size: bytes, for `on_bytes`. building: the folder, on the same file system, that it is written in.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=building)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, unfinished = tempfile.mkstemp(dir=building)
     try:
         with open(descriptor, "wb") as file:
             for chunk in body.iter_chunks(_CHUNK_BYTES):
-                file.write(chunk)
+                with writing(path):
+                    file.write(chunk)
                 on_bytes(file.tell(), size)
-        os.replace(unfinished, path)
+        with writing(path):
+            os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
 

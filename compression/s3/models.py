@@ -20,6 +20,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
+from compression.boundary import writing
 from compression.checkpoint.headers import INDEX_FILE, MAX_HEADER_BYTES
 from compression.errors import SourceError
 from compression.hub.headers import kept, write_headers
@@ -115,7 +116,8 @@ def fetch_s3_model(ref: S3ModelRef, home: Path, on_bytes: OnBytes) -> tuple[Path
             _download(s3, ref.folder, file, folder, partial(_add, on_bytes, done, total))
         done += file.size
     on_bytes(done, total)
-    _mark(folder).touch()
+    with writing(folder):
+        _mark(folder).touch()
     return folder, pinned
 
 
@@ -177,7 +179,8 @@ def _read(s3: Any, folder: S3Ref, file: S3File, begin: int, end: int) -> bytes:
 
 def _download(s3: Any, folder: S3Ref, file: S3File, into: Path, on_bytes: OnBytes) -> None:
     """What is built lies beside the model: a file that a kill left half done is none of the model's."""
-    into.mkdir(parents=True, exist_ok=True)
+    with writing(into):
+        into.mkdir(parents=True, exist_ok=True)
     with _opened(s3, folder, file, {}) as body:
         save(into / file.name, body, file.size, on_bytes, building=into.parent)
 

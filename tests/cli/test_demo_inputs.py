@@ -1,16 +1,20 @@
-"""The demo's inputs: what happens when the wheel is not the one that was meant, and what the text is."""
+"""The demo's inputs: a wheel that is not the one that was meant, the text, and what is asked."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 
-from cli.demo.data import make_demo_dataset
+from cli.demo.__main__ import CONVERSATIONS
 from cli.demo.model import WHEEL, make_demo_model
+from cli.demo.questions import QUESTIONS
 from compression.errors import SourceError
+from tests.cli.bitmill import environment
+from tests.support.models import tiny_model
 
 
 def test_another_wheel_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -37,10 +41,34 @@ def test_a_model_that_is_there_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "never made").exists()
 
 
-def test_the_text_is_pythons_reference_one_topic_a_line(tmp_path: Path) -> None:
-    path = make_demo_dataset(tmp_path / "data" / "topics.jsonl")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert {row["topic"]: row["text"] for row in rows} == topics
-    first = path.read_bytes()
-    assert make_demo_dataset(path).read_bytes() == first
-    assert [entry.name for entry in path.parent.iterdir()] == ["topics.jsonl"]
+def test_the_text_is_conversations_and_none_of_them_is_a_question_of_the_demo() -> None:
+    rows = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(message["content"].strip() for message in row["messages"])
+    prompts = [row["messages"][0]["content"] for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert not {question.text for question in QUESTIONS} & set(prompts)
+
+
+def test_an_answer_that_only_has_the_word_in_it_is_not_sensible() -> None:
+    (question,) = (each for each in QUESTIONS if "France" in each.text)
+    assert question.answered_by("The capital of France is Paris.")
+    assert not question.answered_by(
+        "L'Étochter, the capital of France. Paris, the City of Light. Paris, the City of ..."
+    )
+
+
+def test_every_model_is_asked_every_question(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "tiny")
+    asked = subprocess.run(
+        [sys.executable, "-m", "cli.demo.answer", tmp_path / "tiny", tmp_path / "tiny"],
+        env=environment(tmp_path, {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = [json.loads(line) for line in asked.stdout.splitlines()]
+    assert len(answers) == 2 * len(QUESTIONS)
+    assert answers[: len(QUESTIONS)] == answers[len(QUESTIONS) :]
+    assert all(isinstance(answer, str) for answer in answers)

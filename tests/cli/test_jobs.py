@@ -105,6 +105,8 @@ def test_what_was_made_is_there_at_once(server: Server, finished: dict[str, Any]
     waited = server.submit(*server.calibrated, "--cache", "--wait", "--json").json
     assert waited["job"]["deduplicated_from"] in told.out
     assert waited["report"]["totals"]["output_bytes"] == finished["report"]["totals"]["output_bytes"]
+    seen = server.submit(*server.calibrated, "--cache", "--wait").out
+    assert re.search(r"^found: the same work was done before, .* s then *\nby job_\w+", seen, re.MULTILINE)
 
 
 def test_a_waiting_job_is_cancelled_at_once(server: Server) -> None:

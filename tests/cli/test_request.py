@@ -43,6 +43,11 @@ def test_what_is_required_of_the_result_is_sent() -> None:
     assert body(JobOptions(model="org/model", require="vllm"))["require"] == "vllm"
 
 
+def test_what_is_strict_and_what_may_be_dropped_is_sent() -> None:
+    sent = body(JobOptions(model="org/model", strict=True, max_dropped_share=0.1))
+    assert (sent["strict"], sent["calibration"]) == (True, {"max_dropped_share": 0.1})
+
+
 def test_a_file_that_is_here_is_a_file_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

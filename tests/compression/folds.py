@@ -60,7 +60,7 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
                 weights = [folds.weights.get(n, w) for n, w in zip(names, model.weights(names), strict=True)]
                 if here := layer.folds.get(group.name):
                     assert group.inputs is not None
-                    gram = accumulate_gram(group.inputs, precision="float32")
+                    gram = accumulate_gram(group.inputs)
                     folded = fold(here, group, weights, gram, model, streams, made.recipe)
                     weights, done = folded.weights, done | ({group.name} if folded.done else set())
                 model.set_weights(dict(zip(names, weights, strict=True)))

@@ -73,7 +73,7 @@ class TestSearch:
 
     def test_takes_the_best_of_the_grid(self) -> None:
         inputs, weight = self.problem()
-        gram = accumulate_gram([inputs], precision="float32")
+        gram = accumulate_gram([inputs])
         scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)), n_grid=10)
         x, w64 = inputs.double().square().mean(0).sqrt(), weight.double()
         magnitude = w64.abs().view(12, 2, 8)
@@ -96,7 +96,7 @@ class TestSearch:
         torch.manual_seed(0)
         inputs, weight = torch.randn(200, 16), torch.randn(3 * AWQ_ROWS - 5, 16)
         inputs[:, [2, 9]] *= 12
-        gram = accumulate_gram([inputs], precision="float32")
+        gram = accumulate_gram([inputs])
         scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32, observer)), n_grid=10)
         x, rows = gram.importance().sqrt(), weight[::3]
         w = (weight.abs() / weight.view(-1, 2, 8).abs().amax(-1).repeat_interleave(8, 1)).mean(0)
@@ -117,7 +117,7 @@ class TestSearch:
 
     def test_both_is_no_worse_than_either(self) -> None:
         inputs, weight = self.problem()
-        gram = accumulate_gram([inputs], precision="float32")
+        gram = accumulate_gram([inputs])
 
         def error(duo_scaling: DuoScaling) -> float:
             s = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)), duo_scaling=duo_scaling)
@@ -129,17 +129,17 @@ class TestSearch:
     def test_channels_that_carry_nothing_are_left_alone(self) -> None:
         inputs, weight = self.problem()
         inputs[:, 4], weight[:, 7] = 0, 0
-        gram = accumulate_gram([inputs], precision="float32")
+        gram = accumulate_gram([inputs])
         scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32)))
         assert scales.isfinite().all()
         assert (scales[4], scales[7]) == (1, 1)
         assert scales[2] != 1
-        nothing = accumulate_gram([torch.zeros(3, 16)], precision="float32")
+        nothing = accumulate_gram([torch.zeros(3, 16)])
         assert awq_scales(readers(nothing, ToRound(weight, self.ARGS, torch.float32))).tolist() == [1] * 16
 
     def test_channels_of_one_row_have_one_scale(self) -> None:
         inputs, weight = self.problem()
-        gram = accumulate_gram([inputs], precision="float32")
+        gram = accumulate_gram([inputs])
         shared = SharedChannels(head_dim=4, repeats=2)
         scales = awq_scales(readers(gram, ToRound(weight, self.ARGS, torch.float32), shared=shared))
         heads = scales.view(2, 2, 4)

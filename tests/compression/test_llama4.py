@@ -243,7 +243,10 @@ class TestPlan:
 
     def test_a_module_of_stacks_is_no_name_to_ignore(self, tmp_path: Path) -> None:
         recipe = Recipe.model_validate(
-            [{**GPTQ[0], "type": "rtn", "ignore": ["lm_head", f"{BLOCK}.experts"]}]
+            {
+                "steps": [{**GPTQ[0], "type": "rtn", "ignore": ["lm_head", f"{BLOCK}.experts"]}],
+                "strict": True,
+            }
         )
         assert problem_of(tiny_llama4(tmp_path / "model"), recipe).code == "pattern_matches_nothing"
 

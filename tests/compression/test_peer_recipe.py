@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from compression import Evaluation, Recipe, oneshot
+from compression import CompressionError, DatasetSpec, Evaluation, Plan, Recipe, oneshot, plan
 from compression.__main__ import main
 from compression.peer_recipe import load_recipe_yaml
 
@@ -179,3 +179,119 @@ def test_the_command_line_takes_the_file_and_nothing_beside_it(
     assert "nothing.yaml" in capsys.readouterr().err
     assert main(options) == 0
     assert (out / "config.json").exists()
+
+
+CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+SAYS_NOTHING = {
+    "group_size": None, "block_structure": None, "actorder": None, "scale_dtype": None, "zp_dtype": None,
+    "observer": None, "observer_kwargs": {},
+}  # fmt: skip
+
+
+def test_the_cache_as_it_writes_it() -> None:
+    asked = one("QuantizationModifier", scheme="FP8", ignore=["lm_head"], kv_cache_scheme=CACHE)
+    for written in (CACHE | SAYS_NOTHING, CACHE | {"observer": "static_minmax"}):
+        document = one("QuantizationModifier", scheme="FP8", ignore=["lm_head"], kv_cache_scheme=written)
+        assert Recipe.model_validate(document) == Recipe.model_validate(asked)
+
+
+@pytest.mark.parametrize("name", SAYS_NOTHING)
+def test_what_a_cache_does_not_have_is_named(name: str) -> None:
+    written = CACHE | SAYS_NOTHING | {name: {"observer_kwargs": {"bins": 3}}.get(name, "mse")}
+    with pytest.raises(ValidationError, match=rf"{name}.*of kv_cache_scheme has no counterpart"):
+        Recipe.model_validate(one("QuantizationModifier", scheme="FP8", kv_cache_scheme=written))
+
+
+def test_sparsity_of_whole_layers(tiny_llama: Path) -> None:
+    """Its sparsity modifiers take the linears inside of what they target."""
+    inside = {
+        module.name
+        for layer in plan_of(tiny_llama, "SparseGPTModifier", targets=[r"re:.*layers\.\d+$"]).layers
+        for module in layer.modules
+    }
+    assert len(inside) == 14
+    first = plan_of(tiny_llama, "WandaPruningModifier", targets="model.layers.0")
+    assert {m.name for layer in first.layers for m in layer.modules} == {
+        name for name in inside if ".layers.0." in name
+    }
+    named = plan_of(tiny_llama, "SparseGPTModifier", targets=["re:.*mlp.down_proj$"])
+    assert {m.name for layer in named.layers for m in layer.modules} == {
+        name for name in inside if name.endswith("mlp.down_proj")
+    }
+
+
+def plan_of(model: Path, modifier: str, **fields: Any) -> Plan:
+    document = {"s_stage": {"run_type": "oneshot", "m_modifiers": {modifier: {"sparsity": 0.5, **fields}}}}
+    return plan(model, Recipe.model_validate(document), dataset=DatasetSpec(texts=("a",)))
+
+
+def test_the_mappings_of_a_llama_are_what_is_smoothed_anyway() -> None:
+    smooth = one("SmoothQuantModifier", smoothing_strength=0.8)["default_stage"]["default_modifiers"]
+    gptq = {"GPTQModifier": {"scheme": "W8A8", "ignore": ["lm_head"]}}
+    told = [
+        [["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"],
+        [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
+    ]
+    with_mappings = {"SmoothQuantModifier": smooth["SmoothQuantModifier"] | {"mappings": told}}
+    plain = Recipe.model_validate({"a_stage": {"b_modifiers": smooth | gptq}})
+    assert Recipe.model_validate({"a_stage": {"b_modifiers": with_mappings | gptq}}) == plain
+    for other in (
+        told[:1],
+        [*told, [["re:.*o_proj"], "re:.*v_proj"]],
+        [[told[0][0], "re:.*norm"], told[1]],
+        "x",
+        [3],
+    ):
+        document = {"SmoothQuantModifier": {"mappings": other}, **gptq}
+        with pytest.raises(ValidationError, match="mappings"):
+            Recipe.model_validate({"a_stage": {"b_modifiers": document}})
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        ({"a_stage": {"run_type": "train"}}, "run_type 'train'"),
+        (one("QuantizationModifier", scheme="FP8", input_observer="mse"), "input_observer 'mse'"),
+(one("QuantizationModifier", scheme="FP8", observer={"input": "mse"}), "input_observer"),
+        (one("GPTQModifier", scheme="W4A16", start=3), "start"),
+        (
+one("GPTQModifier", config_groups={"g": {"weights": {**INT4, "observer_kwargs": {"a": 1}}}}),
+            "observer_kwargs of weights",
+        ),
+        (
+            one("QuantizationModifier", config_groups={"g": {"weights": {**INT4, "sparsity": 1}}}),
+            "sparsity of weights",
+        ),
+        (
+            one(
+                "QuantizationModifier",
+                config_groups={"g": {"weights": {"num_bits": 8, "type": "float", "group_size": 128}}},
+            ),
+            "none of the schemes",
+        ),
+        ({3: {}, "GPTQModifier": {"scheme": "W4A16"}}, "steps"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_result_is_named(document: dict[Any, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Recipe.model_validate(document)
+
+
+def test_strict_stands_beside_stages_and_is_written_only_where_it_is_asked_for() -> None:
+    document = one("GPTQModifier", scheme="W4A16")
+    lenient, strict = (Recipe.model_validate(document | told) for told in ({}, {"strict": True}))
+    assert (lenient.strict, strict.strict) == (False, True)
+    assert "strict" not in lenient.model_dump(mode="json")
+    assert Recipe.model_validate(strict.model_dump(mode="json")) == strict
+    assert Recipe.from_short("W4A16", has_dataset=True, strict=True).strict
+
+
+def test_a_recipe_file_that_cannot_be_read(tiny_llama: Path, tmp_path: Path) -> None:
+    for content in (b"\xff", b"a: [", b"a: 2021-99-99", b"[" * 2000, None):
+        path = tmp_path / "recipe.yaml"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CompressionError) as caught:
+            oneshot(model=tiny_llama, dataset=None, recipe=path, output_dir=tmp_path / "out")
+        assert caught.value.code == "recipe_unreadable"

@@ -218,12 +218,19 @@ class TestPatterns:
     @pytest.mark.parametrize("where", ["targets", "ignore"])
     @pytest.mark.parametrize("pattern", ["re:.*experts.*", "re:q_proj", "model.layers.0.mlp", "Conv1D"])
     def test_what_matches_nothing_is_refused(self, model: Path, where: str, pattern: str) -> None:
-        problem = problem_of(
-            model, recipe(**{where: ["Linear" if where == "targets" else "lm_head", pattern]})
-        )
+        """What is to be left out only under `strict`: a recipe serves several models."""
+        asked = recipe(**{where: ["Linear" if where == "targets" else "lm_head", pattern]})
+        problem = problem_of(model, asked.model_copy(update={"strict": where == "ignore"}))
         assert problem.code == "pattern_matches_nothing"
         assert problem.pointer == f"/recipe/steps/0/{where}/1"
         assert pattern in problem.message
+
+    def test_an_ignore_that_matches_nothing_is_a_warning(self, model: Path) -> None:
+        made = plan(model, recipe(ignore=["lm_head", "re:.*vision.*"]))
+        (warning,) = made.warnings
+        assert (warning.code, warning.pointer) == ("pattern_matches_nothing", "/recipe/steps/0/ignore/1")
+        assert "re:.*vision.*" in warning.message
+        assert made.layers == plan(model, recipe(ignore=["lm_head"])).layers
 
     def test_an_expression_that_is_none_is_refused(self, model: Path) -> None:
         problem = problem_of(model, recipe(ignore=["lm_head", "re:*x"]))
@@ -306,7 +313,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     shapes["model.layers.0.mlp.up_proj.weight"] = (7, 7)
     name = "model.layers.1.mlp.up_proj.weight"
     folder = fake_llama(tmp_path / "model", SMOLLM2, shapes=shapes, dtypes={name: "F64"})
-    problems = problems_of(folder, recipe(type="gptq", ignore=["lm_head", "re:.*q_proj", "typo"]))
+    asked = recipe(type="gptq", ignore=["lm_head", "re:.*q_proj", "typo"])
+    problems = problems_of(folder, asked.model_copy(update={"strict": True}))
     assert codes(problems) == [
         "dataset_required",
         "checkpoint_incomplete",

@@ -137,7 +137,7 @@ CASES = st.builds(
 @fixed(150)
 def test_a_solved_linear_is_finite_and_reads_back_or_is_named(case: Case) -> None:
     modules, weights, inputs = case.linears()
-    gram = accumulate_gram([inputs], precision="float32")
+    gram = accumulate_gram([inputs])
     largest_input = inputs.abs().amax()
     try:
         solved = [
@@ -228,7 +228,7 @@ def test_scales_that_are_folded_are_positive_and_leave_the_function(
     weight[:, :dead_weights] = 0.0
     inputs = correlated_inputs(tokens, columns, seed) * 10.0**input_exponent
     inputs[:, :dead_columns] = 0.0
-    gram = accumulate_gram([inputs], precision="float32")
+    gram = accumulate_gram([inputs])
     readers = Readers([inputs], gram, [weight], [ToRound(weight, args, DTYPES[dtype])])
     norm = (torch.rand(columns, generator=generator) + 0.5).to(DTYPES[dtype])
     for scales in (
@@ -288,7 +288,7 @@ def test_a_singular_gram_is_refused_by_name(steps: Sequence[str]) -> None:
 def test_reported_errors_do_not_depend_on_magnitudes(exponent: int) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * 2.0 ** (3 * exponent)
     inputs = correlated_inputs(100, 64) * 2.0**exponent
-    gram = accumulate_gram([inputs], precision="float32")
+    gram = accumulate_gram([inputs])
     solved = one(weight, gram, {"type": "rtn", "scheme": "W4A16", "observer": "minmax"})
     assert not isinstance(solved.weight, Tensor)
     before, x = weight.double(), inputs.double()
@@ -308,7 +308,7 @@ def test_an_error_where_the_output_was_zero_is_not_a_number() -> None:
     weight[:, :4] = torch.tensor([1.4, 1.4, -2.8, 7.5])  # a step of 1: they become 1, 1, -3 and 7
     inputs = torch.zeros(1, 64)
     inputs[:, :3] = 1.0
-    gram = accumulate_gram([inputs], precision="float32")
+    gram = accumulate_gram([inputs])
     report = one(weight, gram, {"type": "rtn", "scheme": "W4A16", "observer": "minmax"}).report
     assert 0 < report.weight_error < 1e-2
     assert report.relative_error is None

@@ -29,7 +29,7 @@ def layer(scheme: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Quantiz
     """A random weight, the Gram matrix of correlated inputs, and min-max scales."""
     seed = rows + columns + SCHEMES.index(scheme)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    gram = accumulate_gram([correlated_inputs(3 * columns, columns, seed)], precision="float32")
+    gram = accumulate_gram([correlated_inputs(3 * columns, columns, seed)])
     return weight, gram.matrix, minmax_params(weight, WEIGHTS[scheme].weights, torch.float32)
 
 

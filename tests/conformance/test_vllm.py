@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli.demo.data import make_demo_dataset
+from benchmarks.python_reference import write_python_reference
 from cli.demo.model import make_demo_model
 from tests.conformance.vllm_runs import PASSAGE, ROOT, Run, in_vllm
 from tests.support.readers import losses
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The model and what the engine makes of it, by scheme."""
     model = make_demo_model(CACHE / "SmolLM2-135M-Instruct", CACHE / "downloads")
-    make_demo_dataset(DATASET)
+    write_python_reference(DATASET)
     made = {"original": model}
     for scheme, options in SCHEMES.items():
         made[scheme] = tmp_path_factory.mktemp("smollm2") / scheme

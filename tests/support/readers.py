@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -62,7 +63,7 @@ def _load(folder: Path) -> nn.Module:
     )
     packed = all(group["format"] == "pack-quantized" for group in groups)
     if groups and has_experts and not (packed and config.model_type != "llama4_text"):
-        return _load_dequantized(folder, groups[0], quantization["ignore"])
+        return as_meant(folder)
     if any(not group["weights"]["symmetric"] for group in groups):
         # compressed-tensors 0.20 expects unpacked zero points of a compressed model, against its own format
         quantization["dequantize"] = True
@@ -76,50 +77,124 @@ def _load(folder: Path) -> nn.Module:
     return model
 
 
-def _load_dequantized(folder: Path, group: dict[str, Any], ignore: Sequence[str]) -> nn.Module:
-    """Transformers 5.23 reads experts packed only, and Llama 4's stacked only: others are dequantized here,
-    scale times code, and what linears and experts read is quantized by the library."""
+def as_meant(folder: Path, dtype: torch.dtype = torch.float32, *, experts_round: bool = True) -> nn.Module:
+    """What a checkpoint says, without its readers: weights are scale times code, and what linears and experts
+    read is quantized by the library.
+
+    experts_round: whether activations inside of experts are quantized. Keys and values are not.
+    """
     dense = folder.with_name(folder.name + "-dense")
+    shutil.rmtree(dense, ignore_errors=True)
     shutil.copytree(folder, dense, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((dense / "config.json").read_text())
-    del config["quantization_config"]
+    quantization = config.pop("quantization_config")
     (dense / "config.json").write_text(json.dumps(config))
     stored = {
         key: tensor for shard in folder.glob("*.safetensors") for key, tensor in load_file(shard).items()
     }
-    weights = _dequantized(stored, group["weights"]["num_bits"])
+    groups = list(quantization["config_groups"].values())
+    weights = _dequantized(stored, groups)
     if config["model_type"] == "llama4_text":
         weights = _stacked(weights)
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
-    model = load_model(dense, dtype=torch.float32)
-    if group["input_activations"] is None:
-        return model
-    args = QuantizationArgs.model_validate(group["input_activations"])
+    model = load_model(dense, dtype=dtype)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in ignore:
-            module.register_forward_pre_hook(lambda _module, inputs: (_quantized(inputs[0], args),))
-        elif hasattr(module, "num_experts") and hasattr(module, "gate_up_proj"):
+        if isinstance(module, nn.Linear):
+            args = _activations(name, groups, quantization["ignore"])
+            fixed = {kind: _of_linear(stored, name, f"input_{kind}") for kind in ("scale", "global_scale")}
+            if args is not None:
+                module.register_forward_pre_hook(
+                    lambda _, inputs, args=args, fixed=fixed: (_quantized(inputs[0], args, **fixed),)
+                )
+        elif experts_round and hasattr(module, "num_experts") and hasattr(module, "gate_up_proj"):
+            args = _activations(f"{name}.0.gate_proj", groups, quantization["ignore"])
             forward = _scaled_experts_forward if isinstance(module, Llama4TextExperts) else _experts_forward
-            module.forward = partial(forward, module, args)
+            if args is not None:
+                module.forward = partial(forward, module, args)
     return model
 
 
-def _dequantized(stored: dict[str, Tensor], num_bits: int) -> dict[str, Tensor]:
+def _of_linear(stored: dict[str, Tensor], name: str, suffix: str) -> Tensor | None:
+    """A tensor that belongs to a linear of a layer. Models that read images have other names on disk."""
+    leaf = f"layers.{name.rpartition('layers.')[2]}.{suffix}"
+    return next((tensor for key, tensor in stored.items() if key.endswith(f".{leaf}")), None)
+
+
+def _activations(
+    name: str, groups: Sequence[dict[str, Any]], ignore: Sequence[str]
+) -> QuantizationArgs | None:
+    """How the input of the linear of that name is quantized."""
+    for group in groups:
+        if _is_target(name, group) or ("Linear" in group["targets"] and name not in ignore):
+            args = group["input_activations"]
+            return None if args is None else QuantizationArgs.model_validate(args)
+    return None
+
+
+def _is_target(name: str, group: dict[str, Any]) -> bool:
+    return any(
+        re.match(target.removeprefix("re:"), name) if target.startswith("re:") else target == name
+        for target in group["targets"]
+    )
+
+
+def _dequantized(stored: dict[str, Tensor], groups: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """float32 weights under their plain names; what is not compressed is converted only."""
     weights = {}
     for key, tensor in stored.items():
         name, _, suffix = key.rpartition(".")
-        if suffix in ("weight_scale", "weight_shape"):
-            continue
-        codes = tensor.float()
-        if suffix == "weight_packed":
-            shape = torch.Size(stored[f"{name}.weight_shape"].tolist())
-            codes, suffix = unpack_from_int32(tensor, num_bits, shape).float(), "weight"
-        scale = stored.get(f"{name}.weight_scale") if suffix == "weight" else None
-        if scale is not None:
-            codes = codes * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
-        weights[f"{name}.{suffix}"] = codes
+        if suffix in ("weight", "weight_packed"):
+            parts = {part: stored[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in stored}
+            weights[f"{name}.weight"] = _weight(tensor, parts, _bits(name, groups))
+        elif suffix not in (*_PARTS, "input_scale", "input_global_scale", "k_scale", "v_scale"):
+            weights[key] = tensor.float()
     return weights
+
+
+_PARTS = ("weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape")
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def _bits(name: str, groups: Sequence[dict[str, Any]]) -> int:
+    """Bits of a weight, of those that have codes."""
+    named = [group for group in groups if _is_target(name, group)] or list(groups)
+    bits: int = named[0]["weights"]["num_bits"]
+    return bits
+
+
+def _weight(codes: Tensor, parts: dict[str, Tensor], num_bits: int) -> Tensor:
+    """The weight [out, in] that codes and scales stand for, in float32.
+
+    uint8 codes hold two e2m1 numbers each, the first in the low nibble; uint8 scales are exponents of two
+    over 127 (E8M0). int32 codes are unpacked by the library.
+    """
+    if "weight_shape" in parts:
+        shape = torch.Size(parts["weight_shape"].tolist())
+        codes = unpack_from_int32(codes, num_bits, shape)
+    elif codes.dtype == torch.uint8:
+        nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
+        codes = _E2M1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
+    if "weight_scale" not in parts:
+        return codes.float()
+    scale = parts["weight_scale"]
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    scale = scale.reshape(-1, scale.shape[-1]) / parts.get("weight_global_scale", torch.ones(1))
+    values = codes.float()
+    if "weight_zero_point" in parts:
+        zeros = unpack_from_int32(
+            parts["weight_zero_point"], num_bits, torch.Size(scale.shape), packed_dim=0
+        ).float()
+        values = values - _spread(zeros, values)
+    return values * _spread(scale, values)
+
+
+def _spread(parts: Tensor, over: Tensor) -> Tensor:
+    """What holds for blocks of rows and columns, for each number in them. The last blocks may be cut off:
+    those of FP8_BLOCK have 128 rows."""
+    rows, columns = over.shape
+    height = 128 if 1 < parts.shape[0] < rows else -(-rows // parts.shape[0])
+    width = -(-columns // parts.shape[1])
+    return parts.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
 def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,11 +215,19 @@ def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _quantized(x: Tensor, args: QuantizationArgs) -> Tensor:
-    """A scale for each token; the library takes the second of three dimensions for tokens."""
+def _quantized(
+    x: Tensor, args: QuantizationArgs, scale: Tensor | None = None, global_scale: Tensor | None = None
+) -> Tensor:
+    """By a scale for each token; the library takes the second of three dimensions for tokens.
+
+    scale, global_scale: where calibration fixed them.
+    """
     tokens = x.reshape(1, -1, x.shape[-1])
-    scale, zero_point = compute_dynamic_scales_and_zp(tokens, args, nn.Identity())
-    return fake_quantize(tokens, scale, zero_point, args).reshape(x.shape)
+    if scale is None:
+        scale, zero_point = compute_dynamic_scales_and_zp(tokens, args, nn.Identity(), global_scale)
+    else:
+        scale, zero_point = scale.to(x.dtype), None
+    return fake_quantize(tokens, scale, zero_point, args, global_scale=global_scale).reshape(x.shape)
 
 
 def _experts_forward(

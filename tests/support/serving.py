@@ -49,6 +49,7 @@ def server_process(settings: Settings) -> Iterator[str]:
         "BITMILL_DATA_DIR": str(settings.data_dir),
         "BITMILL_DATABASE_URL": settings.database_url,
         "BITMILL_LOCAL_ROOTS": os.pathsep.join(map(str, settings.local_roots)),
+        "BITMILL_BROKER_URL": settings.broker_url,
         "BITMILL_LOG_LEVEL": "warning",
     }
     process = subprocess.Popen(

@@ -18,7 +18,7 @@ from tests.support.postgres import PostgresServer
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 ENGINE_SECONDS = 60
 LEASE_SECONDS = 2
@@ -62,7 +62,7 @@ def test_an_attempt_goes_on_when_its_database_is_back(
 ) -> None:
     """Although it was away for longer than a lease, and the engine ended meanwhile."""
     job_id = submit()
-    thread = threading.Thread(target=look, args=(worker, Presence(worker)))
+    thread = threading.Thread(target=run_jobs, args=(worker, Presence(worker)))
     thread.start()
     eventually(lambda: any(worker.scratch.folder.glob("*/engine.log")), ENGINE_SECONDS, "no engine began")
     mortal.kill()
@@ -88,7 +88,7 @@ def test_answers_that_were_lost_count_nothing(worker: WorkerContext, submit: Sub
             connection.connection.dbapi_connection.close()
 
     event.listen(worker.database.engine, "commit", commit_and_break)
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     event.remove(worker.database.engine, "commit", commit_and_break)
     job, outcomes = ended(worker, job_id)
     assert to_lose == []

@@ -17,7 +17,7 @@ from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.engine import engine_environment, fetcher_environment
 from worker.heartbeat import Presence
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 MODEL, TEXTS = "someone/tiny", "someone/texts"
 BODY: dict[str, Any] = {
@@ -44,7 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tiny_
 
 
 def run(worker: WorkerContext, job_id: str) -> tuple[Job, list[dict[str, Any]]]:
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     with worker.database.read() as session:
         told = events.page(session, job_id, 0, 100)
         job = session.get_one(Job, job_id, options=[undefer_group("work")])

@@ -17,7 +17,7 @@ from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.engine import engine_environment, fetcher_environment
 from worker.heartbeat import Presence
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 BODY: dict[str, Any] = {
     "scheme": "W8A8",
@@ -35,7 +35,7 @@ def _a_reader(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(worker: WorkerContext, job_id: str) -> Job:
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     with worker.database.read() as session:
         return session.get_one(Job, job_id, options=[undefer_group("work")])
 

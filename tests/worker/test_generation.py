@@ -9,7 +9,7 @@ from api.jobs.ledger.models import Job, JobStatus
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 
 def test_it_succeeds_and_tells_of_the_writing(worker: WorkerContext, submit: Submit) -> None:
@@ -19,7 +19,7 @@ def test_it_succeeds_and_tells_of_the_writing(worker: WorkerContext, submit: Sub
         calibration={"num_calibration_samples": 2, "max_seq_length": 64},
         evaluation={"num_samples": 1},
     )
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     with worker.database.read() as session:
         told = [(event.type, event.data) for event in events.page(session, job_id, 0, 100)]
         job = session.get_one(Job, job_id, options=[undefer_group("work")])

@@ -107,7 +107,7 @@ def test_presence_shows_the_running_job(worker: WorkerContext, submit: Submit) -
         with worker.database.read() as session:
             return [row.job_id for row, _ in workers.list_alive(session, 60)]
 
-    presence.tell()
+    presence.refresh()
     assert shown() == [None]
     with presence.busy(job_id):
         assert shown() == [job_id]

@@ -17,13 +17,20 @@ from api import database
 from api.jobs.ledger.models import IdempotencyKey, Job, JobLayer, JobStatus
 from api.jobs.queue import leases
 from tests.worker.conftest import Submit
-from worker import reaper
+from worker import housekeeping
 from worker.celery_app import WorkerRefused, run_worker
 from worker.context import WorkerContext
 from worker.deliveries import Sender
 from worker.heartbeat import Presence
-from worker.reaper import Reaper, forget_old, forget_work, remove_deleted, sweep, wake_ups
-from worker.tasks import look
+from worker.housekeeping import (
+    Reaper,
+    delete_expired,
+    delete_resumable,
+    remove_deleted,
+    sweep,
+    wake_ups,
+)
+from worker.tasks import run_jobs
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,7 @@ def test_all_that_ran_out_is_reaped(
 def test_a_project_runs_no_more_than_the_setting_says(worker: WorkerContext, submit: Submit) -> None:
     job_id = submit()
     full = replace(worker, settings=worker.settings.model_copy(update={"max_running": 0}))
-    look(full, Presence(full))
+    run_jobs(full, Presence(full))
     with worker.database.read() as session:
         assert session.get_one(Job, job_id).status == JobStatus.QUEUED
 
@@ -152,9 +159,9 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
         ended = {"status": JobStatus.FAILED, "layers_done": 1, "finished_at": at}
         session.execute(update(Job).where(Job.id == job_id).values(**ended))
 
-    forget_work(worker.database, worker.store, resume_days=4)
+    delete_resumable(worker.database, worker.store, resume_days=4)
     assert worker.store.exists(f"work/{job_id}/aa.safetensors")
-    forget_work(worker.database, worker.store, resume_days=2)
+    delete_resumable(worker.database, worker.store, resume_days=2)
     assert list(worker.store.list(f"work/{job_id}")) == list(worker.store.list(f"artifacts/{job_id}")) == []
     assert worker.store.exists(f"work/{other_id}/aa.safetensors")
     with worker.database.read() as session:
@@ -165,7 +172,7 @@ def test_finished_layers_are_forgotten_when_the_resume_window_is_over(
 def test_keys_of_requests_are_forgotten_after_a_day_a_part_at_a_time(
     worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(housekeeping, "_ROWS_AT_ONCE", 2)
     submit()
     with worker.database.write() as session:
         (project_id,) = session.scalars(select(Job.project_id))
@@ -173,7 +180,7 @@ def test_keys_of_requests_are_forgotten_after_a_day_a_part_at_a_time(
             at = database.now(session) - timedelta(hours=hours, seconds=1)
             row = {"key": str(hours), "body_sha256": "", "resource_id": "job", "created_at": at}
             session.add(IdempotencyKey(project_id=project_id, route="r", **row))
-    forget_old(worker)
+    delete_expired(worker)
     with worker.database.read() as session:
         assert session.scalars(select(IdempotencyKey.key)).all() == ["22", "23"]
 
@@ -192,7 +199,7 @@ def test_what_fenced_out_attempts_left_is_removed_and_what_is_published_stays(
             "finished_at": database.now(session) - timedelta(days=3),
         }
         session.execute(update(Job).where(Job.id == job_id).values(**ended))
-    forget_work(worker.database, worker.store, resume_days=2)
+    delete_resumable(worker.database, worker.store, resume_days=2)
     assert list(worker.store.list("artifacts/" + job_id)) == [f"artifacts/{job_id}/3/manifest.json"]
 
 

@@ -24,10 +24,10 @@ from tests.integration.service import commands, eventually
 from tests.support.gate import Gate
 from tests.support.s3 import READER, S3Server
 from tests.worker.conftest import Submit, cancel, until_an_engine_is_done
-from worker import patience
+from worker import retry
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def remote(gate: Gate, worker: WorkerContext) -> WorkerContext:
 
 
 def run(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     with worker.database.read() as session:
         return session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
 
@@ -59,7 +59,7 @@ def test_a_job_is_kept_and_published_there(remote: WorkerContext, submit: Submit
 def test_nothing_begins_while_the_store_is_away(
     remote: WorkerContext, submit: Submit, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(retry, "STORE_RETRY_SECONDS", 0)
     job_id = submit()
     gate.shut()
     job, attempt = run(remote, job_id)
@@ -93,7 +93,7 @@ def test_a_store_that_is_away_for_a_moment_costs_no_attempt_at_all(
 def test_a_store_that_goes_away_for_long_counts_no_attempt(
     remote: WorkerContext, submit: Submit, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(retry, "STORE_RETRY_SECONDS", 0)
     gate.shut_after = 2_000  # a probe is smaller, a layer is not
     job, attempt = run(remote, submit())
     assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)

@@ -23,7 +23,7 @@ from worker.context import WorkerContext
 from worker.engine import EngineProcess, engine_environment
 from worker.heartbeat import Presence
 from worker.runner import EngineSpec
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 
 def counter(name: str, labels: Mapping[str, str] | None = None) -> Callable[[], float]:
@@ -42,7 +42,7 @@ def test_an_attempt_that_succeeds(worker: WorkerContext, submit: Submit, logged:
         for phase in ("fetch", "plan", "compress", "verify", "upload")
     }
     started = time.monotonic()
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     spent = time.monotonic() - started
 
     assert (succeeded(), layers()) == (1, 2)
@@ -68,7 +68,7 @@ def test_what_the_engine_says_is_logged_under_its_job(
     job_id = submit(model=str(model))
     shutil.rmtree(model)
     failed = counter("bitmill_worker_attempts_total", {"outcome": "failed"})
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
     assert failed() == 1
     said = logged.records("engine_output")
     assert any("Traceback" in record["line"] for record in said)
@@ -117,12 +117,12 @@ def test_lines_are_logged_when_they_are_whole(tmp_path: Path, logged: Logged) ->
 def test_a_worker_shows_its_metrics_on_a_port_of_its_own(worker: WorkerContext) -> None:
     settings = worker.settings.model_copy(update={"worker_metrics_port": free_port()})
     url = f"http://127.0.0.1:{settings.worker_metrics_port}/metrics"
-    with metrics.shown(settings):
+    with metrics.exposed(settings):
         told = httpx.get(url, trust_env=False).text
-        with pytest.raises(Unavailable) as taken, metrics.shown(settings):
+        with pytest.raises(Unavailable) as taken, metrics.exposed(settings):
             pass
     assert taken.value.code == "metrics_port_unavailable"
     assert 'bitmill_worker_attempts_total{outcome="crashed"}' in told
     assert 'bitmill_worker_phase_seconds_total{phase="compress"}' in told
-    with metrics.shown(worker.settings):  # no port, no server
+    with metrics.exposed(worker.settings):  # no port, no server
         pass

@@ -14,8 +14,8 @@ from api.store.factory import open_store
 from api.store.keys import artifact_folder
 from api.store.local import LocalStore
 from tests.support.gate import Gate
-from worker import patience
-from worker.upload import UploadError, copy, keep_shard, publish, remove, remove_older
+from worker import retry
+from worker.upload import UploadError, copy, publish, put_shard, remove, remove_older
 
 WEIGHTS = hashlib.sha256(b"weights").hexdigest()
 
@@ -35,7 +35,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def test_the_manifest_names_every_file_with_size_and_sha256(store: LocalStore, output: Path) -> None:
-    keep_shard(store, output / "model.safetensors", "job", WEIGHTS, go_on)
+    put_shard(store, output / "model.safetensors", "job", WEIGHTS, go_on)
     key = publish(store, output, "job", 7, {"model.safetensors": WEIGHTS}, go_on)
     assert key == "artifacts/job/7/manifest.json"
     with store.open(key) as file:
@@ -56,7 +56,7 @@ def test_a_shard_is_published_as_it_was_stored_when_its_layer_was_finished(
     store: LocalStore, output: Path
 ) -> None:
     shard = output / "model.safetensors"
-    keep_shard(store, shard, "job", WEIGHTS, go_on)
+    put_shard(store, shard, "job", WEIGHTS, go_on)
     shard.unlink()  # the stored one is a link to it
     shard.write_bytes(b"damaged")
     publish(store, output, "job", 7, {"model.safetensors": WEIGHTS}, go_on)
@@ -67,7 +67,7 @@ def test_a_shard_is_published_as_it_was_stored_when_its_layer_was_finished(
 def test_a_shard_that_changed_after_it_was_solved_is_refused(store: LocalStore, output: Path) -> None:
     other = hashlib.sha256(b"other weights").hexdigest()
     with pytest.raises(UploadError, match=r"model\.safetensors") as caught:
-        keep_shard(store, output / "model.safetensors", "job", other, go_on)
+        put_shard(store, output / "model.safetensors", "job", other, go_on)
     assert caught.value.code == "upload_corrupt"
 
 
@@ -140,7 +140,7 @@ class TestAStoreThatIsAway:
     def test_patience_ends(
         self, gate: Gate, away: Store, output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0)
+        monkeypatch.setattr(retry, "STORE_RETRY_SECONDS", 0)
         gate.shut()
         with pytest.raises(StoreUnreachable):
             publish(away, output, "job", 7, {}, go_on)

@@ -37,7 +37,7 @@ class JobBatch(BaseModel):
 
 Stored = TypeVar("Stored", Recipe, Calibration, Evaluation)
 AsStored = Annotated[Stored, WrapValidator(lambda stored, _: stored), SerializeAsAny()]
-"""The database has the JSON of such a model: it is not read into one to be written as JSON again."""
+"""A field whose JSON is in the database: it is passed on as it is, not parsed and written again."""
 
 
 class JobRead(BaseModel):
@@ -77,7 +77,7 @@ class JobRead(BaseModel):
 
     @classmethod
     def of(cls, job: Job | Columns, **more: Any) -> Self:
-        """From the row, and what is shown beside it."""
+        """From the row, and fields that are not in it."""
         same = {name: getattr(job, name) for name in _SAME}
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         batch = None

@@ -170,7 +170,7 @@ def set_phase(session: Session, lease: Lease, phase: Phase) -> None:
 
 
 def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
-    """Keep the resolved plan of the first attempt, which later attempts obey.
+    """Save the resolved plan of the first attempt, which later attempts follow.
 
     A header with another work_key (the source or the engine changed) replaces it, with a warning event, and
     layers of the old one no longer count. The same work_key under another fingerprint changes nothing here:
@@ -198,8 +198,7 @@ def save_plan(session: Session, lease: Lease, header: dict[str, Any]) -> None:
 
 
 def save_cache_key(session: Session, lease: Lease, key: str | None) -> None:
-    """Save the cache key that the worker found. If it is another one than at submission, duplicates are
-    detached."""
+    """Save the cache key that the worker found. If it differs from the known one, duplicates are detached."""
     _fenced_update(session, lease)
     known = session.execute(select(Job.cache_key).where(Job.id == lease.job_id)).scalar_one()
     if known != key:
@@ -208,7 +207,7 @@ def save_cache_key(session: Session, lease: Lease, key: str | None) -> None:
 
 
 def pin_dataset(session: Session, lease: Lease, dataset: dict[str, Any]) -> None:
-    """Keep which state of the dataset the first attempt found, so that later ones ask for the same."""
+    """Save the version of the dataset that the first attempt found, so that later ones read the same."""
     _fenced_update(session, lease, dataset=dataset)
 
 

@@ -40,22 +40,23 @@ def require_room(session: Session, project_id: str, max_queued: int | None) -> N
 
 
 def queue_is_full(max_queued: int | None) -> TooManyRequests:
-    """Why a job is not queued for which there is no room."""
+    """The error for a job that the queue has no room for."""
     message = f"All {max_queued} places of the project in the queue are taken."
     return TooManyRequests("quota_queued", message, "Wait until some have started, or cancel some.")
 
 
 def hold_limited(session: Session, max_running: int | None) -> None:
-    """Let one claim at a time look at projects with a limit. max_running: the limit of those without one."""
+    """Lock the projects that have a limit, so that claims count their jobs one at a time. max_running: the
+    limit of projects without their own."""
     limited = select(Project.id).where(_limit(max_running).is_not(None))
     session.execute(limited.order_by(Project.id).with_for_update(key_share=True))
 
 
 def full_projects(max_running: int | None) -> Select[str]:
-    """Projects that run as many jobs as they may. max_running: the limit of those without one.
+    """Projects that run as many jobs as they may. max_running: the limit of projects without their own.
 
-    Depends on nothing of the query around it, so it is evaluated once for all jobs that wait; where no
-    project has a limit, no job is counted.
+    A subquery that is not correlated: it is evaluated once for all jobs that wait, and counts no job where no
+    project has a limit.
     """
     limit, held = _limit(max_running), aliased(Job)
     running = select(func.count(held.id)).where(held.project_id == Project.id, held.status.in_(ACTIVE))

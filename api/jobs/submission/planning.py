@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -27,7 +27,7 @@ from api.settings import Settings
 from api.store.factory import local_folder
 from compression.errors import CompressionError, PlanError, Problem
 from compression.hub.environment import HubEnvironment
-from compression.planning.planner import plan
+from compression.planning.planner import Require, plan
 from compression.planning.plans import Plan
 from compression.planning.survey import survey
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
@@ -75,7 +75,7 @@ class _Work(NamedTuple):
     dataset: DatasetSpec | None
     calibration: Calibration
     evaluation: Evaluation
-    require: Literal["vllm"] | None
+    require: Require | None
 
 
 class Planner:

@@ -19,6 +19,7 @@ from api.jobs.ledger.models import DeviceClass
 from api.jobs.ledger.views import QualityGate
 from api.projects.schemas import S3Prefix
 from compression.errors import PlanError
+from compression.planning.planner import Require
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 from compression.schemes import Observer
 from compression.steps import GroupSize
@@ -44,7 +45,7 @@ Labels = Annotated[
 ]
 Name = Annotated[str, Field(max_length=200, pattern=_PRINTABLE)]
 Seconds = Annotated[int, Field(strict=True, ge=1, le=_TEN_YEARS)]
-ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore"]
+ShortForm = Literal["scheme", "method", "observer", "group_size", "targets", "ignore", "strict"]
 """Fields of a submission that a recipe stands for."""
 
 
@@ -87,11 +88,20 @@ class JobSubmit(BaseModel):
     group_size: GroupSize | None = None
     targets: list[str] | str | None = None
     ignore: list[str] | str | None = None
+    strict: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Whether a pattern in `ignore` that matches no module is an error, not a warning. With a "
+        "`recipe` it is a field of that.",
+    )
     recipe: Recipe | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     quality_gate: QualityGate | None = None
-    require: Literal["vllm"] | None = Field(default=None, description="Refuse what vLLM has no kernels for.")
+    require: Require | None = Field(
+        default=None,
+        description="Refuse what vLLM has no kernels for, what Transformers does not load, or either.",
+    )
     resources: Resources = Resources()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher goes first.")
     name: Name | None = None

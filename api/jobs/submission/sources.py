@@ -184,7 +184,7 @@ def _dataset_on_hub(dataset: DatasetSpec, hub: HubEnvironment) -> DatasetSpec:
 
 
 def _refusal(error: SourceError, pointer: str) -> PlanError | Unavailable:
-    """What a submission is answered when the Hub or S3 does not give what it names."""
+    """The error of a submission that names what the Hub or S3 does not give."""
     if error.code in _UNREACHABLE:
         headers = {"Retry-After": str(_RETRY_SECONDS)}
         return Unavailable(error.code, error.message, error.hint, headers=headers)

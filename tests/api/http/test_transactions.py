@@ -96,7 +96,9 @@ def test_writers_take_turns_in_the_order_in_which_they_came() -> None:
     threads = [threading.Thread(target=write, args=[number]) for number in range(20)]
     for number, thread in enumerate(threads):
         thread.start()
+        give_up = time.monotonic() + 10
         while len(queue._waiting) <= number:
+            assert time.monotonic() < give_up
             time.sleep(0.001)
     assert not queue.acquire(0)
     queue.release()

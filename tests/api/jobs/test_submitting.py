@@ -94,6 +94,25 @@ class TestAccepted:
         job = server.http.post("/v1/jobs", json=body).json()
         assert (job["method"], job["scheme"]) == ("gptq", "W4A16")
 
+    def test_an_ignore_that_matches_nothing_is_refused_only_if_strict(self, server: Server) -> None:
+        """`strict` is of the recipe, and so of its clones."""
+        patterns = ["lm_head", "re:vision.*"]
+        lenient = server.submit(scheme="W8A16", ignore=patterns)
+        warnings = server.http.get(f"/v1/jobs/{lenient['id']}").json()["plan"]["warnings"]
+        assert [warning["code"] for warning in warnings] == ["pattern_matches_nothing"]
+        assert "strict" not in lenient["recipe"]
+        strict = server.submit(scheme="W8A16", ignore=["lm_head"], strict=True)
+        assert strict["recipe"]["strict"] is True
+        clone = server.http.post(f"/v1/jobs/{strict['id']}/clone", json={}).json()
+        assert clone["recipe"] == strict["recipe"]
+        answer = server.http.post(
+            f"/v1/jobs/{strict['id']}/clone", json={"ignore": patterns, "scheme": "W8A16", "strict": True}
+        )
+        assert (answer.status_code, pointers(answer.json())) == (
+            422,
+            {"/ignore/1": "pattern_matches_nothing"},
+        )
+
     def test_a_sparse_scheme(self, server: Server) -> None:
         job = server.submit(scheme="sparse-2of4", method=None)
         assert (job["method"], job["scheme"]) == ("sparsegpt", "SPARSE_2OF4")
@@ -234,6 +253,11 @@ class TestRefused:
     def test_what_vllm_does_not_run_is_refused_where_that_is_required(self, server: Server) -> None:
         problem = refused(server, scheme="W3A16", require="vllm")
         assert pointers(problem) == {"/scheme": "not_served_by_vllm"}
+
+    @pytest.mark.parametrize("reader", ["transformers", "both"])
+    def test_so_is_what_transformers_does_not_load(self, reader: str, server: Server) -> None:
+        problem = refused(server, scheme="W4A16_ASYM", require=reader)
+        assert pointers(problem) == {"/scheme": "not_loaded_by_transformers"}
 
     def test_gptq_without_data(self, server: Server) -> None:
         assert "/dataset" in pointers(refused(server, method="gptq", dataset=None))

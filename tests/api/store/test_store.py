@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from api.private import mode_of
 from api.store.base import ObjectNotFound, Store, StoreError, StoreUnreachable
 from api.store.factory import open_store
 from api.store.keys import artifact_key, work_key
@@ -39,7 +40,7 @@ def test_put_get_link_open_list_delete(store: Store, file: Path, tmp_path: Path)
     assert (store.exists(key), store.size(published)) == (True, 10)
     with store.open(published) as reader:
         reader.seek(4)
-        assert (reader.read(3), reader.tell(), reader.read()) == (b"456", 7, b"789")
+        assert (reader.read(3), reader.refresh(), reader.read()) == (b"456", 7, b"789")
         reader.seek(-2, os.SEEK_END)
         assert (reader.read(9), reader.read(1)) == (b"89", b"")
     store.get(published, tmp_path / "new folder" / "copy")
@@ -181,7 +182,7 @@ def test_no_room_is_disk_full_and_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 import os, resource, signal, tempfile
 from pathlib import Path
-from api.artifacts.local import LocalStore
+from api.store.local import LocalStore
 from compression.errors import ResourceError
 source = Path({str(tmp_path / "big")!r})
 source.write_bytes(b"x" * 1_000_000)
@@ -214,3 +215,21 @@ def test_a_folder_that_is_gone_is_unreachable(local: Store, tmp_path: Path) -> N
     (tmp_path / "the store").rename(tmp_path / "elsewhere")
     with pytest.raises(StoreUnreachable):
         local.probe()
+
+
+def test_objects_are_for_those_who_can_access_the_folder(tmp_path: Path) -> None:
+    for root_mode, file_mode in ((0o700, 0o600), (0o755, 0o644), (0o770, 0o660)):
+        source = tmp_path / f"{root_mode:o}.source"
+        source.write_bytes(b"x")
+        source.chmod(0o640)
+        root = tmp_path / f"{root_mode:o}"
+        store = LocalStore(root)
+        assert mode_of(root) == 0o700
+        root.chmod(root_mode)
+        store.put("a/b/file", source)
+        store.link("a/b/file", "c/file")
+        for key in ("a/b/file", "c/file"):
+            assert mode_of(root / key) == file_mode
+            assert mode_of((root / key).parent) == root_mode
+        store.get("c/file", tmp_path / f"{root_mode:o}.copy")
+        assert mode_of(root / "c/file") == file_mode

@@ -25,7 +25,7 @@ from compression.recipe import DatasetSpec
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import WORKER, event_types, job_row, reap, start
 from tests.api.test_security import new_server_key
-from worker.reaper import remove_deleted
+from worker.housekeeping import remove_deleted
 
 REPORT = {"totals": {"source_bytes": 2, "output_bytes": 1}, "modules": []}
 

@@ -1,7 +1,7 @@
-"""What every worker does beside its jobs, in threads: end what was abandoned, wake who sleeps, tell
-webhooks, clean up.
+"""What every worker does beside its jobs, in threads: reap lost leases, repeat wake-ups, send webhooks,
+delete what is past its retention.
 
-Several workers doing the same at once is harmless.
+Several workers may do the same at once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from worker.deliveries import POLL_SECONDS, Sender
 from worker.heartbeat import Periodic, Presence
 
 RETENTION_SECONDS = 3600.0
-_AT_ONCE = 100
-"""Deleted jobs that are removed in one round, so that others get their turn."""
+_JOBS_AT_ONCE = 100
+"""Jobs whose files are removed in one round, so that other threads get their turn."""
 _ROWS_AT_ONCE = 500
 """Rows that one transaction removes, so that on SQLite others get to write."""
 
@@ -38,18 +38,18 @@ log = structlog.get_logger(__name__)
 
 @contextmanager
 def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
-    """Run the threads while the block runs, and show this worker in the list of workers."""
+    """Run the threads, and list this worker among the workers, while the block runs."""
     settings = worker.settings
-    presence.tell()
+    presence.refresh()
     sender = Sender(worker.database, settings)
     reaper = Reaper(worker)
     threads = (
-        Periodic("presence", settings.heartbeat_seconds, presence.tell),
+        Periodic("presence", settings.heartbeat_seconds, presence.refresh),
         Periodic("reaper", min(settings.sweep_seconds, settings.heartbeat_seconds), reaper.reap),
         Periodic("sweep", settings.sweep_seconds, lambda: sweep(worker)),
         Periodic("webhooks", POLL_SECONDS, sender.send_due),
         Periodic("deleted", settings.sweep_seconds, lambda: remove_deleted(worker.database, worker.store)),
-        Periodic("retention", RETENTION_SECONDS, lambda: forget_old(worker)),
+        Periodic("retention", RETENTION_SECONDS, lambda: delete_expired(worker)),
     )
     for thread in threads:
         thread.start()
@@ -63,11 +63,11 @@ def housekeeping(worker: WorkerContext, presence: Presence) -> Iterator[None]:
 
 
 class Reaper:
-    """Ends leases and waits that ran out, and forgets workers that fell silent.
+    """Ends leases and queue waits that expired, and removes workers without heartbeats.
 
-    A lease also runs out when the database is away. So none is ended before the database has answered here
-    for the length of a lease, in which every worker that lives has renewed its own. To be called once a
-    heartbeat or more often: what is away for less costs no lease.
+    A lease also expires while the database is away, although its worker lives. So leases are reaped only once
+    the database has answered for the length of a lease: by then every living worker has renewed its own. Call
+    `reap` at least once a heartbeat.
     """
 
     def __init__(self, worker: WorkerContext) -> None:
@@ -76,35 +76,35 @@ class Reaper:
         self._answering_since: float | None = None
 
     def reap(self) -> None:
-        """Do it once."""
+        """Make one round."""
         now = time.monotonic()
         since = now if self._answering_since is None else self._answering_since
         self._answering_since = None
-        with self._database.read() as session:  # a look takes no lock of SQLite
-            is_over = leases.is_over(session)
+        with self._database.read() as session:  # reading takes no lock of SQLite
+            has_expired = leases.is_over(session)
             has_silent = workers.has_silent(session, self._lease_seconds)
-        knows_silence = now - since > self._lease_seconds
-        if is_over:
+        has_answered_long = now - since > self._lease_seconds
+        if has_expired:
             self._end(leases.expire)
-        if is_over and knows_silence:
+        if has_expired and has_answered_long:
             self._end(leases.reap)
-        if has_silent and knows_silence:
+        if has_silent and has_answered_long:
             with self._database.write() as session:
                 workers.remove_silent(session, self._lease_seconds)
         self._answering_since = since
 
-    def _end(self, what: Callable[[Session], int]) -> None:
-        """End some in a transaction, until fewer than that are left."""
+    def _end(self, end_some: Callable[[Session], int]) -> None:
+        """End REAPED_AT_ONCE in a transaction, until there are fewer."""
         changed = leases.REAPED_AT_ONCE
         while changed == leases.REAPED_AT_ONCE:
             with self._database.write() as session:
-                changed = what(session)
+                changed = end_some(session)
             if changed:
                 log.warning("jobs_reaped", count=changed)
 
 
 def sweep(worker: WorkerContext) -> None:
-    """Repeat wake-ups that may have been lost: no more than there are jobs and idle workers for them."""
+    """Repeat wake-ups that may have been lost: at most one for each waiting job and idle worker."""
     with worker.database.read() as session:
         alive = workers.list_alive(session, worker.settings.lease_seconds)
         idle = Counter(row.device_class for row, _ in alive if row.job_id is None)
@@ -124,33 +124,33 @@ def wake_ups(queued: dict[str, int], idle: Counter[str]) -> dict[str, int]:
     return {**sent, "any": min(queued.get("any", 0), left)}
 
 
-def forget_old(worker: WorkerContext) -> None:
-    """Remove what is kept for some days only, once they are over."""
+def delete_expired(worker: WorkerContext) -> None:
+    """Delete what is past its retention."""
     days = worker.settings.webhook_delivery_days
     _in_parts(worker.database, lambda session: outbox.forget(session, days, _ROWS_AT_ONCE))
     _in_parts(worker.database, lambda session: jobs.forget_old_idempotency_keys(session, _ROWS_AT_ONCE))
     _in_parts(worker.database, lambda session: digests.forget_old(session, _ROWS_AT_ONCE))
-    forget_work(worker.database, worker.store, worker.settings.resume_days)
+    delete_resumable(worker.database, worker.store, worker.settings.resume_days)
 
 
 def _in_parts(database: Database, remove: Callable[[Session], int]) -> None:
-    """Remove rows, _ROWS_AT_ONCE in a transaction, until there are fewer."""
+    """Delete rows, _ROWS_AT_ONCE in a transaction, until there are fewer."""
     removed = _ROWS_AT_ONCE
     while removed == _ROWS_AT_ONCE:
         with database.write() as session:
             removed = remove(session)
 
 
-def forget_work(database: Database, store: Store, resume_days: float) -> None:
-    """Remove what jobs keep for a resume, and what attempts left that were killed in their upload or fenced
-    out, once they can no longer be resumed.
+def delete_resumable(database: Database, store: Store, resume_days: float) -> None:
+    """Delete the finished layers of jobs that can no longer be resumed, and uploads of theirs that were not
+    published: their attempts were killed or fenced out.
 
-    Objects go before the rows that name them, so a crash in between leaves nothing unnamed; a job that is
-    retried meanwhile solves again what it misses.
+    Objects are deleted before the rows that name them, so a crash in between leaves none without a row. A job
+    that is retried meanwhile solves again what is missing.
     """
     while True:
         with database.read() as session:
-            over = retention.past_resume(session, resume_days, _AT_ONCE)
+            over = retention.past_resume(session, resume_days, _JOBS_AT_ONCE)
         for job in over:
             store.delete(f"work/{job.id}")
             folder = artifact_folder(job.id)
@@ -159,14 +159,14 @@ def forget_work(database: Database, store: Store, resume_days: float) -> None:
                     upload.remove(store, folder, token)
             with database.write() as session:
                 retention.forget_layers(session, job.id)
-        if len(over) < _AT_ONCE:
+        if len(over) < _JOBS_AT_ONCE:
             return
 
 
 def remove_deleted(database: Database, store: Store) -> None:
-    """Remove the files of deleted jobs, then their rows: after a crash in between the rest is found again."""
+    """Delete the files of deleted jobs, then their rows. After a crash in between the next round goes on."""
     with database.read() as session:
-        job_ids = retention.deleted(session, _AT_ONCE)
+        job_ids = retention.deleted(session, _JOBS_AT_ONCE)
     for job_id in job_ids:
         for folder in ("work", "artifacts"):
             store.delete(f"{folder}/{job_id}")

@@ -23,7 +23,7 @@ from tests.worker.conftest import Submit, cancel, queue, until_an_engine_is_done
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
 from worker.resume import restore
-from worker.tasks import look
+from worker.tasks import run_jobs
 
 CANCEL_AT_UPLOAD = """
 CREATE TRIGGER cancel_at_upload AFTER UPDATE OF phase ON jobs WHEN NEW.phase = 'upload'
@@ -32,7 +32,7 @@ BEGIN UPDATE jobs SET status = 'cancelling' WHERE id = NEW.id; END
 
 
 def run(worker: WorkerContext) -> None:
-    look(worker, Presence(worker))
+    run_jobs(worker, Presence(worker))
 
 
 def job_of(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:

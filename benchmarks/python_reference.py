@@ -1,4 +1,4 @@
-"""The demo's calibration text: the Python language reference that ships inside every CPython."""
+"""Calibration text of benchmarks: the Python language reference that ships inside every CPython."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 
-def make_demo_dataset(path: Path) -> Path:
+def write_python_reference(path: Path) -> Path:
     """Writes one topic a line, in the column `text`, to the .jsonl file `path`; returns `path`.
 
     The order is that of the topics' names, so the bytes depend on the Python release alone.

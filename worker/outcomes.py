@@ -1,0 +1,103 @@
+"""Why an attempt did not succeed, whether another one is worth it, and what is written of it."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, NamedTuple
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from api import database
+from api.jobs.ledger.models import AttemptOutcome
+from api.jobs.queue import leases
+from api.jobs.queue.leases import AttemptFacts, Lease
+from api.store.base import StoreUnavailable
+from compression.errors import CompressionError
+from worker.context import ShuttingDown
+from worker.heartbeat import CancelRequested
+from worker.messages import storable
+from worker.runner import MESSAGE_CHARACTERS, REPORT_HINT, explain, is_disk_full
+
+_TRANSIENT = frozenset({
+    errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN, errno.ESTALE,
+    errno.ETIMEDOUT, errno.ETXTBSY,
+})  # fmt: skip
+"""Errors of the system that are about a moment or a host, and not about the job's paths and names."""
+
+log = structlog.get_logger(__name__)
+
+
+class AttemptFailed(Exception):
+    """Why an attempt failed.
+
+    retryable: whether another attempt may succeed. report: what a job keeps that was compressed and then
+    refused.
+    """
+
+    def __init__(
+        self,
+        outcome: AttemptOutcome,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.report = report
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended. code: why, where it failed or was given back for a reason."""
+
+    outcome: AttemptOutcome
+    code: str | None = None
+
+
+def write(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Outcome:
+    """End an attempt that `reason` stopped: its job is cancelled, given back, retried or failed."""
+    if isinstance(reason, CancelRequested):
+        leases.mark_cancelled(session, lease, facts)
+        return Outcome(AttemptOutcome.CANCELLED)
+    if isinstance(reason, ShuttingDown):
+        leases.release(session, lease, facts)
+        return Outcome(AttemptOutcome.PREEMPTED)
+    if isinstance(reason, StoreUnavailable):
+        leases.lose_store(session, lease, reason.code, str(reason), facts)
+        return Outcome(AttemptOutcome.STORE_LOST, reason.code)
+    failure = _failure(reason)
+    leases.fail(
+        session,
+        lease,
+        failure.outcome,
+        failure.code,
+        storable(failure.message),
+        retryable=failure.retryable,
+        report=failure.report,
+        facts=facts,
+    )
+    return Outcome(failure.outcome, failure.code)
+
+
+def _failure(error: Exception) -> AttemptFailed:
+    """What a job is told. An error that nobody foresaw is retried only where it is about this host."""
+    if isinstance(error, AttemptFailed):
+        return error
+    if isinstance(error, CompressionError) or is_disk_full(error):
+        explained = explain(error)
+        message = f"{explained['message']} {explained['hint']}".strip()
+        return AttemptFailed(AttemptOutcome.FAILED, explained["code"], message)
+    log.error("worker_error", exc_info=error)
+    retryable = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _TRANSIENT)
+    said = database.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
+    message = f"{type(error).__name__}: {said}"[:MESSAGE_CHARACTERS]
+    return AttemptFailed(
+        AttemptOutcome.CRASHED, "worker_error", f"{message} {REPORT_HINT}", retryable=retryable
+    )
