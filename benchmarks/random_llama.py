@@ -57,6 +57,7 @@ def make(
     kv_heads: int,
     experts: int = 0,
     dtype: str = "bfloat16",
+    head_dim: int = HEAD_DIM,
 ) -> Path:
     """Write config, tokenizer, a shard a layer and one for the rest.
 
@@ -70,9 +71,9 @@ def make(
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // HEAD_DIM,
+        "num_attention_heads": hidden // head_dim,
         "num_key_value_heads": kv_heads,
-        "head_dim": HEAD_DIM,
+        "head_dim": head_dim,
         "vocab_size": vocab,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -91,7 +92,7 @@ def make(
     for index in range(layers):
         shapes = {
             f"model.layers.{index}.{name}": shape
-            for name, shape in _layer(hidden, intermediate, kv_heads * HEAD_DIM, experts).items()
+            for name, shape in _layer(hidden, intermediate, kv_heads * head_dim, experts).items()
         }
         file = folder / f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"
         shards.append(write_shard(file, tensors(shapes)))

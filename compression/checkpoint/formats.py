@@ -15,10 +15,10 @@ from collections.abc import Mapping
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs as LibraryArgs
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.utils.impl_backend import ImplBackend
 from torch import Tensor
 
 from compression.math.grid import QuantizedWeight
@@ -56,7 +56,9 @@ def _packed(weight: QuantizedWeight, format: str) -> dict[str, Tensor]:
     args, zero_point = weight.args, weight.params.zero_point
     parts = torch.split(weight.codes, _ROWS)
     if args.is_fp4:
-        return {"weight_packed": torch.cat([pack_fp4_to_uint8(part.float()) for part in parts])}
+        # the library's own code in torch: on a GPU it would take a kernel that needs a C compiler at run time
+        packed_parts = [ImplBackend.call("pack_fp4_to_uint8", part.float()) for part in parts]
+        return {"weight_packed": torch.cat(packed_parts)}
     if format != "pack-quantized":
         return {"weight": weight.codes}
     packed = {

@@ -307,6 +307,7 @@ DECODERS: dict[str, Family] = {
             "layer_norm_elementwise_affine": True,
             "_remove_final_layer_norm": False,
         },
+        counts_positions=True,
         layers_prefix="model.decoder.layers.",
         embedding="model.decoder.embed_tokens.weight",
         outside={"model.decoder.embed_positions.weight": ("positions + 2", "hidden")}

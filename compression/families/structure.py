@@ -135,10 +135,11 @@ class Family:
     Transformers assumes where config.json has no such key (without num_key_value_heads there are as many as
     heads, without head_dim it is hidden_size / heads). fixed: config keys that must have this value (a str
     names another key) for this table to hold. eager: attention scores are kept whole, as no fused kernel caps
-    them. vision: what stands beside the decoder, where it reads images; its sizes are then those of
-    text_config, and all names those of Transformers, whatever they are on disk. activation_key: the config
-    key that names the activation function. rope_types: the kinds of rotary embedding that Transformers has
-    for it, () where there is none. rope_aliases: other names that it takes for them.
+    them. counts_positions: its forward counts positions by a cumsum of floating point, for which CUDA has no
+    deterministic kernel, so it has to be given them. vision: what stands beside the decoder, where it reads
+    images; its sizes are then those of text_config, and all names those of Transformers, whatever they are on
+    disk. activation_key: the config key that names the activation function. rope_types: the kinds of rotary
+    embedding that Transformers has for it, () where there is none. rope_aliases: other names for them.
     """
 
     architecture: str
@@ -156,6 +157,7 @@ class Family:
     outside: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"model.norm.weight": ("hidden",)})
     intermediate_key: str = "intermediate_size"
     eager: bool = False
+    counts_positions: bool = False
     vision: Vision = Vision()
     activation_key: str = "hidden_act"
     rope_types: tuple[str, ...] = tuple(ROPE_TYPES)

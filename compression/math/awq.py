@@ -40,13 +40,9 @@ def awq_scales(
     if shared is not None:
         x, w = shared.expand(shared.reduce(x.square()).sqrt()), shared.expand(shared.reduce(w))
         dead = shared.expand(shared.reduce(dead.float())) > 0
-    best, least = torch.ones_like(x), _output_error(parts, gram, torch.ones_like(x), rows)
-    for scales in _candidates(x, w, n_grid, duo_scaling):
-        tried = _centred(scales, dead)
-        error = _output_error(parts, gram, tried, rows)
-        if error < least:
-            best, least = tried, error
-    return best
+    tried = [torch.ones_like(x), *(_centred(s, dead) for s in _candidates(x, w, n_grid, duo_scaling))]
+    errors = torch.stack([_output_error(parts, gram, scales, rows) for scales in tried])
+    return torch.stack(tried).index_select(0, errors.argmin(keepdim=True))[0]
 
 
 def _candidates(x: Tensor, w: Tensor, n_grid: int, duo_scaling: DuoScaling) -> Iterator[Tensor]:
@@ -60,10 +56,9 @@ def _candidates(x: Tensor, w: Tensor, n_grid: int, duo_scaling: DuoScaling) -> I
 
 def _centred(scales: Tensor, dead: Tensor) -> Tensor:
     """Scales divided by the geometric middle of their range; 1 where `dead`."""
-    if dead.all():
-        return torch.ones_like(scales)
-    low, high = scales[~dead].clamp(min=_SMALLEST_SCALE).aminmax()
-    return scales.clamp(min=_SMALLEST_SCALE).div(low.sqrt() * high.sqrt()).masked_fill(dead, 1.0)
+    scales = scales.clamp(min=_SMALLEST_SCALE)
+    low, high = scales.masked_fill(dead, torch.inf).amin(), scales.masked_fill(dead, 0.0).amax()
+    return scales.div(low.sqrt() * high.sqrt()).masked_fill(dead, 1.0)
 
 
 def _relative_magnitude(parts: Sequence[ToRound]) -> Tensor:
@@ -76,16 +71,19 @@ def _relative_magnitude(parts: Sequence[ToRound]) -> Tensor:
     return total / sum(len(part.weight) for part in parts)
 
 
-def _output_error(parts: Sequence[ToRound], gram: Gram, scales: Tensor, most: int) -> float:
-    """tr(D G D^T) of the rows that are tried, `most` of each part; infinite where rounding leaves float32."""
+def _output_error(parts: Sequence[ToRound], gram: Gram, scales: Tensor, most: int) -> Tensor:
+    """tr(D G D^T) of the rows that are tried, `most` of each part; infinite where rounding leaves float32.
+
+    A float64 number where the weights lie, so that a GPU is not waited for.
+    """
     importance = gram.importance() / scales.square()
-    total = 0.0
+    total = scales.new_zeros((), dtype=torch.float64)
     for part in parts:
         every = -(-len(part.weight) // most)
         rows = part.weight[::every]
         difference = _rounded(rows * scales, part, importance).div_(scales).sub_(rows)
-        total += every * float(torch.linalg.vecdot(difference @ gram.matrix, difference).sum())
-    return total if total == total else float("inf")
+        total += every * torch.linalg.vecdot(difference @ gram.matrix, difference).sum().double()
+    return total.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _rounded(weight: Tensor, part: ToRound, importance: Tensor) -> Tensor:

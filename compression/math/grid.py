@@ -177,8 +177,8 @@ def params_of_range(
     if args.scale_dtype == "E8M0":
         return QuantizationParams(_exponents(torch.maximum(-low, high), args), None)
     smallest, largest = args.range
-    # a tensor on the device: CUDA would multiply by the reciprocal of a Python number
-    steps = torch.tensor(largest - smallest, dtype=scale_dtype, device=low.device)
+    # a tensor, as CUDA would multiply by the reciprocal of a Python number; filled there, not copied there
+    steps = low.new_full((), largest - smallest)
     if args.symmetric:
         scale = torch.maximum(-low, high) / (steps / 2)
         zero_point = None

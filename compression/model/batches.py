@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from compression.model.experts import Routed
 from compression.model.hooks import ForwardHooks
 from compression.model.spill import Spill, release
-from compression.model.suspended import LayerCall, Rehearsal, Role, SuspendedBatch
+from compression.model.suspended import Rehearsal, Role, SuspendedBatch
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,11 @@ class SuspendedBatches:
         return _Rehearsed(self, layer, group)
 
     def rehearse(self, layer: int, group: str) -> Iterator[Tensor | Routed]:
-        """Run every batch from the entry of a layer to one of its groups, one batch at a time."""
+        """Run every batch from the entry of a layer to one of its groups, one batch at a time.
+
+        What is shown stays what it is when the next batch runs. A group without a norm before it, as in
+        OLMo 2, reads the hidden state itself, whose memory is given back then: it gets a copy.
+        """
         for batch in self._batches:
             if batch.layer != layer:
                 continue
@@ -120,8 +124,12 @@ class SuspendedBatches:
             rehearsal = Rehearsal(batch, group)
             try:
                 rehearsal.switch()
-                if rehearsal.shown is not None:
-                    yield rehearsal.shown
+                shown = rehearsal.shown
+                assert batch.entry is not None  # it waits at the layer
+                if isinstance(shown, Tensor) and _same_storage(shown, batch.entry.hidden_state):
+                    shown = shown.clone()
+                if shown is not None:
+                    yield shown
             finally:
                 if not rehearsal.dead:
                     rehearsal.throw(greenlet.GreenletExit)
@@ -165,7 +173,12 @@ class SuspendedBatches:
             before = batch.entry
             batch.switch()
             assert not torch.is_grad_enabled()
-            if self._spill and before and not _same_storage(before, batch.entry):
+            after = batch.entry
+            if (
+                self._spill
+                and before
+                and not (after and _same_storage(before.hidden_state, after.hidden_state))
+            ):
                 release(before.hidden_state)
             self._put_away(batch)
 
@@ -183,9 +196,8 @@ class SuspendedBatches:
             self._spill.bring_back(batch.entry.hidden_state, batch.slot)
 
 
-def _same_storage(one: LayerCall, other: LayerCall | None) -> bool:
-    left, right = (entry and entry.hidden_state.untyped_storage().data_ptr() for entry in (one, other))
-    return left == right
+def _same_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class _Rehearsed(Iterable[Tensor | Routed]):

@@ -52,6 +52,8 @@ class StreamedModel:
             for layer in self.layers:
                 unfuse(layer, family.sparse.experts)
         self.head = self.module.get_submodule(HEAD)
+        if family.counts_positions:
+            self.module.register_forward_pre_hook(_with_positions, with_kwargs=True)
         self._layers_prefix = layers_prefix
         self._tower = family.vision.modules
         self._embedding = family.embedding
@@ -202,6 +204,18 @@ class StreamedModel:
             module.register_buffer(leaf, tensor)
         else:
             module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _with_positions(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of a model with the positions of its tokens, those after what a cache holds."""
+    if kwargs.get("position_ids") is not None:
+        return args, kwargs
+    tokens, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+    first = 0 if cache is None else cache.get_seq_length()
+    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+    return args, {**kwargs, "position_ids": positions.expand_as(tokens)}
 
 
 def _missing(name: str) -> PlanError:

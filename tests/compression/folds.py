@@ -53,7 +53,7 @@ def folded_only(made: Plan, texts: Path) -> tuple[EvaluationReport, set[str]]:
         for layer in made.layers:
             model.load_layer(layer.index)
             streams.pass_original(layer.index)
-            folds = fold_linears(layer, model, streams, made.recipe, "float32")
+            folds = fold_linears(layer, model, streams, made.recipe)
             done |= folds.groups
             for group in streams.groups(layer):
                 names = [module.name for module in group.modules]

@@ -160,7 +160,7 @@ def test_each_expert_has_the_gram_of_its_own_tokens(at_once: int, tmp_path: Path
             if stage == "down":
                 x, y = through(expert, x), through(expert, y)
             expected = x.T @ x + missing / len(y) * (y.T @ y)
-            gram = grams.gram(stage, expert, "float32")
+            gram = grams.gram(stage, expert)
             assert (gram.tokens, gram.borrowed) == (count + missing, missing)
             torch.testing.assert_close(gram.matrix.double(), expected, rtol=1e-4, atol=1e-4)
             starved |= {missing > 0}

@@ -140,7 +140,7 @@ def test_each_expert_has_the_gram_of_its_own_scaled_tokens(tmp_path: Path) -> No
                 x, y = through(expert, x), through(expert, y)
             missing = max(columns - len(x), 0)
             expected = x.T @ x + missing / len(y) * (y.T @ y)
-            gram = grams.gram(stage, expert, "float32")
+            gram = grams.gram(stage, expert)
             assert (gram.tokens, gram.borrowed) == (len(x) + missing, missing)
             torch.testing.assert_close(gram.matrix.double(), expected, rtol=1e-4, atol=1e-4)
 

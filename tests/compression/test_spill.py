@@ -145,6 +145,16 @@ def test_a_run_on_disk_gives_the_bytes_of_one_in_memory(steps: str, tiny_texts: 
     assert names == {path.name for path in (tmp_path / "memory").rglob("*")}
 
 
+def test_groups_that_read_the_hidden_state_itself_may_keep_what_they_are_shown(
+    tiny_texts: Path, tmp_path: Path
+) -> None:
+    """OLMo 2 has no norm before its attention, and hidden states are taken away again behind each batch."""
+    source = tiny_model(tmp_path / "model", "olmo2")
+    in_memory = run(source, tmp_path / "memory", tiny_texts, "gptq")
+    on_disk = run(source, tmp_path / "disk", tiny_texts, "gptq", activation_budget_bytes=1)
+    assert on_disk.modules == in_memory.modules
+
+
 def test_a_run_may_go_on_with_another_budget(tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", layers=3)
     run(source, tmp_path / "whole", tiny_texts, "gptq")

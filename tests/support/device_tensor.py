@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 _aten: Any = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -56,7 +55,9 @@ class DeviceTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it as no class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{func} was called on the pretended device after it was taken away.")
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -112,7 +113,7 @@ class DeviceTensor(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         running().write_at(self, index, value)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"DeviceTensor({self.held!r}, device={self.device})"
 
 

@@ -161,8 +161,9 @@ class FakeGpu(TorchDispatchMode):
         self._launch("scaled_dot_product_attention")
         on_host = {key: held(value) for key, value in kwargs.items()}
         with _disable_current_modes():
-            made = torch.nn.functional.scaled_dot_product_attention(*map(held, args), **on_host)
-        return self._made(made, tensors[0].device)
+            found = torch.nn.functional.scaled_dot_product_attention(*map(held, args), **on_host)
+        made: Tensor = self._made(found, tensors[0].device)
+        return made
 
     def read_at(self, tensor: DeviceTensor, index: Any) -> Tensor:
         """tensor[index]: a view, or a copy of what tensors and lists among the indices choose."""
@@ -171,7 +172,8 @@ class FakeGpu(TorchDispatchMode):
             if any(map(_is_mask, _indices(index))):
                 self.count_sync("index by a mask")
             self._launch("index")
-        return self._made(found, tensor.device)
+        made: Tensor = self._made(found, tensor.device)
+        return made
 
     def write_at(self, tensor: DeviceTensor, index: Any, value: Any) -> None:
         """tensor[index] = value. Where that is a number, a mask costs no sync."""
