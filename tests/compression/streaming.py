@@ -50,7 +50,9 @@ def through_all_layers(model: StreamedModel, stream: SuspendedBatches) -> list[T
 
 
 def logits_of(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the engine computes for the original, in float32."""
-    model = streamed(folder)
+    """What the engine computes for the original, in float32; the empty model is traced before, as in a run."""
+    model = empty(folder)
+    model.trace()
+    model.load_embeddings()
     stream = SuspendedBatches(hooks_of(model, folder), batches, quantize_activations=False)
     return through_all_layers(model, stream)
