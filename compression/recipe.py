@@ -70,14 +70,6 @@ class Recipe(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _aliases(cls, value: Any) -> Any:
-        try:
-            return cls._in_our_words(value)
-        except ValueError as error:  # pydantic cannot print half a character that the message quotes
-            raise ValueError(str(error).encode(errors="backslashreplace").decode()) from error
-
-    @staticmethod
-    def _in_our_words(value: Any) -> Any:
-        """A recipe of LLM Compressor, or a list of steps, as fields of this class."""
         if isinstance(value, list | tuple):
             value = {"steps": value}
         elif isinstance(value, dict) and is_peer_recipe(value):

@@ -50,7 +50,7 @@ def through_all_layers(model: StreamedModel, stream: SuspendedBatches) -> list[T
 
 
 def logits_of(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What the engine computes for the original, in float32; the empty model is traced before, as in a run."""
+    """What the engine computes for the original, in float32; the empty model is traced first, as in a run."""
     model = empty(folder)
     model.trace()
     model.load_embeddings()
