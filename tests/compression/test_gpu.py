@@ -14,6 +14,7 @@ import torch
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress, plan
 from compression.events import JOURNAL_FILE, Event, LayerReplayed, LayerSolved
+from compression.model.experts import Routed
 from compression.planning.memory import CUDA_CONTEXT_BYTES, estimate
 from compression.report import Report
 from compression.schemes import SCHEMES
@@ -108,6 +109,19 @@ def test_experts(model_type: str, budget: int, tiny_texts: Path, tmp_path: Path)
     source = tiny_model(tmp_path / "model", model_type, layers=1, dtype=torch.float32, mlp_only_layers=[])
     steps: Steps = [{"type": "gptq", "scheme": "W4A16", "group_size": 32}]
     same_on_both(source, tmp_path, tiny_texts, steps, activation_budget_bytes=budget)
+
+
+def test_the_tokens_of_all_experts_cost_one_wait() -> None:
+    """However many there are. Number 4 is none of the four: its token is nobody's."""
+    chosen = torch.tensor([[0, 2], [4, 2], [3, 0], [2, 3]])
+    with FakeGpu() as gpu, torch.no_grad():
+        routed = Routed(torch.ones(4, 8).to("cuda:0"), chosen.to("cuda:0"), 4)
+        found = [routed.tokens_of(expert) for expert in range(4)]
+        assert gpu.counts().syncs == 1
+        on_host = [(place.tolist(), token.tolist()) for place, token in found]
+    for expert, (place, token) in enumerate(on_host):
+        expected = torch.where(chosen.t() == expert)
+        assert (place, token) == (expected[0].tolist(), expected[1].tolist())
 
 
 def test_positions_that_a_model_counts_itself(tiny_texts: Path, tmp_path: Path) -> None:

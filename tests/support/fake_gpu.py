@@ -102,7 +102,7 @@ class FakeGpu(TorchDispatchMode):
         self.syncs: Counter[Event] = Counter()
         self.copies: Counter[Event] = Counter()
         self.used: set[torch.device] = set()
-        self.current: Any = 0
+        self.current: Any = "cuda:0"
         self.allocated = 0
         self.peak = 0
         self.card = SimpleNamespace(
