@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -15,6 +17,8 @@ from api.main import GRACE_SECONDS
 
 OnListening = Callable[[str], None]
 """Called with the server's URL, once it answers there."""
+
+log = structlog.get_logger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -42,9 +46,19 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         url = url_of(*self._listener.getsockname()[:2])
-        self._announcement.enter_context(announced(self._data_dir, url))
+        await asyncio.to_thread(self._announce, url)
         self._on_listening(url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._announcement.close()  # before the port is free for others
-        await super().shutdown(sockets)
+        try:
+            self._announcement.close()  # before the port is free for others
+        finally:
+            await super().shutdown(sockets)
+
+    def _announce(self, url: str) -> None:
+        """Take the lock. Without it the server serves all the same: over HTTP nobody needs it."""
+        try:
+            self._announcement.enter_context(announced(self._data_dir, url))
+        except OSError as error:
+            hint = "Commands on this machine need BITMILL_URL and BITMILL_API_KEY, both."
+            log.warning("not_announced", url=url, reason=str(error), hint=hint)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import httpx
 import pytest
+from fastapi import FastAPI
+from structlog.testing import capture_logs
 
+from api import listening
 from api.listening import CannotListen, announced, is_announced, listen, url_of
+from api.server import Server
 
 URL = "http://127.0.0.1:8080"
 HOLDS = """
@@ -30,9 +36,10 @@ def test_a_port_that_is_taken_is_refused_before_anything_listens() -> None:
                 listen(host, port)
             assert refused.value.code == "port_taken"
     listen("127.0.0.1", port).close()
-    with pytest.raises(CannotListen) as refused:
-        listen("no.such.host.invalid", 0)
-    assert refused.value.code == "cannot_listen"
+    for host in ("no.such.host.invalid", "a..b"):
+        with pytest.raises(CannotListen) as refused:
+            listen(host, 0)
+        assert refused.value.code == "cannot_listen"
 
 
 def test_a_bound_port_queues_connections_and_answers_at_once() -> None:
@@ -69,3 +76,61 @@ def test_a_killed_server_is_not_known_and_the_next_one_is(tmp_path: Path) -> Non
     assert not is_announced(tmp_path, URL)
     with announced(tmp_path, URL):
         assert is_announced(tmp_path, URL)
+    assert not is_announced(tmp_path, URL)
+
+
+def test_an_address_is_another_server_in_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers on one volume, or two hosts on one network home, all at 127.0.0.1:8080."""
+    elsewhere = tmp_path / "another namespace"
+    elsewhere.touch()
+    with announced(tmp_path, URL):
+        with monkeypatch.context() as patch:
+            patch.setattr(listening, "_NETWORK_NAMESPACE", elsewhere)
+            assert not is_announced(tmp_path, URL)
+            with announced(tmp_path, URL):
+                assert is_announced(tmp_path, URL)
+            assert not is_announced(tmp_path, URL)
+        assert is_announced(tmp_path, URL)
+
+
+def test_what_a_killed_server_left_is_removed_and_a_living_ones_lock_stays(tmp_path: Path) -> None:
+    with announced(tmp_path, URL):
+        folder = tmp_path / "listening"
+        mine = next(folder.iterdir())
+        left = mine.with_name(mine.name.replace("8080", "8082"))
+        of_another_machine = folder / "another-boot-1-127.0.0.1:8080.lock"
+        left.touch()
+        of_another_machine.touch()
+        with announced(tmp_path, "http://127.0.0.1:8081"):
+            assert is_announced(tmp_path, URL)
+            assert not left.exists()
+            assert of_another_machine.exists()
+
+
+def test_a_lock_file_that_cannot_be_removed_ends_nothing(tmp_path: Path) -> None:
+    with announced(tmp_path, URL):
+        next((tmp_path / "listening").iterdir()).unlink()
+    with capture_logs() as records, announced(tmp_path, URL):
+        file = next((tmp_path / "listening").iterdir())
+        file.unlink()
+        file.mkdir()
+    assert [record["event"] for record in records] == ["lock_file_not_removed"]
+
+
+def test_a_server_without_its_lock_answers_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "_PATIENCE_SECONDS", 0.1)
+    answers = threading.Event()
+    with listen("127.0.0.1", 0) as listener:
+        url = url_of(*listener.getsockname())
+        with announced(tmp_path, url), capture_logs() as records:
+            server = Server(FastAPI(), listener, tmp_path, lambda _url: answers.set())
+            thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
+            thread.start()
+            assert answers.wait(10)
+            assert httpx.get(f"{url}/openapi.json").status_code == 200
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive()
+    assert [record["event"] for record in records] == ["not_announced"]
