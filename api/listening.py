@@ -105,7 +105,7 @@ def announced(data_dir: Path, url: str) -> Iterator[None]:
 
 
 def is_announced(data_dir: Path, url: str) -> bool:
-    """Whether a server of this data folder listens at `url` of this network, one that it wrote down itself."""
+    """Whether a server of this data folder listens at `url` in this network, as it wrote down itself."""
     try:
         lock = os.open(_lock_file(data_dir, url), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -7,7 +7,8 @@
 
 worker/supervisor.py runs the processes, worker/recorder.py records what they report, worker/publication.py
 publishes. An attempt ends in one of six ways: published, deduplicated, failed, cancelled, given back to the
-queue, or fenced out. It is given back where this worker stops, or its store stays away.
+queue, or fenced out. It is given back where this worker stops, where its store stays away, and where its
+host cannot run attempts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from compression.recipe import DatasetSpec
 from worker import outcomes
 from worker.cache_key import compute_cache_key
 from worker.context import ShuttingDown, WorkerContext
-from worker.engine import EngineProcess, start_engine, start_fetcher
+from worker.engine import WorkProcess, start_engine, start_fetcher
 from worker.heartbeat import LeaseKeeper
 from worker.outcomes import AttemptFailed, Outcome
 from worker.publication import Publisher
@@ -39,7 +40,7 @@ from worker.recorder import EngineRecorder
 from worker.resume import restore
 from worker.retry import write_with_retry
 from worker.runner import EngineSpec
-from worker.supervisor import EngineSupervisor
+from worker.supervisor import Supervisor
 from worker.telemetry import AttemptTelemetry
 
 T = TypeVar("T")
@@ -47,8 +48,9 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
-    """Do the job's work and write its outcome. An outcome that cannot be written is left to the reaper."""
+def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> AttemptOutcome:
+    """Do the job's work, write its outcome and return it. An outcome that cannot be written is left to the
+    reaper."""
     telemetry = AttemptTelemetry(lease, job)
     with (
         structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt),
@@ -72,6 +74,7 @@ def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> None:
             log.exception("database_failed")
         telemetry.end(outcome)
         log.info("attempt_ended", outcome=outcome.outcome.value, code=outcome.code)
+    return outcome.outcome
 
 
 def _run_to_outcome(
@@ -91,6 +94,8 @@ def _run_to_outcome(
     except Exception as reason:
         if isinstance(reason, SQLAlchemyError) and not _is_about_values(reason):
             raise
+        if outcomes.is_about_files(reason):
+            reason = worker.scratch.fault() or reason
         write = partial(outcomes.write, lease=lease, reason=reason, facts=facts)
         return write_with_retry(worker.database, write, worker.check)
 
@@ -143,7 +148,7 @@ class Attempt:
         self._check = StopCheck(worker, keeper, job.max_runtime_seconds)
         self._spec = _specification(worker, job, self._output)
         self._recorder = EngineRecorder(worker.database, worker.store, lease, self._output)
-        self._supervisor = EngineSupervisor(
+        self._supervisor = Supervisor(
             self._recorder, telemetry, self._check, worker.settings.engine_memory_bytes
         )
         self._publisher = Publisher(worker, lease, job, self._check)
@@ -211,7 +216,7 @@ class Attempt:
 
         return self._write(take)
 
-    def _run_process(self, start: Callable[[EngineSpec, Path], EngineProcess]) -> dict[str, Any]:
+    def _run_process(self, start: Callable[[EngineSpec, Path], WorkProcess]) -> dict[str, Any]:
         return self._supervisor.run(start(self._spec, self._folder))
 
     def _write(self, action: Callable[[Session], T]) -> T:

@@ -14,6 +14,7 @@ from api.settings import Settings
 from api.store.base import Store
 from api.store.factory import open_store
 from worker.device import device_class, gpu_bytes, host_bytes
+from worker.host import Rest
 from worker.scratch import Scratch
 
 
@@ -26,6 +27,7 @@ class WorkerContext:
     """One worker process.
 
     identity: its id, device class and memory. stopping: set once, when the process was asked to stop.
+    rest: until when it claims no job.
     """
 
     settings: Settings
@@ -34,6 +36,7 @@ class WorkerContext:
     store: Store
     scratch: Scratch
     stopping: threading.Event = field(default_factory=threading.Event)
+    rest: Rest = field(default_factory=Rest)
 
     @classmethod
     def open(cls, settings: Settings) -> WorkerContext:

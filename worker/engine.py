@@ -17,6 +17,7 @@ import structlog
 from api.private import UMASK, opener
 from api.store.base import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
+from worker.host import needed_of_host
 from worker.messages import BadMessage, Message, parse
 from worker.runner import EngineSpec
 
@@ -70,25 +71,28 @@ def fetcher_environment(
     return {**engine_environment(scratch, environment), **network, **offline}
 
 
-def start_engine(spec: EngineSpec, folder: Path) -> EngineProcess:
+def start_engine(spec: EngineSpec, folder: Path) -> WorkProcess:
     """Start an engine in its scratch folder. What it writes is private: the umask is its own."""
-    return EngineProcess(spec, folder, RUNNER, engine_environment(folder), umask=UMASK)
+    return WorkProcess("engine", spec, folder, RUNNER, engine_environment(folder), umask=UMASK)
 
 
-def start_fetcher(spec: EngineSpec, folder: Path, *, s3: bool) -> EngineProcess:
+def start_fetcher(spec: EngineSpec, folder: Path, *, s3: bool) -> WorkProcess:
     """Start a fetching process. It writes to the Hub's cache, which others may share: its umask is ours."""
-    return EngineProcess(spec, folder, FETCHER, fetcher_environment(folder, s3=s3))
+    return WorkProcess("fetching process", spec, folder, FETCHER, fetcher_environment(folder, s3=s3))
 
 
-class EngineProcess:
-    """One running engine or fetcher, leader of its own process group.
+class WorkProcess:
+    """The running engine, or the fetching process; leader of its own process group.
 
-    Create it in a thread that outlives it: the kernel kills the process when that thread ends.
-    umask: of the process; -1: as this one's.
+    Create it in a thread that outlives it: the kernel kills the process when that thread ends. It raises
+    HostFault where the process cannot be started.
+    name: what it is called in messages. umask: of the process; -1: as this one's.
+    has_spoken: whether it sent a message. Until then it has done nothing with the job.
     """
 
     def __init__(
         self,
+        name: str,
         spec: EngineSpec,
         scratch: Path,
         command: Sequence[str],
@@ -96,22 +100,25 @@ class EngineProcess:
         *,
         umask: int = -1,
     ) -> None:
-        specification = scratch / "spec.json"
-        with open(specification, "w", encoding="utf-8", opener=opener) as file:
-            file.write(spec.model_dump_json())
+        self.name = name
+        self.has_spoken = False
         self._log_path = scratch / "engine.log"
-        with open(self._log_path, "wb", opener=opener) as stderr:
-            self._process = subprocess.Popen(
-                [*command, str(specification)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=scratch,
-                env=environment,
-                start_new_session=True,
-                umask=umask,
-            )
-        self._log = self._log_path.open("rb")
+        with needed_of_host("A process cannot be started"):
+            specification = scratch / "spec.json"
+            with open(specification, "w", encoding="utf-8", opener=opener) as file:
+                file.write(spec.model_dump_json())
+            with open(self._log_path, "wb", opener=opener) as stderr:
+                self._process = subprocess.Popen(
+                    [*command, str(specification)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    cwd=scratch,
+                    env=environment,
+                    start_new_session=True,
+                    umask=umask,
+                )
+            self._log = self._log_path.open("rb")
         self._messages: queue.SimpleQueue[Message | BadMessage | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="engine-messages", daemon=True)
         self._reader.start()
@@ -131,7 +138,8 @@ class EngineProcess:
             return None
         if message is None:
             self._messages.put(None)
-            raise EOFError("the engine closed its messages")
+            raise EOFError(f"the {self.name} closed its messages")
+        self.has_spoken = True
         if isinstance(message, BadMessage):
             raise message
         return message
@@ -148,7 +156,7 @@ class EngineProcess:
         return self._peak_host_bytes
 
     def log_tail(self, size: int = 4096) -> str:
-        """The end of what the engine wrote to stderr."""
+        """The end of what the process wrote to stderr."""
         with self._log_path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
             return file.read().decode(errors="replace")
@@ -174,9 +182,9 @@ class EngineProcess:
         self._reap()
 
     def finish(self, check: Check = go_on) -> int:
-        """Wait for an engine that has no more messages. Returns its exit code, or minus a signal's number.
+        """Wait for a process that has no more messages. Returns its exit code, or minus a signal's number.
 
-        check: whatever it raises ends the wait, and leaves the engine as it is.
+        check: whatever it raises ends the wait, and leaves the process as it is.
         """
         self._await_exit(EXIT_GRACE_SECONDS, check)
         return self._reap()

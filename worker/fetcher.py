@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from compression.events import OnEvent
-from worker.runner import EngineSpec, Terminated, main
+from worker.runner import EngineSpec, Terminated, importing, main
 
 
 def fetch(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
@@ -21,7 +21,8 @@ def fetch(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
 
     Returns {"dataset"}: pinned to the state that was found, where the job named none; else None.
     """
-    from compression.data import sources  # here, so that a broken installation is reported as a failure too
+    with importing("fetching process"):
+        from compression.data import sources
 
     signal.signal(signal.SIGTERM, _terminate)
     found = sources.fetch(spec.source, spec.dataset, spec.calibration, spec.evaluation, on_event)

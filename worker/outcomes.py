@@ -14,18 +14,23 @@ from api.jobs.ledger.models import AttemptOutcome
 from api.jobs.queue import leases
 from api.jobs.queue.leases import AttemptFacts, Lease
 from api.store.base import StoreUnavailable
+from compression.boundary import is_disk_full
 from compression.errors import CompressionError
 from worker.context import ShuttingDown
 from worker.heartbeat import CancelRequested
+from worker.host import HostFault
 from worker.messages import storable
-from worker.runner import MESSAGE_CHARACTERS, REPORT_HINT, explain, is_disk_full
+from worker.runner import MESSAGE_CHARACTERS, REPORT_HINT, explain
 
 _TRANSIENT = frozenset({
     errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN, errno.ESTALE,
-    errno.ETIMEDOUT, errno.ETXTBSY,
+    errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENODEV, errno.ENOTCONN,
+    errno.ENXIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ETXTBSY,
 })  # fmt: skip
 """Errors of the system that are about a moment or a host, and not about the job's paths and names."""
+
+_ABOUT_FILES = ("disk_full", "output_not_writable", "engine_error")
+"""Codes of an engine that could not write, also because its scratch folder is gone."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +66,13 @@ class Outcome(NamedTuple):
     code: str | None = None
 
 
+def is_about_files(reason: Exception) -> bool:
+    """Whether an unusable scratch folder may be what stopped the attempt."""
+    if isinstance(reason, AttemptFailed | CompressionError):
+        return reason.code in _ABOUT_FILES
+    return isinstance(reason, OSError)
+
+
 def write(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts) -> Outcome:
     """End an attempt that `reason` stopped: its job is cancelled, given back, retried or failed."""
     if isinstance(reason, CancelRequested):
@@ -70,8 +82,9 @@ def write(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts
         leases.release(session, lease, facts)
         return Outcome(AttemptOutcome.PREEMPTED)
     if isinstance(reason, StoreUnavailable):
-        leases.lose_store(session, lease, reason.code, str(reason), facts)
-        return Outcome(AttemptOutcome.STORE_LOST, reason.code)
+        return _postpone(session, lease, AttemptOutcome.STORE_LOST, reason, facts)
+    if isinstance(reason, HostFault):
+        return _postpone(session, lease, AttemptOutcome.HOST_FAILED, reason, facts)
     failure = _failure(reason)
     leases.fail(
         session,
@@ -84,6 +97,17 @@ def write(session: Session, lease: Lease, reason: Exception, facts: AttemptFacts
         facts=facts,
     )
     return Outcome(failure.outcome, failure.code)
+
+
+def _postpone(
+    session: Session,
+    lease: Lease,
+    outcome: AttemptOutcome,
+    reason: StoreUnavailable | HostFault,
+    facts: AttemptFacts,
+) -> Outcome:
+    leases.postpone(session, lease, outcome, reason.code, storable(str(reason)), facts)
+    return Outcome(outcome, reason.code)
 
 
 def _failure(error: Exception) -> AttemptFailed:

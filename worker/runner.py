@@ -11,25 +11,26 @@ secret of the service: its environment is made by worker.engine, and the specifi
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.errors import CompressionError
+from compression.boundary import unexpected
+from compression.errors import CompressionError, ResourceError
 from compression.events import Event, OnEvent
 from compression.planning.memory import ACTIVATION_BUDGET_BYTES
 from compression.recipe import Calibration, DatasetSpec, Evaluation, Recipe
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INSTALLATION_BROKEN = "installation_broken"
 MESSAGE_CHARACTERS = 2000
 """Of what an unexpected exception says: some quote the whole input."""
 REPORT_HINT = "This is a fault of Bitmill. Report it with the worker's log of this attempt."
@@ -96,9 +97,10 @@ def run(specification: Path, messages: IO[str], work: Work) -> dict[str, Any]:
 
 def compress(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
     """The engine's work: {"report"}."""
-    import compression  # here, so that a broken installation is reported as a failure too
+    with importing("engine"):
+        from compression import compress as run_engine
 
-    report = compression.compress(
+    report = run_engine(
         spec.source,
         spec.recipe,
         spec.output_dir,
@@ -112,34 +114,24 @@ def compress(spec: EngineSpec, on_event: OnEvent) -> dict[str, Any]:
     return {"report": report.to_dict()}
 
 
+@contextmanager
+def importing(what: str) -> Iterator[None]:
+    """Around the imports of the work itself: a process that cannot even do that is no fault of the job.
+
+    Raises:
+        ResourceError: `installation_broken`.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = f"The {what} cannot be imported: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]
+        raise ResourceError(INSTALLATION_BROKEN, message, "Install Bitmill again on this host.") from error
+
+
 def explain(error: BaseException) -> dict[str, str]:
     """{"code", "message", "hint"} of whatever the engine raised."""
-    if isinstance(error, CompressionError):
-        return {"code": error.code, "message": error.message, "hint": error.hint}
-    if is_disk_full(error):
-        return {
-            "code": "disk_full",
-            "message": f"There was no room to write: {error}.",
-            "hint": "Free disk space where the worker keeps its scratch folder, then retry the job.",
-        }
-    if isinstance(error, MemoryError) or _is_gpu_out_of_memory(error):
-        return {
-            "code": "out_of_memory",
-            "message": f"The engine ran out of memory: {error or type(error).__name__}.",
-            "hint": "Use a machine with more memory, or fewer or shorter calibration samples.",
-        }
-    message = f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]
-    return {"code": "engine_error", "message": message, "hint": REPORT_HINT}
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether there was no room to write."""
-    return isinstance(error, OSError) and error.errno in DISK_FULL
-
-
-def _is_gpu_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    known = error if isinstance(error, CompressionError) else unexpected(error)
+    return {"code": known.code, "message": known.message, "hint": known.hint}
 
 
 def peak_host_bytes() -> int:

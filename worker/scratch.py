@@ -9,13 +9,19 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import structlog
+
 from api.private import FILE_MODE, FOLDER_MODE, make_folder
+from worker.host import HostFault, needed_of_host
 
 LOCK = ".lock"
+
+log = structlog.get_logger(__name__)
 
 
 class Scratch:
@@ -32,19 +38,49 @@ class Scratch:
 
     @contextmanager
     def attempt(self, job_id: str, token: int) -> Iterator[Path]:
-        """A new empty folder for one attempt, removed at the end whatever happens."""
+        """A new empty folder for one attempt, removed at the end whatever happens. What cannot be removed
+        stays, and the log says so.
+
+        Raises:
+            HostFault: it cannot be made.
+        """
         folder = self.folder / f"{job_id}-{token}"
-        folder.mkdir(mode=FOLDER_MODE)
+        with needed_of_host("The scratch folder cannot be used"):
+            folder.mkdir(mode=FOLDER_MODE)
         try:
             yield folder
         finally:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+    def fault(self) -> HostFault | None:
+        """Why no file can be made here now, whatever the job; None if one can."""
+        try:
+            with (
+                needed_of_host("The scratch folder cannot be used"),
+                tempfile.TemporaryFile(dir=self.folder) as file,
+            ):
+                file.write(b"x")
+        except HostFault as fault:
+            return fault
+        return None
 
     def close(self) -> None:
         """Remove the folder and give up the lock."""
-        with _locked(self._root):
-            shutil.rmtree(self.folder)
+        try:
+            with _locked(self._root):
+                _remove(self.folder)
+        except OSError as error:
+            log.warning("scratch_not_removed", folder=str(self.folder), reason=str(error))
+        finally:
             os.close(self._lock)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("scratch_not_removed", folder=str(folder), reason=str(error))
+        shutil.rmtree(folder, ignore_errors=True)  # all but that one
 
 
 def _remove_abandoned(root: Path) -> None:

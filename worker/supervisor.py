@@ -1,4 +1,4 @@
-"""Runs an attempt's processes, the fetcher and the engine, and says what their end means for the job."""
+"""Runs an attempt's processes, first what fetches and then the engine, and says what their end means."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from api.jobs.ledger.models import AttemptOutcome
 from api.jobs.queue.leases import AttemptFacts
 from api.store.base import Check, StoreError
 from worker.context import ShuttingDown
-from worker.engine import EngineProcess
+from worker.engine import WorkProcess
 from worker.heartbeat import CancelRequested
+from worker.host import HostFault
 from worker.messages import TERMINAL, BadMessage, Message
 from worker.outcomes import AttemptFailed
 from worker.recorder import EngineRecorder
-from worker.runner import REPORT_HINT
+from worker.runner import INSTALLATION_BROKEN, REPORT_HINT
 from worker.telemetry import AttemptTelemetry
 
 _POLL_SECONDS = 0.2
@@ -38,7 +39,7 @@ class _DrainOver(Exception):
     """There is no more time to record what a stopped engine had reported."""
 
 
-class EngineSupervisor:
+class Supervisor:
     """Runs the processes of one attempt, one after the other.
 
     check: raises the reason why the attempt must stop. memory_limit: bytes past which a process is ended.
@@ -60,49 +61,50 @@ class EngineSupervisor:
         self._has_solved = False  # whether a layer was finished in this attempt
         self.facts = AttemptFacts()
 
-    def run(self, engine: EngineProcess) -> dict[str, Any]:
+    def run(self, process: WorkProcess) -> dict[str, Any]:
         """Follow a process to its end. Returns the data of its last message, `succeeded`.
 
         Raises:
             AttemptFailed: it failed, crashed, took too much memory, or said what is no message.
+            HostFault: it cannot be run on this host.
             CancelRequested, ShuttingDown, LeaseLost: of `check`. The process has ended by then.
         """
         try:
-            return self._follow(engine)
+            return self._follow(process)
         except (CancelRequested, ShuttingDown, AttemptFailed):
-            engine.terminate()
-            self._drain(engine)
+            process.terminate()
+            self._drain(process)
             raise
         finally:
-            engine.kill()
+            process.kill()
 
-    def _follow(self, engine: EngineProcess) -> dict[str, Any]:
+    def _follow(self, process: WorkProcess) -> dict[str, Any]:
         while True:
-            self._check_engine(engine)
+            self._check_process(process)
             try:
-                message = self._next_message(engine, _POLL_SECONDS)
+                message = self._next_message(process, _POLL_SECONDS)
             except EOFError:
-                raise self._crash(engine) from None
+                raise self._crash(process) from None
             except BadMessage as error:
                 raise AttemptFailed(
                     AttemptOutcome.FAILED,
                     "engine_error",
-                    f"The engine wrote a line that is no message: {error}. {REPORT_HINT}",
+                    f"The {process.name} wrote a line that is no message: {error}. {REPORT_HINT}",
                 ) from error
             if message is None:
                 continue
             if message["type"] in TERMINAL:
-                engine.finish(self._check)
+                process.finish(self._check)
                 return self._result(message)
             self._unrecorded = message
-            self._record(message, lambda: self._check_engine(engine))
+            self._record(message, lambda: self._check_process(process))
             self._unrecorded = None
 
     def _record(self, message: Message, check: Check) -> None:
         self._recorder.record(message, check)
         self._has_solved = self._has_solved or message["type"] == "layer_solved"
 
-    def _drain(self, engine: EngineProcess) -> None:
+    def _drain(self, process: WorkProcess) -> None:
         """Record what a stopped engine had reported before it stopped, so that no later attempt solves it
         again; as far as the store takes it at once."""
         deadline = time.monotonic() + _DRAIN_SECONDS
@@ -114,53 +116,58 @@ class EngineSupervisor:
         try:
             if self._unrecorded is not None:
                 self._record(self._unrecorded, check)
-            while (message := self._next_message(engine, 0)) is not None:
+            while (message := self._next_message(process, 0)) is not None:
                 if message["type"] not in TERMINAL:
                     self._record(message, check)
         except (EOFError, BadMessage, _DrainOver, StoreError):
             return
 
-    def _next_message(self, engine: EngineProcess, seconds: float) -> Message | None:
-        message = engine.next_message(seconds)
+    def _next_message(self, process: WorkProcess, seconds: float) -> Message | None:
+        message = process.next_message(seconds)
         if message is not None:
             self._telemetry.on_message(message)
         return message
 
-    def _check_engine(self, engine: EngineProcess) -> None:
+    def _check_process(self, process: WorkProcess) -> None:
         """Raise the reason why the process must stop now, its memory included."""
         self._check()
-        engine.relay_log()
-        resident = engine.resident_bytes()
-        self.facts = dataclasses.replace(self.facts, peak_host_bytes=engine.peak_host_bytes)
+        process.relay_log()
+        resident = process.resident_bytes()
+        self.facts = dataclasses.replace(self.facts, peak_host_bytes=process.peak_host_bytes)
         if self._memory_limit is not None and resident > self._memory_limit:
             raise AttemptFailed(
                 AttemptOutcome.OUT_OF_MEMORY,
                 "memory_limit",
-                f"The engine used {resident} bytes of memory; this worker allows {self._memory_limit}. "
+                f"The {process.name} used {resident} bytes of memory; "
+                f"this worker allows {self._memory_limit}. "
                 "Use fewer or shorter calibration samples, or a worker with more memory.",
             )
 
-    def _crash(self, engine: EngineProcess) -> AttemptFailed:
+    def _crash(self, process: WorkProcess) -> AttemptFailed | HostFault:
         """What a process means that ended without a last message.
 
-        It is retried where somebody killed it. Where it ended itself, the next attempt would do the same:
-        at once if it exited; after a fault in native code, unless this attempt finished a layer.
+        It is retried where somebody killed it. Where it ended itself, the host is to blame before its first
+        message, as the job was not begun: an import that fails, an installation for another processor. After
+        it the next attempt would do the same, unless this one finished a layer.
         """
-        code = engine.finish(self._check)
-        tail = engine.log_tail()
-        log.error("engine_crashed", exit_code=code, log_tail=tail)
-        if code >= 0:
+        code = process.finish(self._check)
+        tail = process.log_tail()
+        log.error("process_crashed", process=process.name, exit_code=code, log_tail=tail)
+        if code < 0:
+            self.facts = dataclasses.replace(self.facts, exit_signal=-code)
+        if code < 0 and -code not in _FAULTS:
+            how = f"was killed by {_signal_name(-code)}"
+            if -code == signal.SIGKILL:
+                how += " (often the kernel, out of memory)"
+            return _crashed(process, how, retryable=True)
+        if code < 0:
+            how = f"was killed by {_signal_name(-code)}, a fault in native code"
+        else:
             last_line = (tail.strip().splitlines() or ["nothing"])[-1]
             how = f"ended with exit code {code} and no last message. Its log ends with: {last_line}"
-            return _crashed(how, retryable=False)
-        number = signal.Signals(-code)
-        self.facts = dataclasses.replace(self.facts, exit_signal=-code)
-        how = f"was killed by {number.name}"
-        if number in _FAULTS:
-            return _crashed(f"{how}, a fault in native code", retryable=self._has_solved)
-        if number == signal.SIGKILL:
-            how += " (often the kernel, out of memory)"
-        return _crashed(how, retryable=True)
+        if not process.has_spoken:
+            return HostFault(f"The {process.name} did not begin: it {how}")
+        return _crashed(process, how, retryable=self._has_solved)
 
     def _result(self, message: Message) -> dict[str, Any]:
         """The data of the last message, if that is `succeeded`."""
@@ -172,6 +179,8 @@ class EngineSupervisor:
         )
         if message["type"] == "succeeded":
             return data
+        if data["code"] == INSTALLATION_BROKEN:
+            raise HostFault(data["message"])
         is_memory = data["code"] == "out_of_memory"
         raise AttemptFailed(
             AttemptOutcome.OUT_OF_MEMORY if is_memory else AttemptOutcome.FAILED,
@@ -181,8 +190,16 @@ class EngineSupervisor:
         )
 
 
-def _crashed(how: str, *, retryable: bool) -> AttemptFailed:
+def _signal_name(number: int) -> str:
+    """SIGKILL, or the number of one without a name: most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _crashed(process: WorkProcess, how: str, *, retryable: bool) -> AttemptFailed:
     hint = "" if retryable else f" {REPORT_HINT}"
     return AttemptFailed(
-        AttemptOutcome.CRASHED, "engine_crashed", f"The engine process {how}.{hint}", retryable=retryable
+        AttemptOutcome.CRASHED, "engine_crashed", f"The {process.name} {how}.{hint}", retryable=retryable
     )

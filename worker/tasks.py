@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
-from api.jobs.ledger.models import Job
+from api.jobs.ledger.models import AttemptOutcome, Job
 from api.jobs.queue import leases
 from api.jobs.queue.leases import Lease
 from worker.attempt import run_attempt
@@ -16,7 +16,8 @@ from worker.retry import write_with_retry
 
 
 def run_jobs(worker: WorkerContext, presence: Presence) -> None:
-    """Run every job that this worker can claim. Returns when there is none, or when the worker stops."""
+    """Run every job that this worker can claim. Returns when there is none, when the worker stops, or when
+    its host failed: a later call goes on once the rest is over."""
 
     def claim(session: Session) -> tuple[Lease, Job] | None:
         leases.release_held(session, worker.identity.id)
@@ -26,11 +27,12 @@ def run_jobs(worker: WorkerContext, presence: Presence) -> None:
         )
 
     with suppress(ShuttingDown):
-        while True:
+        while worker.rest.is_over():
             worker.check()
             claimed = write_with_retry(worker.database, claim, worker.check)
             if claimed is None:
                 return
             lease, job = claimed
             with presence.busy(job.id):
-                run_attempt(worker, lease, job)
+                outcome = run_attempt(worker, lease, job)
+            worker.rest.note(host_failed=outcome == AttemptOutcome.HOST_FAILED)

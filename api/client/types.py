@@ -61,6 +61,7 @@ AttemptOutcome = Literal[
     "lease_lost",
     "preempted",
     "store_lost",
+    "host_failed",
     "deduplicated",
 ]
 
@@ -667,10 +668,10 @@ class NamedDatasetRead(TypedDict):
 class Obstacle(TypedDict):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
     until another job of the project has ended, attached until the one in `deduplicated_from` has,
-    store_denied or store_unreachable until it is tried again.
+    store_denied, store_unreachable or host_failed until it is tried again.
     """
 
-    code: Literal["no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"]
+    code: Literal["no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable", "host_failed"]
     message: str
 
 

@@ -89,9 +89,9 @@ def _obstacle(
     """What keeps a job waiting."""
     if version.status != JobStatus.QUEUED:
         return None
-    lost = repository.lost_store(session, job_id) if version.attempts_made else None
-    if lost is not None:
-        return scheduling.store_obstacle(lost)
+    postponed = repository.postponed(session, job_id) if version.attempts_made else None
+    if postponed is not None:
+        return scheduling.postponed_obstacle(postponed)
     alive = [worker for worker, _ in workers.list_alive(session, lease_seconds)]
     found = scheduling.obstacle(version, alive)
     if found is None and max_running is not None:

@@ -9,7 +9,6 @@ StoreError              code, message, hint; bad_key, unknown_store
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import quote
 
+from compression.boundary import is_disk_full
 from compression.errors import CompressionError, ResourceError
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 4 << 20
 
 Check = Callable[[], None]
@@ -128,7 +127,7 @@ def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if not is_disk_full(error):
             raise
         hint = "Free disk space and retry the job."
         raise ResourceError("disk_full", f"No room to store {path.name}.", hint) from error

@@ -20,7 +20,7 @@ from tests.support.postgres import PostgresServer, new_database
 from tests.worker.conftest import Submit, queue
 from worker import outcomes
 from worker.context import WorkerContext
-from worker.engine import EngineProcess
+from worker.engine import WorkProcess
 from worker.heartbeat import Presence
 from worker.messages import BadMessage, parse
 from worker.runner import EngineSpec
@@ -54,26 +54,40 @@ def run_once(worker: WorkerContext, job_id: str) -> tuple[Job, Attempt]:
         return session.get_one(Job, job_id), session.get_one(Attempt, (job_id, 1))
 
 
+BEGINS = """
+import compression
+from compression.events import PhaseChanged
+def compress(*_, on_event, **__): on_event(PhaseChanged("plan")); {}
+compression.compress = compress
+"""
+
+
 # Before main: an exit, or what the process does to itself.
 @pytest.mark.parametrize(
     ("code", "error", "status"),
     [
         (
             "print('a last word', file=sys.stderr); sys.stderr.flush(); os._exit(3)",
-            "engine_crashed",
-            "failed",
+            "host_failed",
+            "queued",
         ),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "engine_crashed", "failed"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "host_failed", "queued"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "engine_crashed", "queued"),
         ("os.kill(os.getpid(), signal.SIGTERM)", "engine_crashed", "queued"),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 2)", "engine_crashed", "queued"),
+        (BEGINS.format("os._exit(3)"), "engine_crashed", "failed"),
+        (BEGINS.format("os.kill(os.getpid(), signal.SIGSEGV)"), "engine_crashed", "failed"),
+        ("import compression; compression.compress = lambda *_, **__: os._exit(3)", "host_failed", "queued"),
+        ("sys.modules['compression.pipeline'] = None", "host_failed", "queued"),
     ],
 )
-def test_only_a_process_that_was_killed_is_retried(
+def test_a_process_is_retried_that_was_killed_or_never_began(
     worker: WorkerContext, submit: Submit, misbehave: Misbehave, code: str, error: str, status: str
 ) -> None:
     misbehave(code)
     job, attempt = run_once(worker, submit())
     assert (attempt.error_code, job.status) == (error, JobStatus(status))
+    assert job.attempts_counted == (0 if error == "host_failed" else 1)
     if "last word" in code:
         assert "exit code 3" in (attempt.error_message or "")
         assert "a last word" in (attempt.error_message or "")
@@ -90,7 +104,7 @@ compression.compress = compress
     ("error", "told"),
     [
         ("KeyError('half a pair \\ud83d, a zero \\0')", "KeyError: "),
-        ("RecursionError('too deep')", "RecursionError: too deep"),
+        ("RecursionError('too deep')", "RecursionError: nested too deeply"),
         ("SystemExit(7)", "SystemExit: 7"),
         ("type('PanicException', (BaseException,), {})('Rust panicked')", "PanicException: Rust panicked"),
     ],
@@ -103,13 +117,13 @@ def test_an_exception_fails_the_job_at_once_and_says_where_to_report(
     assert (attempt.error_code, job.status, job.error_code) == ("engine_error", "failed", "engine_error")
     assert job.error_message is not None
     assert job.error_message.startswith(told)
-    assert "Report it" in job.error_message
+    assert "report it" in job.error_message
 
 
 def test_what_no_database_can_keep_is_replaced_and_costs_no_lease(
     tmp_path: Path, tiny_llama: Path, postgres: PostgresServer, misbehave: Misbehave
 ) -> None:
-    misbehave(RAISES.format(error="ValueError('half \\ud83d and \\0 zero')"))
+    misbehave(RAISES.format(error="compression.CompressionError('odd', 'half \\ud83d and \\0 zero')"))
     with new_database(postgres) as url:
         settings = Settings(
             data_dir=tmp_path / "data", local_roots=(tiny_llama.parent,), device="cpu", database_url=url
@@ -118,8 +132,8 @@ def test_what_no_database_can_keep_is_replaced_and_costs_no_lease(
         with capture_logs():
             job, _ = run_once(worker, queue(worker, model=str(tiny_llama), scheme="W8A8"))
         worker.close()
-    assert (job.status, job.error_code) == ("failed", "engine_error")
-    assert "half \ufffd and \ufffd zero" in (job.error_message or "")
+    assert (job.status, job.error_code) == ("failed", "odd")
+    assert "half \\ud83d and \ufffd zero" in (job.error_message or "")
 
 
 WRITES = """
@@ -148,14 +162,14 @@ def test_what_is_no_message(line: bytes) -> None:
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Callable[[str], EngineProcess]]:
+def process(tmp_path: Path) -> Iterator[Callable[[str], WorkProcess]]:
     started = []
 
-    def start(code: str) -> EngineProcess:
+    def start(code: str) -> WorkProcess:
         recipe = Recipe.from_short("W8A8", has_dataset=False)
         spec = EngineSpec(source=tmp_path, recipe=recipe, output_dir=tmp_path / "output")
         command = (sys.executable, "-c", code)
-        started.append(EngineProcess(spec, tmp_path, command, {"PATH": os.defpath}, umask=0o077))
+        started.append(WorkProcess("engine", spec, tmp_path, command, {"PATH": os.defpath}, umask=0o077))
         return started[-1]
 
     yield start
@@ -163,7 +177,7 @@ def process(tmp_path: Path) -> Iterator[Callable[[str], EngineProcess]]:
         engine.kill()
 
 
-def test_messages_around_a_bad_line_are_read(process: Callable[[str], EngineProcess]) -> None:
+def test_messages_around_a_bad_line_are_read(process: Callable[[str], WorkProcess]) -> None:
     engine = process('print(\'{"type": "a", "data": {"x": NaN}}\\n!\\n{"type": "b", "data": {}}\')')
     assert engine.next_message(10) == {"type": "a", "data": {"x": None}}
     with pytest.raises(BadMessage, match="!"):
@@ -173,7 +187,7 @@ def test_messages_around_a_bad_line_are_read(process: Callable[[str], EngineProc
         engine.next_message(10)
 
 
-def test_what_an_engine_writes_is_private(process: Callable[[str], EngineProcess], tmp_path: Path) -> None:
+def test_what_an_engine_writes_is_private(process: Callable[[str], WorkProcess], tmp_path: Path) -> None:
     engine = process("import os; os.mkdir('folder'); open('file', 'w')")
     assert engine.finish() == 0
     for name in ("file", "spec.json", "engine.log"):
@@ -186,6 +200,7 @@ def test_what_an_engine_writes_is_private(process: Callable[[str], EngineProcess
     [
         (OSError(errno.EIO, "Input/output error"), True),
         (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.EROFS, "Read-only file system"), True),
         (MemoryError(), True),
         (OSError(errno.ENAMETOOLONG, "File name too long"), False),
         (PermissionError(errno.EACCES, "Permission denied"), False),

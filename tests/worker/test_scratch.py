@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from worker.scratch import Scratch
 
@@ -37,6 +39,16 @@ def test_an_attempt_folder_is_private_and_removed_after_an_error(tmp_path: Path)
     assert not seen[0].exists()
     scratch.close()
     assert not scratch.folder.exists()
+
+
+def test_what_cannot_be_removed_hides_no_reason(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "scratch", "me")
+    with capture_logs() as records:
+        with pytest.raises(RuntimeError, match="boom"), scratch.attempt("job", 1):  # noqa: PT012
+            shutil.rmtree(scratch.folder)
+            raise RuntimeError("boom")
+        scratch.close()
+    assert [record["event"] for record in records] == ["scratch_not_removed"] * 2
 
 
 def test_a_killed_worker_s_folder_goes_and_a_living_one_s_stays(tmp_path: Path) -> None:

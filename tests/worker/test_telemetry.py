@@ -20,7 +20,7 @@ from tests.support.logs import Logged
 from tests.worker.conftest import Submit
 from worker import metrics
 from worker.context import WorkerContext
-from worker.engine import EngineProcess, engine_environment
+from worker.engine import WorkProcess, engine_environment
 from worker.heartbeat import Presence
 from worker.runner import EngineSpec
 from worker.tasks import run_jobs
@@ -98,7 +98,7 @@ def test_lines_are_logged_when_they_are_whole(tmp_path: Path, logged: Logged) ->
         return [record["line"] for record in logged.records("engine_output")]
 
     with structlog.contextvars.bound_contextvars(job_id="job"):
-        engine = EngineProcess(spec, tmp_path, command, engine_environment(tmp_path))
+        engine = WorkProcess("engine", spec, tmp_path, command, engine_environment(tmp_path))
         try:
             give_up = time.monotonic() + 20
             while not lines() and time.monotonic() < give_up:

@@ -36,8 +36,8 @@ RETRYABLE = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED)
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended. Of these, preempted, store_lost and deduplicated are not counted toward
-    max_attempts."""
+    """How an attempt ended. Of these, preempted, store_lost, host_failed and deduplicated are not counted
+    toward max_attempts."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -48,7 +48,12 @@ class AttemptOutcome(StrEnum):
     LEASE_LOST = "lease_lost"
     PREEMPTED = "preempted"
     STORE_LOST = "store_lost"
+    HOST_FAILED = "host_failed"
     DEDUPLICATED = "deduplicated"
+
+
+POSTPONED = (AttemptOutcome.STORE_LOST, AttemptOutcome.HOST_FAILED)
+"""The job was given back since the store, or the worker's host, did not do its part."""
 
 
 def _values(members: type[StrEnum]) -> list[str]:

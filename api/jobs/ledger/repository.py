@@ -26,7 +26,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, undefer
 from api import database
 from api.cursors import Position
 from api.database import Columns
-from api.jobs.ledger.models import ACTIVE, Attempt, AttemptOutcome, IdempotencyKey, Job, JobStatus, StoredPlan
+from api.jobs.ledger.models import ACTIVE, POSTPONED, Attempt, IdempotencyKey, Job, JobStatus, StoredPlan
 
 IDEMPOTENCY_HOURS = 24
 SHOWN = (
@@ -68,8 +68,8 @@ class Version(NamedTuple):
     attempts_made: int
 
 
-class LostStore(NamedTuple):
-    """Why the last attempt could not use its store, and when the next one may begin."""
+class Postponed(NamedTuple):
+    """Why the last attempt was given back, and when the next one may begin."""
 
     error_code: str | None
     error_message: str | None
@@ -132,19 +132,19 @@ def version(session: Session, project_id: str, job_id: str) -> Version | None:
     return None if row is None else Version(*row)
 
 
-def lost_store(session: Session, job_id: str) -> LostStore | None:
-    """Why a job waits whose last attempt ended because of its store; None once it may be claimed again."""
+def postponed(session: Session, job_id: str) -> Postponed | None:
+    """Why a job waits whose last attempt was postponed; None once it may be claimed again."""
     query = (
         select(Attempt.error_code, Attempt.error_message, Job.available_at)
         .join(Job, (Job.id == Attempt.job_id) & (Job.attempts_made == Attempt.number))
         .where(
             Job.id == job_id,
             Job.available_at > database.Now(),
-            Attempt.outcome == AttemptOutcome.STORE_LOST,
+            Attempt.outcome.in_(POSTPONED),
         )
     )
     row = session.execute(query).one_or_none()
-    return None if row is None else LostStore(*row)
+    return None if row is None else Postponed(*row)
 
 
 def queue_depths(session: Session) -> Sequence[QueueDepth]:

@@ -12,12 +12,12 @@ from sqlalchemy.orm import Session
 
 from api import database
 from api.jobs.ledger import events
-from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobStatus
+from api.jobs.ledger.models import POSTPONED, Attempt, AttemptOutcome, Job, JobStatus
 
 _BACKOFF_SECONDS = 2.0
 _BACKOFF_MAX_SECONDS = 60.0
-_STORE_BACKOFF_SECONDS = 60.0
-_STORE_BACKOFF_MAX_SECONDS = 900.0
+_POSTPONED_SECONDS = 60.0
+_POSTPONED_MAX_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -139,22 +139,22 @@ def deadline(start: datetime, max_queue_seconds: int | None) -> datetime | None:
     return None if max_queue_seconds is None else start + timedelta(seconds=max_queue_seconds)
 
 
-def store_losses_in_a_row(session: Session, job_id: str) -> int:
-    """How many attempts in a row ended because of the store, up to the last one that ended."""
+def postponed_in_a_row(session: Session, job_id: str) -> int:
+    """How many attempts in a row were postponed, up to the last one that ended."""
     of_job = Attempt.job_id == job_id
-    otherwise = select(func.max(Attempt.number)).where(of_job, Attempt.outcome != AttemptOutcome.STORE_LOST)
+    otherwise = select(func.max(Attempt.number)).where(of_job, Attempt.outcome.not_in(POSTPONED))
     lost = select(func.count()).where(
         of_job,
-        Attempt.outcome == AttemptOutcome.STORE_LOST,
+        Attempt.outcome.in_(POSTPONED),
         Attempt.number > func.coalesce(otherwise.scalar_subquery(), 0),
     )
     return session.execute(lost).scalar_one()
 
 
-def store_backoff(lost: int) -> float:
-    """Seconds before a job may be claimed again whose store was away or refused, doubling each time. lost:
-    how many attempts in a row ended so before."""
-    return min(_STORE_BACKOFF_MAX_SECONDS, _STORE_BACKOFF_SECONDS * 2.0**lost)
+def postponed_backoff(before: int) -> float:
+    """Seconds before a postponed job may be claimed again, doubling each time. before: how many attempts in a
+    row ended so before."""
+    return min(_POSTPONED_MAX_SECONDS, _POSTPONED_SECONDS * 2.0**before)
 
 
 def retry_backoff(counted: int) -> float:

@@ -25,8 +25,8 @@ from api.jobs.queue.attempts import (
     end_attempt,
     end_counted,
     end_uncounted,
-    store_backoff,
-    store_losses_in_a_row,
+    postponed_backoff,
+    postponed_in_a_row,
 )
 from api.jobs.queue.reaper import REAPED_AT_ONCE, expire, is_over, reap, release_all, release_held
 from api.jobs.queue.workers import WorkerIdentity, heartbeat
@@ -47,8 +47,8 @@ __all__ = [
     "heartbeat",
     "held",
     "is_over",
-    "lose_store",
     "mark_cancelled",
+    "postpone",
     "queued_by_device",
     "reap",
     "record_layer",
@@ -329,22 +329,28 @@ def release(session: Session, lease: Lease, facts: AttemptFacts = NO_FACTS) -> J
     return end_uncounted(session, lease.job_id, lease.attempt, AttemptOutcome.PREEMPTED, facts)
 
 
-def lose_store(
-    session: Session, lease: Lease, code: str, message: str, facts: AttemptFacts = NO_FACTS
+def postpone(
+    session: Session,
+    lease: Lease,
+    outcome: AttemptOutcome,
+    code: str,
+    message: str,
+    facts: AttemptFacts = NO_FACTS,
 ) -> JobStatus:
-    """Give the job back, not counted: the store is away or refuses. Returns queued or cancelled.
+    """Give the job back, not counted: what it needs beside itself is missing. Returns queued or cancelled.
 
-    Every worker would meet the same, so the job is not claimed for a while, longer each time in a row.
+    The next attempt may meet the same, so the job is not claimed for a while, longer each time in a row.
+    outcome: one of POSTPONED.
     """
     _fenced_update(session, lease)
     return end_uncounted(
         session,
         lease.job_id,
         lease.attempt,
-        AttemptOutcome.STORE_LOST,
+        outcome,
         facts,
         why=(code, message),
-        delay_seconds=store_backoff(store_losses_in_a_row(session, lease.job_id)),
+        delay_seconds=postponed_backoff(postponed_in_a_row(session, lease.job_id)),
     )
 
 

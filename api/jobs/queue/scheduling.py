@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from api.jobs.ledger.repository import LostStore, Version
+from api.jobs.ledger.repository import Postponed, Version
 from api.jobs.queue.workers import Worker
 
 _GIB = 1 << 30
@@ -16,11 +16,12 @@ _GIB = 1 << 30
 class Obstacle(BaseModel):
     """What keeps a job waiting. code: no_worker or unschedulable until another worker comes, quota_running
     until another job of the project has ended, attached until the one in `deduplicated_from` has,
-    store_denied or store_unreachable until it is tried again."""
+    store_denied, store_unreachable or host_failed until it is tried again."""
 
     code: Literal[
-        "no_worker", "unschedulable", "quota_running", "attached", "store_denied", "store_unreachable"
-    ]
+        "no_worker", "unschedulable", "quota_running", "attached",
+        "store_denied", "store_unreachable", "host_failed",
+    ]  # fmt: skip
     message: str
 
 
@@ -51,10 +52,10 @@ def quota_obstacle(running: int, max_running: int) -> Obstacle | None:
     return Obstacle(code="quota_running", message=message)
 
 
-def store_obstacle(lost: LostStore) -> Obstacle:
-    """What keeps a job waiting whose store was away or refused."""
-    message = f"{lost.error_message} It is tried again at {lost.available_at:%H:%M:%S} UTC."
-    return Obstacle.model_validate({"code": lost.error_code, "message": message})
+def postponed_obstacle(postponed: Postponed) -> Obstacle:
+    """What keeps a job waiting whose last attempt was postponed."""
+    message = f"{postponed.error_message} It is tried again at {postponed.available_at:%H:%M:%S} UTC."
+    return Obstacle.model_validate({"code": postponed.error_code, "message": message})
 
 
 def _too_small(what: str, needed: int, largest: int) -> Obstacle:

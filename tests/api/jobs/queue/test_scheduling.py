@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from api.database import Database, Now
 from api.jobs.ledger import repository
-from api.jobs.ledger.models import Job
+from api.jobs.ledger.models import AttemptOutcome, Job
 from api.jobs.queue import leases, scheduling, workers
 from api.jobs.queue.workers import WorkerIdentity
 from tests.api.conftest import Server
@@ -90,7 +90,13 @@ def test_a_store_that_refuses_is_named_until_it_is_tried_again(server: Server) -
     with server.database.write() as session:
         claimed = leases.claim(session, CPUS[1], 90)
         assert claimed is not None
-        leases.lose_store(session, claimed[0], "store_denied", "The artifact store refuses: AccessDenied.")
+        leases.postpone(
+            session,
+            claimed[0],
+            AttemptOutcome.STORE_LOST,
+            "store_denied",
+            "The artifact store refuses: AccessDenied.",
+        )
     path = f"/v1/jobs/{job_id}"
     refused = server.http.get(path)
     assert refused.json()["obstacle"]["code"] == "store_denied"
