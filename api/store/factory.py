@@ -16,6 +16,7 @@ def open_store(url: str) -> Store:
 
     Raises:
         StoreError: `unknown_store`.
+        StoreDenied: the folder cannot be made.
         StoreUnreachable: the address of the S3 server is none.
     """
     folder = local_folder(url)

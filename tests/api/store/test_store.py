@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from api.private import mode_of
-from api.store.base import ObjectNotFound, Store, StoreError, StoreUnreachable
+from api.store.base import ObjectNotFound, Store, StoreDenied, StoreError, StoreUnreachable
 from api.store.factory import open_store
 from api.store.keys import artifact_key, work_key
 from api.store.local import LocalStore
@@ -233,3 +236,57 @@ def test_objects_are_for_those_who_can_access_the_folder(tmp_path: Path) -> None
             assert mode_of((root / key).parent) == root_mode
         store.get("c/file", tmp_path / f"{root_mode:o}.copy")
         assert mode_of(root / "c/file") == file_mode
+
+
+def test_a_folder_of_a_group_gives_its_group_to_all_in_it(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    root.mkdir()
+    group = 12345 if os.geteuid() == 0 else max(os.getgroups())
+    os.chown(root, -1, group)
+    root.chmod(0o2770)
+    source = tmp_path / "scratch file"
+    source.write_bytes(b"x")
+    store = LocalStore(root)
+    store.put("a/b/file", source)
+    store.link("a/b/file", "c/file")
+    for name in ("a", "a/b", "c"):
+        assert ((root / name).stat().st_gid, mode_of(root / name)) == (group, 0o770 | stat.S_ISGID)
+    for name in ("a/b/file", "c/file"):
+        assert ((root / name).stat().st_gid, mode_of(root / name)) == (group, 0o660)
+
+
+@contextmanager
+def no_access(folder: Path) -> Iterator[None]:
+    """This thread may not access the folder, also where the tests are root's."""
+    mode = mode_of(folder)
+    folder.chmod(0)
+    set_file_system_user = ctypes.CDLL(None).setfsuid
+    set_file_system_user(65534)
+    try:
+        yield
+    finally:
+        set_file_system_user(os.geteuid())
+        folder.chmod(mode)
+
+
+def test_a_folder_that_may_not_be_accessed_refuses(local: Store, file: Path, tmp_path: Path) -> None:
+    local.put("work/a", file)
+    calls: dict[str, Callable[[], Any]] = {
+        "open": lambda: local.open("work/a"),
+        "size": lambda: local.size("work/a"),
+        "exists": lambda: local.exists("work/a"),
+        "list": lambda: list(local.list("work")),
+        "delete": lambda: local.delete("work"),
+        "get": lambda: local.get("work/a", tmp_path / "copy"),
+        "link": lambda: local.link("work/a", "work/c"),
+        "probe": local.probe,
+        "make": lambda: LocalStore(tmp_path / "the store" / "inner"),
+    }
+    said = {}
+    with no_access(tmp_path / "the store"):
+        for name, call in calls.items():
+            try:
+                call()
+            except Exception as error:
+                said[name] = type(error)
+    assert said == dict.fromkeys(calls, StoreDenied)
