@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.exits import Exit
+from cli.folders import make_data_dir, make_scratch_dir
 from cli.output import JsonOption, fail, load_settings, out, print_json
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def serve(
     roots = os.pathsep.join(str(root.absolute()) for root in local_root) if local_root else None
     _override(HOST=host, PORT=port, DATA_DIR=data_dir, LOCAL_ROOTS=roots)
     settings = load_settings(as_json=as_json)
+    make_data_dir(settings, as_json=as_json)
+    if settings.embedded:
+        make_scratch_dir(settings, as_json=as_json)
     _check_urls(settings, as_json=as_json)
     _start_tracing(settings, "bitmill" if settings.embedded else "bitmill-api", as_json=as_json)
     first_start = not settings.credentials_file.exists()
@@ -66,6 +70,8 @@ def worker(as_json: JsonOption = False) -> None:
     Ends at Ctrl-C or SIGTERM; a running job is given back, and another worker goes on with it.
     """
     settings = load_settings(as_json=as_json)
+    make_data_dir(settings, as_json=as_json, to_write=False)
+    make_scratch_dir(settings, as_json=as_json)
     _check_urls(settings, as_json=as_json)
     _start_tracing(settings, "bitmill-worker", as_json=as_json)
     from api.errors import Unavailable
@@ -121,6 +127,8 @@ def _check_urls(settings: Settings, *, as_json: bool) -> None:
     except (ArgumentError, ValueError) as error:
         hint = "Give sqlite:/// and a path, or postgresql://user:password@host/name."
         fail(Exit.USAGE, "unknown_database", f"BITMILL_DATABASE_URL: {error}", as_json=as_json, hint=hint)
+    except OSError as error:  # the folder of SQLite's file
+        fail(Exit.FAILED, "database_failed", f"BITMILL_DATABASE_URL: {error}", as_json=as_json)
 
 
 def _override(**settings: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +57,14 @@ def test_a_folder_with_other_things_in_it_keeps_its_mode_and_is_told(old: Path, 
     notes.chmod(0o644)
     assert examine_data_dir(settings).exposed_because == "it also holds 'notes.txt'"
     access = secure_data_dir(settings)
-    assert access.changed == 7
-    assert exposed(old) == {".", "notes.txt"}
+    assert access.changed == 3
+    below = {
+        "artifacts",
+        "artifacts/work",
+        "artifacts/work/job",
+        "artifacts/work/job/shard",
+    }  # perhaps not ours
+    assert exposed(old) == {".", "notes.txt", *below}
     assert "0755" in (access.warning or "")
     assert "chmod 700" in (access.warning or "")
 
@@ -70,6 +77,53 @@ def test_what_settings_put_there_is_no_other_thing(
     (old / "lost+found").mkdir(mode=0o700)
     assert secure_data_dir(settings).warning is None
     assert mode_of(old) == 0o700
+
+
+def test_only_the_store_and_scratch_of_the_settings_are_searched(old: Path, tmp_path: Path) -> None:
+    settings = Settings(data_dir=old, store_url=f"file://{tmp_path / 'store'}")
+    assert secure_data_dir(settings).warning is None
+    assert exposed(old) == {"artifacts", "artifacts/work", "artifacts/work/job", "artifacts/work/job/shard"}
+
+
+@pytest.mark.parametrize("place", ["elsewhere/jobs.db", "data/db/jobs.db", "relative.db"])
+def test_a_database_is_private_wherever_it_is(
+    old: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    for suffix in ("", "-wal", "-shm"):
+        file.with_name(file.name + suffix).touch(0o644)
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(data_dir=old, database_url=f"sqlite:///{place if place == 'relative.db' else file}")
+    for name in ("bitmill.db", "bitmill.db-wal"):
+        (old / name).unlink()
+    assert secure_data_dir(settings).warning is None
+    assert mode_of(old) == 0o700
+    assert {path.name for path in file.parent.glob("*.db*") if mode_of(path) & 0o077} == set()
+
+
+def test_a_data_folder_behind_a_link(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old)
+    access = secure_data_dir(Settings(data_dir=tmp_path / "link"))
+    assert (access.changed, access.warning) == (8, None)
+    assert exposed(old) == set()
+
+
+def test_a_file_that_goes_meanwhile_ends_nothing(
+    old: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = old / "artifacts" / "work" / "job" / "shard"
+    walk = os.walk
+
+    def walk_as_it_is_removed(*given: Any, **named: Any) -> Any:
+        for found in walk(*given, **named):
+            if "shard" in found[2]:
+                shard.unlink()
+            yield found
+
+    monkeypatch.setattr(os, "walk", walk_as_it_is_removed)
+    assert secure_data_dir(settings).warning is None
+    assert not shard.exists()
 
 
 def test_another_users_folder_and_a_shared_one_keep_their_modes(
@@ -114,7 +168,7 @@ def test_a_database_is_private_from_its_first_byte(tmp_path: Path) -> None:
         os.umask(before)
     assert modes == {"jobs.db": 0o600, "jobs.db-wal": 0o600, "jobs.db-shm": 0o600}
     assert mode_of(tmp_path / "new") == 0o700
-    assert mode_of(given) == 0o644  # an operator's: not ours to change
+    assert mode_of(given) == 0o644  # secure_data_dir takes the access of files that exist
 
 
 def test_folders_that_exist_keep_their_mode(tmp_path: Path) -> None:

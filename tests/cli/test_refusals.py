@@ -128,3 +128,28 @@ def test_two_servers_on_one_data_folder_are_one_too_many(server: Server) -> None
 def test_an_embedded_server_wants_its_database_for_itself(tmp_path: Path) -> None:
     result = bitmill(tmp_path, "serve", "--json", DATABASE_URL="postgresql://somewhere/bitmill")
     assert (result.code, result.json["error"]["code"]) == (Exit.FAILED, "broker_needed")
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "code"),
+    [
+        (("serve",), "DATA_DIR", "data_dir_not_writable"),
+        (("db", "upgrade"), "DATA_DIR", "data_dir_not_writable"),
+        (("worker",), "DATA_DIR", "data_dir_not_writable"),
+        (("worker",), "SCRATCH_DIR", "scratch_dir_not_writable"),
+        (("worker",), "STORE_URL", "store_denied"),
+        (("serve",), "DATABASE_URL", "database_failed"),
+        (("db", "upgrade"), "DATABASE_URL", "database_failed"),
+    ],
+)
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, command: tuple[str, ...], setting: str, code: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    prefix = {"STORE_URL": "file://", "DATABASE_URL": "sqlite:///"}.get(setting, "")
+    settings = {"DATA_DIR": str(tmp_path / "data"), "BROKER_URL": "redis://127.0.0.1:9/0"}
+    result = bitmill(tmp_path, *command, "--json", **{**settings, setting: f"{prefix}{file}/a/b"})
+    assert result.json["error"]["code"] == code
+    assert str(file) in result.json["error"]["message"]
+    assert "Traceback" not in result.err
