@@ -51,7 +51,7 @@ _WRITING: dict[str, dict[str, Any]] = {
 _FRESH_SECONDS = 1.0
 """A connection that was used less than this ago is not pinged before it is used again."""
 _POOL_SIZE = 40  # as many as FastAPI has threads for routes; connections above are opened for each use
-_POOL_OVERFLOW = 20  # for submissions, which have threads of their own, probes, and a worker in the process
+_POOL_OVERFLOW = 20  # for plans and webhooks, which have threads of their own, and probes
 _TURN = "write_queue"  # in a connection's info, while it has SQLite's write lock
 
 

@@ -46,9 +46,13 @@ from api.tracing import request_spans
 GRACE_SECONDS = 5
 """For requests that are being answered, and streams that are being read, when the process shall end."""
 
-SUBMITTING_THREADS = 8
+PLANNING_THREADS = 8
 """Submissions that are planned at once. More are no faster, and others wait longer (docs/adr/0033 has
 figures)."""
+
+RESOLVER_THREADS = 4
+"""Webhooks whose hosts are looked up at once. A resolver may take tens of seconds for a name that it cannot
+find, and whoever makes webhooks chooses the name."""
 
 _NEW_OBJECTS = 50_000
 """Threshold of young collections (700 by default). The objects of a request die young anyway."""
@@ -66,8 +70,9 @@ def create_app(settings: Settings) -> FastAPI:
         store=store,
         hasher=KeyHasher.from_settings(settings),
         key_uses=KeyUses(database),
-        submitting=ThreadLimit(SUBMITTING_THREADS),
-        waking=ThreadLimit(1),
+        planning_threads=ThreadLimit(PLANNING_THREADS),
+        wake_threads=ThreadLimit(1),
+        resolver_threads=ThreadLimit(RESOLVER_THREADS),
         watch=JobWatch(seqs_in(database)),
         rates=open_rates(settings),
         readiness=Readiness(settings, database.engine, store),

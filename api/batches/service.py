@@ -31,7 +31,7 @@ from api.errors import NotFound, Refusal, Unprocessable
 from api.ids import new_id, new_ids
 from api.jobs import service as jobs
 from api.jobs import submitting
-from api.jobs.ledger.models import Batch
+from api.jobs.ledger.models import Batch, JobStatus
 from api.jobs.queue import quotas, workers
 from api.jobs.submission import idempotency
 from api.jobs.submission.idempotency import IdempotentRequest
@@ -73,8 +73,7 @@ def submit(
         return SubmittedBatch(earlier, None)
     outcomes = _plan_items(database, settings, caller.project_id, items)
     with database.write() as session:
-        batch = _create(session, request, body, outcomes, settings, max_queued=caller.limits.max_queued)
-        return SubmittedBatch(batch, _wake_ups(session, outcomes, lease_seconds=settings.lease_seconds))
+        return _create(session, request, body, outcomes, settings, max_queued=caller.limits.max_queued)
 
 
 def preview(database: Database, settings: Settings, caller: Principal, body: BatchSubmit) -> BatchPlanned:
@@ -155,14 +154,14 @@ def _create(
     settings: Settings,
     *,
     max_queued: int | None,
-) -> BatchDetail:
-    """Store a batch with its jobs, or find the one of a request with the same key. Jobs that the project's
-    queue has no room for are refused."""
+) -> SubmittedBatch:
+    """Store a batch with its jobs, or find the one of a request with the same key, which came in while this
+    one was planned. Jobs that the project's queue has no room for are refused."""
     now = clock.now(session)
     batch_id = new_id("batch", now)
     made = idempotency.keep(session, request, batch_id, now)
     if made != batch_id:
-        return describe(session, request.project_id, made, -1, MAX_ITEMS)
+        return SubmittedBatch(describe(session, request.project_id, made, -1, MAX_ITEMS), None)
     outcomes = _with_room(outcomes, quotas.room_in_queue(session, request.project_id, max_queued), max_queued)
     planned = [(index, each) for index, each in enumerate(outcomes) if not isinstance(each, Refusal)]
     refused = [
@@ -188,11 +187,17 @@ def _create(
         job.batch_id, job.batch_index = batch_id, index
         rows.append((job, each))
     submitting.add(session, rows, {"batch": batch_id})
-    return describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+    made_batch = describe(session, request.project_id, batch_id, -1, MAX_ITEMS)
+    queued = [
+        job.device_class
+        for job, _ in rows
+        if job.status == JobStatus.QUEUED and job.deduplicated_from is None
+    ]
+    return SubmittedBatch(made_batch, _wake_ups(session, queued, lease_seconds=settings.lease_seconds))
 
 
 def _with_room(outcomes: Sequence[Outcome], room: int | None, max_queued: int | None) -> Sequence[Outcome]:
-    """The same, but that only the first `room` become jobs."""
+    """The same outcomes, where all but the first `room` jobs are refused. room: None is no limit."""
     if room is None:
         return outcomes
     full = Refusal.of(quotas.queue_is_full(max_queued))
@@ -203,14 +208,14 @@ def _with_room(outcomes: Sequence[Outcome], room: int | None, max_queued: int | 
     ]
 
 
-def _wake_ups(session: Session, outcomes: Sequence[Outcome], *, lease_seconds: float) -> Mapping[str, int]:
+def _wake_ups(session: Session, queued: Sequence[str], *, lease_seconds: float) -> Mapping[str, int]:
     """How many wake-ups each device class gets: one a job, as far as there are workers. A worker that is
-    awake goes on until no job is left."""
+    awake goes on until no job is left.
+
+    queued: the device class of each new job that waits for a worker.
+    """
     alive = len(workers.list_alive(session, lease_seconds))
-    jobs_of_class = Counter[str](
-        each.body.resources.device_class for each in outcomes if isinstance(each, PlannedJob)
-    )
-    return {device_class: min(count, alive) for device_class, count in jobs_of_class.items()}
+    return {device_class: min(count, alive) for device_class, count in Counter(queued).items()}
 
 
 def describe(session: Session, project_id: str, batch_id: str, after: int, limit: int) -> BatchDetail:

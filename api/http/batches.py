@@ -80,8 +80,8 @@ async def submit_batch(
     if name is not None:
         body.name = name
     if dry_run:
-        return await context.submitting.run(_previewed, context, caller, body)
-    return await context.submitting.run(_accepted, context, caller, body, idempotency_key, background)
+        return await context.planning_threads.run(_previewed, context, caller, body)
+    return await context.planning_threads.run(_submitted, context, caller, body, idempotency_key, background)
 
 
 def _previewed(context: AppContext, caller: Principal, body: BatchSubmit) -> Response:
@@ -89,7 +89,7 @@ def _previewed(context: AppContext, caller: Principal, body: BatchSubmit) -> Res
     return Response(planned.model_dump_json(), media_type="application/json")
 
 
-def _accepted(
+def _submitted(
     context: AppContext,
     caller: Principal,
     body: BatchSubmit,
@@ -105,7 +105,7 @@ def _accepted(
             log.info, "batch_accepted", batch_id=batch.id, accepted=counts.accepted, refused=counts.refused
         )
         background.add_task(
-            context.waking.run, wake_all, made.wake_ups, broker_url=context.settings.broker_url
+            context.wake_threads.run, wake_all, made.wake_ups, broker_url=context.settings.broker_url
         )
     headers = {"Location": f"/v1/batches/{batch.id}"}
     return Response(batch.model_dump_json(), 202, headers, "application/json")

@@ -60,8 +60,8 @@ class KeyUses:
 class AppContext:
     """What an app was made with; lives in `app.state.context`.
 
-    submitting: for routes that plan jobs, which may wait for the Hub or S3. waking: for wake-ups, which may
-    wait for the broker.
+    planning_threads: for routes that plan jobs, which may wait for the Hub or S3. wake_threads: for wake-ups,
+    which may wait for the broker. resolver_threads: for routes that look up a host's name.
     """
 
     settings: Settings
@@ -69,8 +69,9 @@ class AppContext:
     store: Store
     hasher: KeyHasher
     key_uses: KeyUses
-    submitting: ThreadLimit
-    waking: ThreadLimit
+    planning_threads: ThreadLimit
+    wake_threads: ThreadLimit
+    resolver_threads: ThreadLimit
     watch: JobWatch
     rates: Rates
     readiness: Readiness
@@ -114,6 +115,8 @@ class Access:
     def caller(self, session: Session, scope: Scope) -> Principal:
         """The caller, who must have that scope. The key is looked up, and the request counted, once.
 
+        session: of `Database.look`. It is without a connection while the request is counted.
+
         Raises:
             Unauthorized: `missing_key`, `wrong_key`.
             Forbidden: `scope_missing`.
@@ -128,8 +131,9 @@ class Access:
     def _authenticate(self, session: Session) -> Principal:
         context = self.context
         caller = authenticate(session, context.hasher, context.settings, self._key)
-        self._limits.lower_body(caller.limits.max_body_bytes)
+        self._limits.set_max_body_bytes(caller.limits.max_body_bytes)
         if caller.limits.requests_per_minute is not None:
+            session.rollback()  # gives the connection back: the store that counts may take its time
             self._limits.headers |= admit(context.rates, caller.project_id, caller.limits.requests_per_minute)
         if not caller.use_is_noted:
             self._background.add_task(context.key_uses.note, caller.key_id)

@@ -82,8 +82,8 @@ async def submit_job(
 ) -> JobRead | Response:
     """Submit a job. It is planned at once from the model's headers: what cannot succeed is refused here."""
     if dry_run:
-        return await context.submitting.run(_previewed, context, caller, body)
-    made = await context.submitting.run(
+        return await context.planning_threads.run(_previewed, context, caller, body)
+    made = await context.planning_threads.run(
         submitting.submit, context.database, context.settings, caller, body, idempotency_key
     )
     return _accepted(made, context, background, response)
@@ -101,7 +101,7 @@ def _accepted(
     if made.is_new:
         background.add_task(log.info, "job_accepted", job_id=made.job.id)
         background.add_task(
-            context.waking.run, wake, made.job.device_class, broker_url=context.settings.broker_url
+            context.wake_threads.run, wake, made.job.device_class, broker_url=context.settings.broker_url
         )
     response.headers["Location"] = f"/v1/jobs/{made.job.id}"
     return made.job
@@ -114,7 +114,9 @@ async def estimate_job(
     context: Context,
 ) -> Estimate:
     """What a job would take, before it is submitted: memory, disk, output and time, itemized."""
-    return await context.submitting.run(submitting.estimate, context.database, context.settings, caller, body)
+    return await context.planning_threads.run(
+        submitting.estimate, context.database, context.settings, caller, body
+    )
 
 
 @router.get("", response_model=JobPage, responses=documented({422: ["bad_cursor"]}))
@@ -252,7 +254,9 @@ def retry_job(
         job = JobRead.of(
             service.retry(session, caller.project_id, job_id, max_queued=caller.limits.max_queued)
         )
-    background.add_task(context.waking.run, wake, job.device_class, broker_url=context.settings.broker_url)
+    background.add_task(
+        context.wake_threads.run, wake, job.device_class, broker_url=context.settings.broker_url
+    )
     return job
 
 
@@ -269,7 +273,7 @@ async def clone_job(
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> JobRead:
     """Submit a job like another, with changes. It reads the same revision of a dataset from the Hub."""
-    made = await context.submitting.run(
+    made = await context.planning_threads.run(
         submitting.clone, context.database, context.settings, caller, job_id, overrides, idempotency_key
     )
     return _accepted(made, context, background, response)

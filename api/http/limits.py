@@ -28,7 +28,7 @@ class RequestLimits:
         if self.received > self.max_body_bytes:
             raise HTTPException(413, _too_large(self.max_body_bytes), {"Connection": "close"})
 
-    def lower_body(self, max_bytes: int) -> None:
+    def set_max_body_bytes(self, max_bytes: int) -> None:
         """Apply the project's own limit, also to what was received before the key was looked up."""
         self.max_body_bytes = max_bytes
         self.receive(0)

@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from api.http.codes import EVERYWHERE, WITH_BODY, documented
-from api.http.dependencies import Admin, Context, Reader, Submitter
+from api.http.dependencies import Admin, AppContext, Context, Reader, Submitter
+from api.projects.principal import Principal
 from api.webhooks import service
 from api.webhooks.models import DeliveryStatus
 from api.webhooks.repository import DeliveryFilter
@@ -34,18 +35,22 @@ Limit = Annotated[int, Query(ge=1, le=100)]
     response_model=WebhookCreated,
     responses=documented(WITH_BODY, {422: ["webhook_url_not_allowed", "webhook_host_not_found"]}),
 )
-def create_webhook(
+async def create_webhook(
     body: WebhookCreate, caller: Admin, context: Context, response: Response
 ) -> WebhookCreated:
     """Make a webhook. The secret in the answer is shown this once.
 
     Needs the scope admin: a webhook tells of all the project's jobs, and outlives the key that made it.
     """
-    service.check_url(body.url, context.settings.webhook_allowed_hosts)
-    with context.database.write() as session:
-        webhook = WebhookCreated.model_validate(service.create(session, caller.project_id, body))
+    webhook = await context.resolver_threads.run(_created, context, caller, body)
     response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
     return webhook
+
+
+def _created(context: AppContext, caller: Principal, body: WebhookCreate) -> WebhookCreated:
+    service.check_url(body.url, context.settings.webhook_allowed_hosts)
+    with context.database.write() as session:
+        return WebhookCreated.model_validate(service.create(session, caller.project_id, body))
 
 
 @router.get("", response_model=WebhookPage, responses=documented({422: ["bad_cursor"]}))

@@ -67,7 +67,7 @@ def submit(
         return Submitted(JobRead.of(earlier), is_new=False)
     planned = _plan(database, settings, caller.project_id, body)
     with database.write() as session:
-        job = create(
+        return create(
             session,
             caller.project_id,
             planned,
@@ -76,7 +76,6 @@ def submit(
             max_queued=caller.limits.max_queued,
             clone_of=clone_of,
         )
-        return Submitted(JobRead.of(job), is_new=True)
 
 
 def clone(
@@ -149,8 +148,9 @@ def create(
     *,
     max_queued: int | None,
     clone_of: str | None = None,
-) -> Job:
-    """Store a planned job with its first event, or find the one of a request with the same key.
+) -> Submitted:
+    """Store a planned job with its first event, or find the one of a request with the same key, which came in
+    while this one was planned.
 
     Raises:
         TooManyRequests: `quota_queued`.
@@ -160,10 +160,10 @@ def create(
     request = _idempotent_request(project_id, idempotency_key, planned.body)
     made = idempotency.keep(session, request, job.id, now)
     if made != job.id:
-        return get_job(session, project_id, made)
+        return Submitted(JobRead.of(get_job(session, project_id, made)), is_new=False)
     quotas.require_room(session, project_id, max_queued)
     add(session, [(job, planned)], {} if clone_of is None else {"clone_of": clone_of})
-    return job
+    return Submitted(JobRead.of(job), is_new=True)
 
 
 def add(session: Session, planned: Sequence[tuple[Job, PlannedJob]], origin: dict[str, str]) -> None:

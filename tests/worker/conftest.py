@@ -42,8 +42,8 @@ def queue(worker: WorkerContext, **fields: Any) -> str:
         access = s3_access(session, project.id, worker.settings)
     planned = plan_job(body, worker.settings, access)
     with worker.database.write() as session:
-        job: Job = submitting.create(session, project.id, planned, worker.settings, None, max_queued=None)
-    return job.id
+        made = submitting.create(session, project.id, planned, worker.settings, None, max_queued=None)
+    return made.job.id
 
 
 @pytest.fixture

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from structlog.testing import capture_logs
 
+from api.batches import service
+from api.batches.schemas import BatchSubmit
 from api.jobs.ledger.models import Batch, Job
+from api.jobs.queue import workers
+from api.jobs.queue.workers import WorkerIdentity
+from api.projects.service import authenticate
+from api.security import KeyHasher
 from api.settings import Settings
 from tests.api.conftest import Server
 from tests.api.jobs.leasing import event_types
@@ -282,11 +289,31 @@ class TestIdempotency:
         def race(_: int) -> str:
             return str(submit(server, {"jobs": [server.body()] * 3}, **{"Idempotency-Key": "k"})["id"])
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(8) as pool, capture_logs() as records:
             assert len(set(pool.map(race, range(8)))) == 1
+        assert [record["event"] for record in records].count("batch_accepted") == 1
         with server.database.read() as session:
             assert session.scalar(select(func.count()).select_from(Batch)) == 1
             assert session.scalar(select(func.count()).select_from(Job)) == 3
+
+
+def test_workers_are_woken_for_the_jobs_that_wait(server: Server) -> None:
+    """Not for those that were refused, for want of room too."""
+    settings = server.settings.model_copy(update={"max_queued": 3})
+    key = server.http.headers["Authorization"].removeprefix("Bearer ")
+    with server.database.write() as session:
+        for number in range(9):
+            workers.heartbeat(session, WorkerIdentity(f"w{number}", "cpu", 1 << 40, 0), None)
+    with server.database.look() as session:
+        caller = authenticate(session, KeyHasher.from_settings(settings), settings, key)
+    jobs = [
+        server.body(),
+        server.body(scheme="none"),
+        *(server.body(cache="bypass", resources={"device_class": "cpu"}) for _ in range(3)),
+    ]
+    body = BatchSubmit.model_validate({"jobs": jobs})
+    made = service.submit(server.database, settings, caller, body, None)
+    assert (made.batch.counts.accepted, made.wake_ups) == (3, {"any": 1, "cpu": 2})
 
 
 def test_a_thousand_jobs_fit_into_the_default_body(server: Server) -> None:

@@ -5,6 +5,7 @@ Every test that uses the fixture `server` checks it of every request that it mak
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 import time
@@ -24,8 +25,10 @@ from api.database import AWAY, Database
 from api.http.dependencies import Context, KeyUses
 from api.main import create_app
 from api.projects.models import Project
+from api.projects.rates import Minute
 from api.settings import Settings
 from api.write_queue import WriteQueue
+from tests.api.conftest import Server
 from tests.support.transactions import kept_while_answering
 
 
@@ -82,6 +85,29 @@ def test_a_transaction_that_is_open_while_an_answer_is_made_is_found(settings: S
         assert found == []
         assert http.get("/dependency").json() == {"projects": 1}
         assert len(found) == 1
+
+
+def test_no_connection_is_held_while_requests_are_counted(settings: Settings, server: Server) -> None:
+    """Whatever counts them may be away, for a quarter of a second each."""
+    job = server.submit()
+    app = create_app(settings.model_copy(update={"requests_per_minute": 1000}))
+    pool = app.state.context.database.engine.pool
+    held = list[int]()
+
+    class Rates:
+        def count(self, _project_id: str) -> Minute:
+            held.append(pool.checkedout())
+            return Minute(1, 60)
+
+        def close(self) -> None:
+            pass
+
+    app.state.context = dataclasses.replace(app.state.context, rates=Rates())
+    with TestClient(app, headers=server.http.headers) as http:
+        for path in ("/v1/jobs", f"/v1/jobs/{job['id']}", f"/v1/jobs/{job['id']}?wait=1"):
+            assert http.get(path).status_code == 200
+    app.state.context.database.close()
+    assert held == [0, 0, 0]
 
 
 def test_writers_take_turns_in_the_order_in_which_they_came() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from api.jobs.ledger.models import IdempotencyKey, Job
 from api.settings import Settings
@@ -372,8 +373,9 @@ class TestIdempotency:
             answer = server.http.post("/v1/jobs", json=server.body(), headers={"Idempotency-Key": "k"})
             return str(answer.json()["id"])
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(8) as pool, capture_logs() as records:
             assert len(set(pool.map(submit, range(8)))) == 1
+        assert [record["event"] for record in records].count("job_accepted") == 1
         assert len(server.http.get("/v1/jobs").json()["items"]) == 1
 
     def test_a_key_is_free_again_after_a_day(self, server: Server) -> None:

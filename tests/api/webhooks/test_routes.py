@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,3 +270,29 @@ def test_allowed_hosts_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BITMILL_WEBHOOK_ALLOWED_HOSTS", wrong)
         with pytest.raises(ValueError, match="is not a host"):
             Settings()
+
+
+def test_a_resolver_that_hangs_keeps_nobody_else_waiting(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More webhooks at once than there are threads for all routes."""
+    answers = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> list[Any]:
+        answers.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+
+    def make(number: int) -> int:
+        body = {"url": f"https://slow-{number}.example/hook"}
+        return int(server.http.post("/v1/webhooks", json=body).status_code)
+
+    with ThreadPoolExecutor(61) as pool:
+        made = [pool.submit(make, number) for number in range(60)]
+        try:
+            listed = [pool.submit(server.http.get, "/v1/webhooks").result(10) for _ in range(5)]
+        finally:
+            answers.set()
+        assert {answer.status_code for answer in listed} == {200}
+        assert {each.result(30) for each in made} == {201}
