@@ -81,6 +81,14 @@ class Unprocessable(ApiError):
         first = problems[0]
         super().__init__(first.code, first.message, first.hint, problems=problems)
 
+    @classmethod
+    def of_fields(cls, error: ValidationError, body: Any, hint: str = "") -> Unprocessable:
+        """What pydantic found wrong with the fields of that body."""
+        refusal = Refusal.of_fields(error, body)
+        refused = cls(*(Problem(each.code, each.message, hint, each.pointer) for each in refusal.errors))
+        refused.code, refused.message = refusal.code, refusal.detail
+        return refused
+
 
 class TooManyRequests(ApiError):
     status = 429

@@ -90,7 +90,10 @@ def _torch(_settings: Settings) -> Check:
                 "torch", "warning", "not installed", "This machine can serve the API, but run no jobs."
             )
         return Check("torch", "failed", f"cannot be imported: {last}")
-    found = json.loads(answer.stdout)
+    try:
+        found = json.loads(answer.stdout.strip().splitlines()[-1])  # after what libraries print
+    except (ValueError, IndexError):
+        return Check("torch", "failed", f"said what is no answer: {answer.stdout[-200:]!r}")
     where = ", ".join(found["gpus"]) or f"no GPU, {found['threads']} threads on the CPU"
     return Check("torch", "ok", f"{found['version']}, {where}")
 

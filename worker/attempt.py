@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import structlog
-from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from api.jobs.ledger.models import AttemptOutcome, Job
@@ -92,18 +93,12 @@ def _run_to_outcome(
     except LeaseLost:
         raise
     except Exception as reason:
-        if isinstance(reason, SQLAlchemyError) and not _is_about_values(reason):
+        if isinstance(reason, SQLAlchemyError) and not outcomes.is_about_values(reason):
             raise
         if outcomes.is_about_files(reason):
             reason = worker.scratch.fault() or reason
         write = partial(outcomes.write, lease=lease, reason=reason, facts=facts)
         return write_with_retry(worker.database, write, worker.check)
-
-
-def _is_about_values(error: SQLAlchemyError) -> bool:
-    """Whether the database, or its driver, cannot hold a value: it never will, however often it is tried."""
-    is_from_driver = isinstance(error, DBAPIError)
-    return isinstance(error, DataError) or (isinstance(error, StatementError) and not is_from_driver)
 
 
 class StopCheck:
@@ -224,18 +219,32 @@ class Attempt:
 
 
 def _specification(worker: WorkerContext, job: Job, output: Path) -> EngineSpec:
-    return EngineSpec.model_validate(
-        {
-            "source": job.source,
-            "recipe": job.recipe,
-            "dataset": job.dataset,
-            "calibration": job.calibration,
-            "evaluation": job.evaluation,
-            "device": worker.settings.device,
-            "activation_budget_bytes": worker.settings.activation_budget_bytes,
-            "output_dir": output,
-        }
-    )
+    """What the engine is to do. The job may have been stored by another version.
+
+    Raises:
+        AttemptFailed: `recipe_not_supported`.
+    """
+    fields = {
+        "source": job.source,
+        "recipe": job.recipe,
+        "dataset": job.dataset,
+        "calibration": job.calibration,
+        "evaluation": job.evaluation,
+        "device": worker.settings.device,
+        "activation_budget_bytes": worker.settings.activation_budget_bytes,
+        "output_dir": output,
+    }
+    try:
+        return EngineSpec.model_validate(fields)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = "/".join(map(str, wrong["loc"]))
+        raise AttemptFailed(
+            AttemptOutcome.FAILED,
+            "recipe_not_supported",
+            f"This version of the worker does not take {place}: {wrong['msg']}. "
+            "Submit the job again, or run a worker of the version that accepted it.",
+        ) from error
 
 
 def _hold_to_quality_gate(job: Job, report: dict[str, Any]) -> None:

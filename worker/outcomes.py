@@ -6,7 +6,7 @@ import errno
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.orm import Session
 
 from api import database
@@ -64,6 +64,12 @@ class Outcome(NamedTuple):
 
     outcome: AttemptOutcome
     code: str | None = None
+
+
+def is_about_values(error: Exception) -> bool:
+    """Whether the database, or its driver, cannot hold a value: it never will, however often it is tried."""
+    is_from_driver = isinstance(error, DBAPIError)
+    return isinstance(error, DataError) or (isinstance(error, StatementError) and not is_from_driver)
 
 
 def is_about_files(reason: Exception) -> bool:

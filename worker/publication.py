@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from api.jobs.ledger.models import Job
@@ -15,7 +16,7 @@ from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
 from api.store.base import Check, StoreError
 from api.store.factory import open_store
 from api.store.keys import artifact_folder
-from worker import upload
+from worker import outcomes, upload
 from worker.context import WorkerContext
 from worker.heartbeat import CancelRequested
 from worker.retry import retry_store, write_with_retry
@@ -50,7 +51,9 @@ class Publisher:
 
         Raises:
             CancelRequested: a cancel came first.
-            LeaseLost: the job is another attempt's. In both cases the upload is removed again.
+            LeaseLost: the job is another attempt's.
+            DataError, StatementError: the database cannot hold the report.
+                In these cases the upload is removed again.
         """
         lease = self._lease
         for store, folder in self._destinations:
@@ -73,7 +76,9 @@ class Publisher:
         try:
             # Only the worker's end stops this. To the lease keeper, a job that has succeeded is a lost lease.
             write_with_retry(self._worker.database, succeed, self._worker.check)
-        except LeaseLost as error:  # after any other error the row may have been written
+        except (LeaseLost, SQLAlchemyError) as error:
+            if isinstance(error, SQLAlchemyError) and not outcomes.is_about_values(error):
+                raise  # the row may have been written
             self._remove_upload()
             if isinstance(error, CancelWon):
                 raise CancelRequested(self._lease.job_id) from None

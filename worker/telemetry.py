@@ -20,6 +20,13 @@ from worker.outcomes import Outcome
 
 _tracer = trace.get_tracer("bitmill.worker")
 _LAYERS = ("layer_solved", "layer_replayed")
+_NO_ERROR = (
+    AttemptOutcome.SUCCEEDED,
+    AttemptOutcome.CANCELLED,
+    AttemptOutcome.PREEMPTED,
+    AttemptOutcome.DEDUPLICATED,
+)
+"""Ends of attempts that are as they should be."""
 
 
 class AttemptTelemetry:
@@ -79,7 +86,7 @@ class AttemptTelemetry:
         self._span.set_attribute("bitmill.outcome", outcome.outcome.value)
         if outcome.code is not None:
             self._span.set_attribute("error.type", outcome.code)
-        if outcome.outcome not in (AttemptOutcome.SUCCEEDED, AttemptOutcome.CANCELLED):
+        if outcome.outcome not in _NO_ERROR:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
 

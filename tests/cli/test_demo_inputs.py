@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.demo import __main__ as demo
 from cli.demo.__main__ import CONVERSATIONS
 from cli.demo.model import WHEEL, make_demo_model
 from cli.demo.questions import QUESTIONS
@@ -72,3 +73,10 @@ def test_every_model_is_asked_every_question(tmp_path: Path) -> None:
     assert len(answers) == 2 * len(QUESTIONS)
     assert answers[: len(QUESTIONS)] == answers[len(QUESTIONS) :]
     assert all(isinstance(answer, str) for answer in answers)
+
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    said = ["Loading weights: 100%\n", '"one"\n', "null\n", '"two"\n']
+    assert demo._answers(said, 2) == ["one", "two"]
+    with pytest.raises(demo.DemoFailed, match="2 answers came for 3 questions"):
+        demo._answers(said, 3)

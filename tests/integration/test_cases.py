@@ -1,5 +1,5 @@
-"""Small inputs that failed in tools like ours, over HTTP: those of tests/compression/test_cases.py, and models
-whose config.json says odd things. Each runs, or is tried once and says what is wrong.
+"""Small inputs that failed in tools like ours, over HTTP: those of tests/compression/test_cases.py, and
+models whose config.json says odd things. Each runs, or is tried once and says what is wrong.
 
 What is refused when it is submitted is in tests/api/jobs/test_submitting.py.
 """

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from sqlalchemy.exc import StatementError
 from structlog.testing import capture_logs
 
 from api.jobs.ledger import events
 from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
 from api.jobs.queue import leases
+from api.jobs.queue.attempts import NO_FACTS
 from api.settings import Settings
 from api.store.base import go_on
 from compression.events import JOURNAL_FILE
@@ -22,6 +25,7 @@ from tests.support.postgres import PostgresServer, new_database
 from tests.worker.conftest import Submit, cancel, queue, until_an_engine_is_done
 from worker.context import WorkerContext
 from worker.heartbeat import Presence
+from worker.publication import Publisher
 from worker.resume import restore
 from worker.tasks import run_jobs
 
@@ -173,3 +177,31 @@ def test_a_journal_is_restored_without_what_the_store_lost(worker: WorkerContext
     assert (partial / JOURNAL_FILE).read_text() == (
         '{"type": "plan", "work_key": "k"}\n{"type": "layer", "layer": 0, "file": "0"}\n'
     )
+
+
+def test_a_job_of_another_version_says_what_is_not_supported(worker: WorkerContext, submit: Submit) -> None:
+    job_id = submit()
+    with worker.database.write() as session:
+        session.get_one(Job, job_id).recipe = {"steps": [{"method": "of tomorrow"}]}
+    with capture_logs():
+        run_jobs(worker, Presence(worker))
+    with worker.database.read() as session:
+        job = session.get_one(Job, job_id)
+    assert (job.status, job.error_code, job.attempts_made) == (JobStatus.FAILED, "recipe_not_supported", 1)
+    assert "recipe/steps/0" in (job.error_message or "")
+
+
+def test_a_report_that_no_database_can_hold_leaves_no_upload(
+    worker: WorkerContext, submit: Submit, tmp_path: Path
+) -> None:
+    submit()
+    with worker.database.write() as session:
+        claimed = leases.claim(session, worker.identity, 90)
+    assert claimed is not None
+    lease, job = claimed
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "config.json").write_text("{}")
+    publisher = Publisher(worker, lease, job, worker.check)
+    with pytest.raises(StatementError):
+        publisher.publish(tmp_path / "output", {}, {"totals": {"a set is no JSON"}}, NO_FACTS)
+    assert list(worker.store.list("artifacts")) == []

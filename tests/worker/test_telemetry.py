@@ -11,17 +11,25 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from prometheus_client import REGISTRY
+from sqlalchemy.orm import undefer_group
 
 from api.errors import Unavailable
+from api.jobs.ledger.models import AttemptOutcome, Job
+from api.jobs.queue.leases import Lease
 from compression.recipe import Recipe
 from tests.integration.service import free_port
 from tests.support.logs import Logged
 from tests.worker.conftest import Submit
-from worker import metrics
+from worker import metrics, telemetry
 from worker.context import WorkerContext
 from worker.engine import WorkProcess, engine_environment
 from worker.heartbeat import Presence
+from worker.outcomes import Outcome
 from worker.runner import EngineSpec
 from worker.tasks import run_jobs
 
@@ -126,3 +134,24 @@ def test_a_worker_shows_its_metrics_on_a_port_of_its_own(worker: WorkerContext) 
     assert 'bitmill_worker_phase_seconds_total{phase="compress"}' in told
     with metrics.exposed(worker.settings):  # no port, no server
         pass
+
+
+def test_only_an_attempt_that_went_wrong_is_an_error_in_its_trace(
+    worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("test"))
+    job_id = submit()
+    with worker.database.read() as session:
+        job = session.get_one(Job, job_id, options=[undefer_group("work")])
+    for outcome in AttemptOutcome:
+        telemetry.AttemptTelemetry(Lease(job_id, 1, 1, "w"), job).end(Outcome(outcome))
+    errors = {
+        span.attributes["bitmill.outcome"]
+        for span in spans.get_finished_spans()
+        if span.attributes is not None and span.status.status_code == StatusCode.ERROR
+    }
+    fine = {"succeeded", "cancelled", "preempted", "deduplicated"}
+    assert errors == {outcome.value for outcome in AttemptOutcome} - fine

@@ -209,3 +209,14 @@ class TestDelete:
         with server.database.read() as session:
             assert session.get(Job, job_id) is None
             assert session.query(JobEvent).count() == 0
+
+
+def test_a_clone_of_another_versions_job_says_what_is_no_longer_taken(server: Server) -> None:
+    job_id = server.submit()["id"]
+    with server.database.write() as session:
+        session.get_one(Job, job_id).recipe = {"steps": [{"method": "of yesterday"}]}
+    answer = server.http.post(f"/v1/jobs/{job_id}/clone", json={})
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_error")
+    assert answer.json()["errors"][0]["pointer"].startswith("/recipe/steps/0")
+    assert "another version" in answer.json()["errors"][0]["hint"]
+    assert server.http.post(f"/v1/jobs/{job_id}/clone", json={"scheme": "W8A8"}).status_code == 202
