@@ -26,7 +26,8 @@ from sqlalchemy.orm import Session
 
 from api.jobs.ledger.models import AttemptOutcome, Job
 from api.jobs.queue import deduplication, leases
-from api.jobs.queue.leases import AttemptFacts, Lease, LeaseLost
+from api.jobs.queue.attempts import AttemptFacts
+from api.jobs.queue.leases import Lease, LeaseLost
 from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec

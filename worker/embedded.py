@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 
 import migrations
 from api.data_dir import secure_and_log
-from api.jobs.queue import leases
+from api.jobs.queue import expiry
 from api.listening import listen
 from api.main import create_app, settle
 from api.observability import configure_logging
@@ -82,7 +82,7 @@ def _worker(settings: Settings) -> Iterator[CeleryThread]:
     """A worker beside the API. No other worker can be alive, so every lease is released first."""
     worker = WorkerContext.open(settings)
     with worker.database.write() as session:
-        released = leases.release_all(session)
+        released = expiry.release_all(session)
     if released:
         log.info("leases_released", count=released)
     presence = Presence(worker)

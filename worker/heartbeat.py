@@ -84,7 +84,7 @@ class LeaseKeeper:
         now = time.monotonic()
         if now - self._renewed < self._heartbeat_seconds:
             with self._database.read() as session:
-                return leases.held(session, self._lease)
+                return leases.status_of(session, self._lease)
         with self._database.write() as session:
             status = leases.renew(session, self._lease, self._lease_seconds)
         self._renewed = now

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from api.database import Database
 from api.jobs.ledger import repository as jobs
-from api.jobs.queue import leases, retention, workers
+from api.jobs.queue import expiry, leases, retention, workers
 from api.jobs.submission import digests
 from api.store.base import Store
 from api.store.keys import artifact_folder, artifact_key
@@ -81,13 +81,13 @@ class Reaper:
         since = now if self._answering_since is None else self._answering_since
         self._answering_since = None
         with self._database.read() as session:  # reading takes no lock of SQLite
-            has_expired = leases.is_over(session)
+            has_expired = expiry.has_expired(session)
             has_silent = workers.has_silent(session, self._lease_seconds)
         has_answered_long = now - since > self._lease_seconds
         if has_expired:
-            self._end(leases.expire)
+            self._end(expiry.expire)
         if has_expired and has_answered_long:
-            self._end(leases.reap)
+            self._end(expiry.reap)
         if has_silent and has_answered_long:
             with self._database.write() as session:
                 workers.remove_silent(session, self._lease_seconds)
@@ -95,8 +95,8 @@ class Reaper:
 
     def _end(self, end_some: Callable[[Session], int]) -> None:
         """End REAPED_AT_ONCE in a transaction, until there are fewer."""
-        changed = leases.REAPED_AT_ONCE
-        while changed == leases.REAPED_AT_ONCE:
+        changed = expiry.REAPED_AT_ONCE
+        while changed == expiry.REAPED_AT_ONCE:
             with self._database.write() as session:
                 changed = end_some(session)
             if changed:

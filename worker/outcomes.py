@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from api import database
 from api.jobs.ledger.models import AttemptOutcome
 from api.jobs.queue import leases
-from api.jobs.queue.leases import AttemptFacts, Lease
+from api.jobs.queue.attempts import AttemptFacts
+from api.jobs.queue.leases import Lease
 from api.store.base import StoreUnavailable
 from compression.boundary import is_disk_full
 from compression.errors import CompressionError

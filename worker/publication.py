@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from api.jobs.ledger.models import Job
 from api.jobs.queue import leases
-from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.jobs.queue.attempts import AttemptFacts
+from api.jobs.queue.leases import CancelWon, Lease, LeaseLost
 from api.store.base import Check, StoreError
 from api.store.factory import open_store
 from api.store.keys import artifact_folder

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from api.jobs.ledger.models import AttemptOutcome
-from api.jobs.queue.leases import AttemptFacts
+from api.jobs.queue.attempts import AttemptFacts
 from api.store.base import Check, StoreError
 from worker.context import ShuttingDown
 from worker.engine import WorkProcess

@@ -7,7 +7,7 @@ from contextlib import suppress
 from sqlalchemy.orm import Session
 
 from api.jobs.ledger.models import AttemptOutcome, Job
-from api.jobs.queue import leases
+from api.jobs.queue import expiry, leases
 from api.jobs.queue.leases import Lease
 from worker.attempt import run_attempt
 from worker.context import ShuttingDown, WorkerContext
@@ -20,7 +20,7 @@ def run_jobs(worker: WorkerContext, presence: Presence) -> None:
     its host failed: a later call goes on once the rest is over."""
 
     def claim(session: Session) -> tuple[Lease, Job] | None:
-        leases.release_held(session, worker.identity.id)
+        expiry.release_held(session, worker.identity.id)
         settings = worker.settings
         return leases.claim(
             session, worker.identity, settings.lease_seconds, max_running=settings.max_running

@@ -12,7 +12,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from api.jobs.ledger.models import AttemptOutcome, Job
-from api.jobs.queue.leases import AttemptFacts, Lease
+from api.jobs.queue.attempts import AttemptFacts
+from api.jobs.queue.leases import Lease
 from api.tracing import context_of
 from worker import metrics
 from worker.messages import Message

@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 
 from api.jobs.ledger.models import Job, JobEvent
 from api.jobs.queue import leases
-from api.jobs.queue.leases import WorkerIdentity
+from api.jobs.queue.workers import WorkerIdentity
 from benchmarks.console import say
 from benchmarks.load import batches, housekeeping, lists, reads, submitters, watchers
 from benchmarks.load.machine import Api, running, running_on_sqlite

@@ -21,7 +21,7 @@ from api.database import Database
 from api.jobs.ledger import events, repository
 from api.jobs.ledger.models import ACTIVE, Job, JobStatus
 from api.jobs.ledger.repository import JobFilter, JobOrder
-from api.jobs.queue import deduplication, leases, quotas, retention, workers
+from api.jobs.queue import deduplication, expiry, leases, quotas, retention, workers
 from api.jobs.queue.leases import Lease
 from api.jobs.submission import digests
 from api.projects import repository as projects
@@ -112,12 +112,12 @@ QUERIES: dict[str, tuple[Query, str]] = {
         "ix_jobs_list_status",
     ),
     "a lease renewed": (lambda s: leases.renew(s, RUNNING, LEASE), "pk_jobs"),
-    "a lease held": (lambda s: leases.held(s, RUNNING), "pk_jobs"),
+    "a lease held": (lambda s: leases.status_of(s, RUNNING), "pk_jobs"),
     "a layer solved": (lambda s: leases.record_layer(s, RUNNING, layer(1), "work/a"), "pk_jobs"),
     "an end": (lambda s: leases.release(s, RUNNING), "pk_attempts"),
     "what a sweep counts": (lambda s: leases.queued_by_device(s, max_running=1000), "ix_jobs_claim"),
-    "what a reaper looks for": (leases.is_over, "ix_jobs_deadline"),
-    "what a reaper ends": (leases.reap, "ix_jobs_claim"),
+    "what a reaper looks for": (expiry.has_expired, "ix_jobs_deadline"),
+    "what a reaper ends": (expiry.reap, "ix_jobs_claim"),
     "who is alive": (lambda s: workers.list_alive(s, LEASE), "pk_jobs"),
     "layers of long ago": (
         lambda s: retention.past_resume(s, days_since(LONG_AGO, s), 100),

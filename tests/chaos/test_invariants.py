@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session
 import migrations
 from api.database import Database, now
 from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
-from api.jobs.queue import leases
-from api.jobs.queue.leases import Lease, WorkerIdentity
+from api.jobs.queue import expiry, leases
+from api.jobs.queue.leases import Lease
+from api.jobs.queue.workers import WorkerIdentity
 from api.projects.repository import get_or_create_project
 from api.store.base import go_on
 from api.store.local import LocalStore
@@ -83,7 +84,7 @@ def _live(session: Session, store: LocalStore, output: Path) -> None:
     leases.record_layer(session, first, _layer(0), "work/0")
     leases.fail(session, first, AttemptOutcome.CRASHED, "engine_crashed", "killed", retryable=True)
     _claim(session, -1)
-    assert leases.reap(session) == 1
+    assert expiry.reap(session) == 1
     last = _claim(session, 60)
     leases.record_layer(session, last, _layer(1), "work/1")
     leases.succeed(session, last, {}, publish(store, output, "job", last.token, {}, go_on))

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from api.jobs.ledger import events
 from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobLayer, JobStatus
-from api.jobs.queue import leases
+from api.jobs.queue import expiry, leases
 from api.jobs.queue.attempts import NO_FACTS
 from api.settings import Settings
 from api.store.base import go_on
@@ -101,7 +101,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(worker: WorkerContext,
 
     def lose() -> None:
         with worker.database.write() as session:
-            leases.release_all(session)
+            expiry.release_all(session)
         worker.stopping.set()  # so that the job is not claimed again
 
     thread = once_an_engine_runs(worker, lose)

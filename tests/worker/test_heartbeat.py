@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from api.jobs import service
 from api.jobs.ledger.models import Job
-from api.jobs.queue import leases, workers
+from api.jobs.queue import expiry, leases, workers
 from api.jobs.queue.leases import Lease, LeaseLost
 from tests.worker.conftest import Submit
 from worker.context import WorkerContext
@@ -68,7 +68,7 @@ def test_a_lost_lease_is_noticed_within_two_seconds(worker: WorkerContext, submi
     lease, _job = claim(worker)
     with keeper(worker, lease) as kept:
         with worker.database.write() as session:
-            leases.release_all(session)
+            expiry.release_all(session)
         assert isinstance(raised_by(kept.check, 2), LeaseLost)
 
 

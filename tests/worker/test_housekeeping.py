@@ -98,8 +98,7 @@ def test_who_has_nothing_to_do_waits_for_no_writer(worker: WorkerContext, submit
 def test_all_that_ran_out_is_reaped(
     worker: WorkerContext, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("api.jobs.queue.reaper.REAPED_AT_ONCE", "api.jobs.queue.leases.REAPED_AT_ONCE"):
-        monkeypatch.setattr(name, 2)
+    monkeypatch.setattr("api.jobs.queue.expiry.REAPED_AT_ONCE", 2)
     for _ in range(3):
         submit(max_queue_seconds=1)
     with worker.database.write() as session:

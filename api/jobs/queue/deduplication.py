@@ -118,16 +118,16 @@ def finish_attached(session: Session, job_id: str) -> None:
             copy_result(session, job, original)
 
 
-def is_stranded() -> tuple[ColumnElement[bool], ...]:
-    """Which jobs are attached to one that is no longer in flight."""
+def stranded() -> tuple[ColumnElement[bool], ...]:
+    """The conditions of jobs that are attached to one that is no longer in flight."""
     gone = func.coalesce(_status_of_original(), JobStatus.FAILED).not_in(_IN_FLIGHT)
     return Job.status == JobStatus.QUEUED, Job.deduplicated_from.is_not(None), gone
 
 
 def resolve_stranded(session: Session, limit: int) -> int:
     """End or detach at most `limit` stranded jobs. Returns how many there were."""
-    stranded = _lock(session, *is_stranded(), limit=limit)
-    for job in stranded:
+    found = _lock(session, *stranded(), limit=limit)
+    for job in found:
         query = select(Job).where(Job.id == job.deduplicated_from, *_has_result())
         original = session.scalars(
             query.with_for_update(read=True).options(undefer(Job.report))
@@ -136,7 +136,7 @@ def resolve_stranded(session: Session, limit: int) -> int:
             _detach(session, job)
         else:
             copy_result(session, job, original)
-    return len(stranded)
+    return len(found)
 
 
 def detach_all(session: Session, job_id: str) -> None:

@@ -28,39 +28,8 @@ from api.jobs.queue.attempts import (
     postponed_backoff,
     postponed_in_a_row,
 )
-from api.jobs.queue.reaper import REAPED_AT_ONCE, expire, is_over, reap, release_all, release_held
-from api.jobs.queue.workers import WorkerIdentity, heartbeat
+from api.jobs.queue.workers import WorkerIdentity
 from compression.events import Phase
-
-__all__ = [
-    "REAPED_AT_ONCE",
-    "AttemptFacts",
-    "CancelWon",
-    "Lease",
-    "LeaseLost",
-    "WorkerIdentity",
-    "append_event",
-    "claim",
-    "expire",
-    "fail",
-    "finished_layers",
-    "heartbeat",
-    "held",
-    "is_over",
-    "mark_cancelled",
-    "postpone",
-    "queued_by_device",
-    "reap",
-    "record_layer",
-    "release",
-    "release_all",
-    "release_held",
-    "renew",
-    "save_cache_key",
-    "save_plan",
-    "set_phase",
-    "succeed",
-]
 
 _LAYER_EVENT_FIELDS = ("layer", "layers_total", "relative_error", "seconds", "eta_seconds")
 
@@ -153,14 +122,18 @@ def renew(session: Session, lease: Lease, lease_seconds: float) -> JobStatus:
     return _fenced_update(session, lease, lease_until=until)
 
 
-def held(session: Session, lease: Lease) -> JobStatus:
-    """The status of the lease's job, running or cancelling. Only reads; LeaseLost where it is not held."""
-    status = session.execute(
+def status_of(session: Session, lease: Lease) -> JobStatus:
+    """The status of the lease's job, running or cancelling. Only reads.
+
+    Raises:
+        LeaseLost: the lease is not held any more.
+    """
+    found = session.execute(
         select(Job.status).where(Job.id == lease.job_id, *_fence(lease))
     ).scalar_one_or_none()
-    if status is None:
+    if found is None:
         raise LeaseLost(lease)
-    return status
+    return found
 
 
 def set_phase(session: Session, lease: Lease, phase: Phase) -> None:

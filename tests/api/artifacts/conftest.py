@@ -13,7 +13,7 @@ import pytest
 
 from api.client import Client
 from api.jobs.queue import leases
-from api.jobs.queue.leases import WorkerIdentity
+from api.jobs.queue.workers import WorkerIdentity
 from api.main import create_app
 from api.store.base import Store
 from api.store.factory import open_store

@@ -10,8 +10,9 @@ from sqlalchemy import select, update
 from api import database as clock
 from api.database import Database
 from api.jobs.ledger.models import Attempt, Job, JobEvent
-from api.jobs.queue import leases
-from api.jobs.queue.leases import Lease, WorkerIdentity
+from api.jobs.queue import expiry, leases, workers
+from api.jobs.queue.leases import Lease
+from api.jobs.queue.workers import WorkerIdentity
 from tests.api.conftest import Server
 
 CPU = WorkerIdentity("cpu-1", "cpu", host_bytes=1000, gpu_bytes=0)
@@ -68,7 +69,7 @@ def make_available(database: Database, job_id: str = "job") -> None:
 def reap(database: Database) -> int:
     """What every worker does again and again."""
     with database.write() as session:
-        return leases.expire(session) + leases.reap(session)
+        return expiry.expire(session) + expiry.reap(session)
 
 
 def layer(number: int) -> dict[str, Any]:
@@ -88,5 +89,5 @@ def start(server: Server) -> Lease:
     with server.database.write() as session:
         claimed = leases.claim(session, WORKER, 90)
         assert claimed is not None
-        leases.heartbeat(session, WORKER, claimed[0].job_id)
+        workers.heartbeat(session, WORKER, claimed[0].job_id)
     return claimed[0]

@@ -14,7 +14,8 @@ from api.database import Database
 from api.errors import Conflict
 from api.jobs.ledger.models import AttemptOutcome, Job, JobStatus
 from api.jobs.queue import leases
-from api.jobs.queue.leases import AttemptFacts, CancelWon, Lease, LeaseLost
+from api.jobs.queue.attempts import AttemptFacts
+from api.jobs.queue.leases import CancelWon, Lease, LeaseLost
 from api.jobs.service import cancel, retry
 from tests.api.jobs.leasing import (
     LEASE,

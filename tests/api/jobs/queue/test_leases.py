@@ -14,8 +14,9 @@ from sqlalchemy import select
 from api import database as clock
 from api.database import Database
 from api.jobs.ledger.models import Attempt, AttemptOutcome, Job, JobEvent, JobLayer, JobStatus
-from api.jobs.queue import leases
-from api.jobs.queue.leases import LeaseLost, WorkerIdentity
+from api.jobs.queue import expiry, leases
+from api.jobs.queue.leases import LeaseLost
+from api.jobs.queue.workers import WorkerIdentity
 from api.jobs.service import cancel, retry
 from tests.api.jobs.leasing import (
     CPU,
@@ -134,7 +135,7 @@ class TestFence:
         before = event_types(database)
         writes: list[Callable[[Any], Any]] = [
             lambda s: leases.renew(s, zombie, LEASE),
-            lambda s: leases.held(s, zombie),
+            lambda s: leases.status_of(s, zombie),
             lambda s: leases.set_phase(s, zombie, "compress"),
             lambda s: leases.save_plan(s, zombie, HEADER),
             lambda s: leases.append_event(s, zombie, "warning", {}),
@@ -305,7 +306,7 @@ class TestReaper:
         must_claim(database)
         with database.write() as session:
             cancel(session, "p", "b")
-            assert leases.release_all(session) == 2
+            assert expiry.release_all(session) == 2
         assert job_row(database, "a").status == JobStatus.QUEUED
         assert job_row(database, "a").attempts_counted == 0
         assert job_row(database, "b").status == JobStatus.CANCELLED
@@ -318,19 +319,19 @@ def test_a_transaction_reaps_no_more_than_others_can_wait_for(
 ) -> None:
     with database.read() as session:
         past = clock.now(session) - timedelta(hours=1)
-        assert not leases.is_over(session)
+        assert not expiry.has_expired(session)
     add_job("lost", status=JobStatus.CANCELLING, lease_until=past, attempts_made=1)
     with database.write() as session:
         session.add(
             Attempt(job_id="lost", number=1, token=0, worker_id="gone", device_class="cpu", started_at=past)
         )
-    for number in range(leases.REAPED_AT_ONCE + 1):
+    for number in range(expiry.REAPED_AT_ONCE + 1):
         add_job(f"job{number}", queue_deadline=past)
     with database.read() as session:
-        assert leases.is_over(session)
-    assert [reap(database) for _ in range(3)] == [1 + leases.REAPED_AT_ONCE, 1, 0]
+        assert expiry.has_expired(session)
+    assert [reap(database) for _ in range(3)] == [1 + expiry.REAPED_AT_ONCE, 1, 0]
     with database.read() as session:
-        assert not leases.is_over(session)
+        assert not expiry.has_expired(session)
 
 
 class TestAnAnswerThatWasLost:
@@ -343,7 +344,7 @@ class TestAnAnswerThatWasLost:
         must_claim(database)
         must_claim(database, WorkerIdentity("cpu-2", "cpu", 1000, 0))
         with database.write() as session:
-            assert leases.release_held(session, CPU.id) == 1
+            assert expiry.release_held(session, CPU.id) == 1
         job = job_row(database, "a")
         assert (job.status, job.attempts_counted) == (JobStatus.QUEUED, 0)
         assert attempt_row(database, 1, "a").outcome == AttemptOutcome.PREEMPTED

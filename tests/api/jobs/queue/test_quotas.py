@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from api import database as clock
 from api.database import Database
 from api.jobs.ledger.models import JobStatus
-from api.jobs.queue import leases, quotas
-from api.jobs.queue.leases import WorkerIdentity
+from api.jobs.queue import leases, quotas, workers
+from api.jobs.queue.workers import WorkerIdentity
 from api.jobs.service import cancel
 from api.main import create_app
 from api.projects.models import Project
@@ -161,7 +161,7 @@ class TestRunning:
         limit(server.database, max_running=1)
         running, waiting = server.submit()["id"], server.submit()["id"]
         with server.database.write() as session:
-            leases.heartbeat(session, WORKER)
+            workers.heartbeat(session, WORKER)
         path = f"/v1/jobs/{waiting}"
         before = server.http.get(path)
         assert before.json()["obstacle"] is None

@@ -1,5 +1,6 @@
 """Jobs whose time has run out: leases that were not renewed, waits longer than max_queue_seconds, and
-duplicates whose original is gone. Every worker calls these functions now and then (worker/)."""
+duplicates whose original is gone. Every worker's reaper calls these functions (worker/housekeeping.py). And
+jobs whose workers are known not to run them, which are given back at once."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ REAPED_AT_ONCE = 50
 """How many jobs one transaction ends at most, so that on SQLite others get to write."""
 
 
-def is_over(session: Session) -> bool:
+def has_expired(session: Session) -> bool:
     """Whether any time has run out. Only reads, so on SQLite it keeps nobody from writing."""
     now = database.now(session)
-    conditions = (_lost(now), _overdue(now), deduplication.is_stranded())
+    conditions = (_lost(now), _overdue(now), deduplication.stranded())
     found = (exists(select(Job.id).where(*which)) for which in conditions)
     return bool(session.scalar(select(or_(*found))))
 
