@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 class Check(BaseModel):
-    """What one part answered. A warning is told, and no reason not to be ready."""
+    """What one part answered. With a warning the server is ready all the same."""
 
     model_config = ConfigDict(json_schema_extra=all_required)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from api.client.types import FieldProblem
     from api.settings import Settings
 
-PATIENCE_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 """How long a call is tried again. A person would rather hear that the server does not answer."""
 UNREACHABLE_HINT = "Start one with `bitmill serve`, or set BITMILL_URL and BITMILL_API_KEY."
 
@@ -29,7 +29,7 @@ def server(*, as_json: bool) -> Iterator[Client]:
 
     url, key = _credentials(load_settings(as_json=as_json), as_json=as_json)
     try:
-        with Client(url, key, patience_seconds=PATIENCE_SECONDS) as client:
+        with Client(url, key, retry_seconds=RETRY_SECONDS) as client:
             yield client
     except ApiError as error:
         exit_code = Exit.UNREACHABLE if error.status >= 500 else Exit.REFUSED

@@ -41,7 +41,7 @@ def create_project(name: NameArgument, as_json: JsonOption = False) -> None:
 
         asked = ProjectCreate(name=name)
         row, key = service.create_project(session, KeyHasher.from_settings(settings), asked)
-        project = quotas.describe(session, row, settings)
+        project = service.describe(row, settings, quotas.use(session, row.id))
     if as_json:
         print_json({"project": project.model_dump(mode="json"), "key": key.model_dump(mode="json")})
     else:
@@ -54,9 +54,12 @@ def list_projects(as_json: JsonOption = False) -> None:
     """List projects with what they use and their limits."""
     with _database(as_json=as_json) as (session, settings):
         from api.jobs.queue import quotas
-        from api.projects import repository
+        from api.projects import repository, service
 
-        found = [quotas.describe(session, row, settings) for row in repository.list_projects(session)]
+        found = [
+            service.describe(row, settings, quotas.use(session, row.id))
+            for row in repository.list_projects(session)
+        ]
     if as_json:
         print_json({"projects": [project.model_dump(mode="json") for project in found]})
     else:
@@ -100,7 +103,7 @@ def update(
             if value is not None
         }
         row = service.update(session, name, ProjectUpdate.model_validate(asked))
-        project = quotas.describe(session, row, settings)
+        project = service.describe(row, settings, quotas.use(session, row.id))
     if as_json:
         print_json(project.model_dump(mode="json"))
     else:

@@ -194,7 +194,7 @@ class Attempt:
             self._recorder.record({"type": "warning", "data": warning}, self._check)
 
     def _pin_dataset(self, dataset: dict[str, Any]) -> None:
-        """From here on the job means this state of its dataset, in this attempt and in later ones."""
+        """Have this attempt and later ones read the version of the dataset that the download found."""
         self._write(lambda session: leases.pin_dataset(session, self._lease, dataset))
         self._spec = self._spec.model_copy(update={"dataset": DatasetSpec.model_validate(dataset)})
 

@@ -118,7 +118,7 @@ def _postpone(
 
 
 def _failure(error: Exception) -> AttemptFailed:
-    """What a job is told. An error that nobody foresaw is retried only where it is about this host."""
+    """What is written of an error. One that nobody foresaw is retried only where it is about this host."""
     if isinstance(error, AttemptFailed):
         return error
     if isinstance(error, CompressionError) or is_disk_full(error):

@@ -68,7 +68,7 @@ class Sweep(BaseModel):
 
     models: list[str]
     schemes: list[str | dict[ShortForm, Any]] = Field(
-        description="A scheme, or it with method, observer, group_size, targets or ignore.",
+        description="A scheme, or it with method, observer, group_size, targets, ignore or strict.",
         examples=[["W8A8", {"scheme": "W4A16", "method": "awq"}]],
     )
     base: dict[str, Any] = Field(

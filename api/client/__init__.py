@@ -30,7 +30,7 @@ class Client(Calls, Blocking):
     """Talks to one server with one API key.
 
     A call that gets no connection or loses it, or is told to come again (429, 503 with Retry-After), is made
-    again while its pauses fit into `patience_seconds`, if that is safe. Then it raises ApiError where the
+    again while its pauses fit into `retry_seconds`, if that is safe. Then it raises ApiError where the
     server answers with an error, and httpx.TransportError where it does not answer. Proxies of the
     environment are used, but not for a server on this machine.
     """

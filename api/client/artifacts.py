@@ -49,7 +49,7 @@ class ArtifactCalls(Base):
 
     def _fetch(self, url: str, path: Path, size: int) -> Flow[None]:
         """Append what is missing; a connection that breaks is taken up where it broke."""
-        backoff = Backoff(self.patience_seconds)
+        backoff = Backoff(self.retry_seconds)
         yield Do(path.touch)
         while (have := (yield Do(lambda: path.stat().st_size))) < size:
             try:

@@ -13,9 +13,9 @@ PAGE = 100
 
 
 class Base:
-    """Base of all groups of calls. patience_seconds: of each call."""
+    """Base of all groups of calls. retry_seconds: of each call."""
 
-    patience_seconds: float
+    retry_seconds: float
 
     def _get(self, path: str, waits: float = 0, **params: Any) -> Flow[Any]:
         return self._json(Request("GET", path, params, repeatable=True, waits=waits))
@@ -24,11 +24,11 @@ class Base:
         return self._json(Request("POST", path, params, json=body, repeatable=repeatable))
 
     def _json(self, request: Request) -> Flow[Any]:
-        response = yield from answered(Send(request), Backoff(self.patience_seconds))
+        response = yield from answered(Send(request), Backoff(self.retry_seconds))
         return response.json()
 
     def _delete(self, path: str) -> Flow[None]:
-        yield from answered(Send(Request("DELETE", path)), Backoff(self.patience_seconds))
+        yield from answered(Send(Request("DELETE", path)), Backoff(self.retry_seconds))
 
     def _pages(self, path: str, page_size: int, **params: Any) -> Listing[Any]:
         cursor = None

@@ -20,7 +20,7 @@ P = ParamSpec("P")
 
 TIMEOUT_SECONDS = 60.0
 """For a connection, and for bytes to come."""
-PATIENCE_SECONDS = 60.0
+RETRY_SECONDS = 60.0
 """A restart of the server, or the rest of a minute whose requests are used up."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -34,9 +34,9 @@ class Blocking:
         api_key: str | None = None,
         *,
         timeout_seconds: float = TIMEOUT_SECONDS,
-        patience_seconds: float = PATIENCE_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        self.patience_seconds = patience_seconds
+        self.retry_seconds = retry_seconds
         self._http = httpx.Client(**_options(url, api_key, timeout_seconds))
 
     def __enter__(self) -> Self:
@@ -79,9 +79,9 @@ class Awaiting:
         api_key: str | None = None,
         *,
         timeout_seconds: float = TIMEOUT_SECONDS,
-        patience_seconds: float = PATIENCE_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        self.patience_seconds = patience_seconds
+        self.retry_seconds = retry_seconds
         self._http = httpx.AsyncClient(**_options(url, api_key, timeout_seconds))
 
     async def __aenter__(self) -> Self:

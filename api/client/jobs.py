@@ -26,7 +26,7 @@ from api.client.types import (
 )
 
 TERMINAL: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled", "expired")
-_ENDINGS = tuple(f"job_{status}" for status in TERMINAL)
+_LAST_EVENTS = tuple(f"job_{status}" for status in TERMINAL)
 LONG_POLL_SECONDS = 30
 _QUIET_SECONDS = 60.0
 """A stream says something every 15."""
@@ -108,7 +108,7 @@ class JobCalls(Base):
 
         A stream that breaks is taken up behind the last event that came.
         """
-        backoff = Backoff(self.patience_seconds)
+        backoff = Backoff(self.retry_seconds)
         while True:
             stream = Request(
                 "GET",
@@ -128,7 +128,7 @@ class JobCalls(Base):
                         since, last = event["seq"], event["type"]
                         backoff.reset()
                         yield Item(event)
-                if last in _ENDINGS:  # and no retry came before the stream ended
+                if last in _LAST_EVENTS:  # and no retry came before the stream ended
                     return
             except httpx.TransportError as broken:
                 error = broken
@@ -164,7 +164,7 @@ class JobCalls(Base):
     def report_csv(self, job_id: str) -> Flow[str]:
         """The modules of the report, a line of CSV each."""
         request = Request("GET", in_path("jobs", job_id, "report"), {"format": "csv"}, repeatable=True)
-        response = yield from answered(Send(request), Backoff(self.patience_seconds))
+        response = yield from answered(Send(request), Backoff(self.retry_seconds))
         return response.text
 
     @call

@@ -174,7 +174,7 @@ class CalibrationParameter(TypedDict):
 
 
 class Check(TypedDict):
-    """What one part answered. A warning is told, and no reason not to be ready."""
+    """What one part answered. With a warning the server is ready all the same."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
@@ -442,7 +442,9 @@ class JobOverrides(TypedDict):
 
 
 class JobPage(TypedDict):
-    """Jobs, the newest first. `next_cursor` is null on the last page."""
+    """Jobs, in the order that `sort` says, the newest first by default. `next_cursor` is null on the last
+    page.
+    """
 
     items: list[JobRead]
     next_cursor: str | None
@@ -507,9 +509,9 @@ JobStatus = Literal[
 class JobSubmit(TypedDict):
     """One compression to run: what, with which data, how.
 
-    Give either `scheme`, with `method`, `observer`, `group_size`, `targets` and `ignore` where the defaults
-    do not fit, or a whole `recipe`. The default method is gptq for int and fp4 weights with a dataset, else
-    rtn; for a sparse scheme sparsegpt with a dataset, else magnitude.
+    Give either `scheme`, with `method`, `observer`, `group_size`, `targets`, `ignore` and `strict` where the
+    defaults do not fit, or a whole `recipe`. The default method is gptq for int and fp4 weights with a
+    dataset, else rtn; for a sparse scheme sparsegpt with a dataset, else magnitude.
     """
 
     model: str
@@ -949,7 +951,7 @@ class WorkerList(TypedDict):
 
 
 class WorkerRead(TypedDict):
-    """A worker as its last heartbeat told. `job_id` is given only for a job of the caller's own project."""
+    """A worker as of its last heartbeat. `job_id` is given only for a job of the caller's own project."""
 
     id: str
     device_class: str

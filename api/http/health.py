@@ -45,8 +45,8 @@ async def livez() -> Alive:
     ),
 )
 async def readyz(context: Context) -> Ready:
-    """The database has the schema that this code needs, and the store answers. A broker that is away is told;
-    jobs are accepted without it. The errors of a 503 are the checks that failed."""
+    """The database has the schema that this code needs, and the store answers. A broker that is away is a
+    warning: jobs are accepted without it. The errors of a 503 are the checks that failed."""
     checks = await context.readiness.examine()
     failed = [Problem(check.code, check.message, check.hint) for check in checks if check.status == "failed"]
     if failed:

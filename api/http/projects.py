@@ -20,7 +20,7 @@ def get_project(caller: Reader, context: Context) -> ProjectRead:
     """The project of the key that calls: its limits, and what of them is used."""
     with context.database.read() as session:
         project = repository.get_project(session, caller.project_id)
-        return quotas.describe(session, project, context.settings)
+        return service.describe(project, context.settings, quotas.use(session, project.id))
 
 
 @router.post(

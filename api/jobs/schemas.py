@@ -74,7 +74,8 @@ class JobDetail(JobProgress):
 
 
 class JobPage(BaseModel):
-    """Jobs, the newest first. `next_cursor` is null on the last page."""
+    """Jobs, in the order that `sort` says, the newest first by default. `next_cursor` is null on the last
+    page."""
 
     items: list[JobRead]
     next_cursor: str | None

@@ -23,8 +23,11 @@ from api.projects.schemas import (
     KeyCreated,
     KeyPage,
     KeyRead,
+    LimitsRead,
     ProjectCreate,
+    ProjectRead,
     ProjectUpdate,
+    ProjectUse,
 )
 from api.security import KeyHasher, Scope, is_well_formed, new_key, write_private
 from api.settings import Settings
@@ -93,6 +96,19 @@ def update(session: Session, name: str, changes: ProjectUpdate) -> Project:
         setattr(project, field, value)
     session.flush()
     return project
+
+
+def describe(project: Project, settings: Settings, use: ProjectUse) -> ProjectRead:
+    """A project with its limits. use: what of them is used, as `quotas.use` counts it."""
+    return ProjectRead(
+        id=project.id,
+        name=project.name,
+        created_at=project.created_at,
+        limits=LimitsRead.model_validate(Limits.of(project, settings)),
+        s3_prefixes=list(read_prefixes(project, settings)),
+        output_prefixes=project.output_prefixes or [],
+        use=use,
+    )
 
 
 def s3_access(session: Session, project_id: str, settings: Settings) -> S3Access:

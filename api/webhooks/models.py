@@ -13,7 +13,8 @@ from api.projects.models import Project
 
 
 class WebhookEvent(StrEnum):
-    """Types of events that webhooks may be told. The others are many: who needs them follows the job."""
+    """Events that messages to webhooks are about. There are none about phases, layers and warnings: a job has
+    hundreds of those, and its list or stream of events has them all."""
 
     JOB_QUEUED = "job_queued"
     ATTEMPT_STARTED = "attempt_started"

@@ -29,12 +29,12 @@ class WebhookCreate(BaseModel):
         examples=["https://example.com/bitmill"],
     )
     events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=len(WebhookEvent))] = Field(
-        default=_FINAL_EVENTS, description="Which events of a job are told; by default the four that end it."
+        default=_FINAL_EVENTS, description="Events to get messages about; by default the four that end a job."
     )
     all_jobs: bool = Field(
         default=True,
         strict=True,
-        description="false: told only of jobs that name this webhook as their `callback`.",
+        description="false: gets messages only about jobs that name this webhook as their `callback`.",
     )
     description: str | None = Field(default=None, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
 

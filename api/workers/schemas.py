@@ -10,7 +10,7 @@ from api.jobs.ledger.models import DeviceClass
 
 
 class WorkerRead(BaseModel):
-    """A worker as its last heartbeat told. `job_id` is given only for a job of the caller's own project."""
+    """A worker as of its last heartbeat. `job_id` is given only for a job of the caller's own project."""
 
     id: str
     device_class: str

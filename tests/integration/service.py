@@ -233,7 +233,7 @@ class Service:
     def _answers(self, url: str) -> bool:
         assert self.serve is not None
         assert self.serve.is_running(), self.serve.log.read_text()
-        with Client(url, patience_seconds=0) as client, contextlib.suppress(ApiError, httpx.TransportError):
+        with Client(url, retry_seconds=0) as client, contextlib.suppress(ApiError, httpx.TransportError):
             return client.ready()["status"] == "ready"
         return False
 

@@ -69,7 +69,7 @@ def store(session: Session, events: Sequence[JobEvent]) -> None:
 
 
 def _notify_webhooks(session: Session, job_ids: Sequence[str], type: str, at: datetime) -> None:
-    """Write messages about these jobs of one project to the webhooks that are told of this event."""
+    """Write messages about these jobs of one project to the webhooks that want this event."""
     project = select(Job.project_id).where(Job.id == job_ids[0]).scalar_subquery()
     jobs = Job.id.in_(job_ids)
     webhooks = outbox.receivers(session, type, project, select(Job.callback).where(jobs))

@@ -62,7 +62,7 @@ class JobRead(BaseModel):
     device_class: DeviceClass
     max_runtime_seconds: int | None
     max_queue_seconds: int | None
-    callback: str | None = Field(description="The webhook that is told of this job.")
+    callback: str | None = Field(description="The webhook that gets messages about this job.")
     output: str | None = Field(description="Below which prefix in S3 its files are copied to.")
     attempts_made: int
     event_seq: int = Field(description="The seq of its last event; it grows with every change.")

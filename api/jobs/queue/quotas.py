@@ -14,11 +14,8 @@ from api.errors import TooManyRequests
 from api.jobs.ledger import repository
 from api.jobs.ledger.models import ACTIVE, Job, JobStatus
 from api.projects import repository as projects
-from api.projects.limits import Limits
 from api.projects.models import Project
-from api.projects.schemas import LimitsRead, ProjectRead, ProjectUse
-from api.projects.service import read_prefixes
-from api.settings import Settings
+from api.projects.schemas import ProjectUse
 
 
 def room_in_queue(session: Session, project_id: str, max_queued: int | None) -> int | None:
@@ -63,19 +60,11 @@ def full_projects(max_running: int | None) -> Select[str]:
     return select(Project.id).where(limit.is_not(None), limit <= running.scalar_subquery())
 
 
-def describe(session: Session, project: Project, settings: Settings) -> ProjectRead:
-    """A project with its limits, and what of them is used."""
-    return ProjectRead(
-        id=project.id,
-        name=project.name,
-        created_at=project.created_at,
-        limits=LimitsRead.model_validate(Limits.of(project, settings)),
-        s3_prefixes=list(read_prefixes(project, settings)),
-        output_prefixes=project.output_prefixes or [],
-        use=ProjectUse(
-            queued=repository.count(session, project.id, (JobStatus.QUEUED,)),
-            running=repository.count(session, project.id, ACTIVE),
-        ),
+def use(session: Session, project_id: str) -> ProjectUse:
+    """What the project uses of its limits."""
+    return ProjectUse(
+        queued=repository.count(session, project_id, (JobStatus.QUEUED,)),
+        running=repository.count(session, project_id, ACTIVE),
     )
 
 

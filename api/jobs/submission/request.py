@@ -65,9 +65,9 @@ def _accept_string_dataset(schema: dict[str, Any]) -> None:
 class JobSubmit(BaseModel):
     """One compression to run: what, with which data, how.
 
-    Give either `scheme`, with `method`, `observer`, `group_size`, `targets` and `ignore` where the defaults
-    do not fit, or a whole `recipe`. The default method is gptq for int and fp4 weights with a dataset, else
-    rtn; for a sparse scheme sparsegpt with a dataset, else magnitude.
+    Give either `scheme`, with `method`, `observer`, `group_size`, `targets`, `ignore` and `strict` where the
+    defaults do not fit, or a whole `recipe`. The default method is gptq for int and fp4 weights with a
+    dataset, else rtn; for a sparse scheme sparsegpt with a dataset, else magnitude.
     """
 
     model_config = ConfigDict(
@@ -115,7 +115,7 @@ class JobSubmit(BaseModel):
     callback: str | None = Field(
         default=None,
         max_length=40,
-        description="A webhook that is told of this job, also if it is not told of all.",
+        description="A webhook that gets messages about this job, also if it gets none about others.",
         examples=["wh_0f3c9a1be27d45608c1f"],
     )
     output: S3Prefix | None = Field(

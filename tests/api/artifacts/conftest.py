@@ -88,5 +88,5 @@ def published(server: Server, tmp_path: Path) -> Iterator[Published]:
 
 @pytest.fixture
 def client(published: Published) -> Iterator[Client]:
-    with Client(published.url, published.key, patience_seconds=0) as client:
+    with Client(published.url, published.key, retry_seconds=0) as client:
         yield client

@@ -84,15 +84,15 @@ def test_it_waits_no_longer_than_it_was_told_and_may(connect: Connect, said: dic
 
 
 def test_patience_ends(connect: Connect) -> None:
-    error, asked = ask(connect, [NOTHING], "job", "x", patience_seconds=0)
+    error, asked = ask(connect, [NOTHING], "job", "x", retry_seconds=0)
     assert (type(error), len(asked)) == (httpx.RemoteProtocolError, 1)
-    error, asked = ask(connect, [NOTHING] * 2, "job", "x", patience_seconds=0.25)
+    error, asked = ask(connect, [NOTHING] * 2, "job", "x", retry_seconds=0.25)
     assert (type(error), len(asked)) == (httpx.RemoteProtocolError, 2)
 
 
 def test_no_server(connect: Connect) -> None:
     with (
-        connect("http://127.0.0.1:1", "key", patience_seconds=0) as client,
+        connect("http://127.0.0.1:1", "key", retry_seconds=0) as client,
         pytest.raises(httpx.ConnectError),
     ):
         client.project()
@@ -129,7 +129,7 @@ def test_a_stream_whose_job_has_ended_meanwhile(connect: Connect) -> None:
 
 
 def test_streams_that_end_at_once_are_not_read_forever(connect: Connect) -> None:
-    error, _ = ask(connect, [answer(200)] * 2, "follow", "job_1", patience_seconds=0.25)
+    error, _ = ask(connect, [answer(200)] * 2, "follow", "job_1", retry_seconds=0.25)
     assert "ended before the job" in str(error)
 
 
