@@ -28,6 +28,7 @@ from api.jobs.ledger.models import AttemptOutcome, Job
 from api.jobs.queue import deduplication, leases
 from api.jobs.queue.attempts import AttemptFacts
 from api.jobs.queue.leases import Lease, LeaseLost
+from compression.boundary import is_disk_full
 from compression.data.sources import asks_s3, local
 from compression.events import PARTIAL_SUFFIX
 from compression.recipe import DatasetSpec
@@ -36,12 +37,14 @@ from worker.cache_key import compute_cache_key
 from worker.context import ShuttingDown, WorkerContext
 from worker.engine import WorkProcess, start_engine, start_fetcher
 from worker.heartbeat import LeaseKeeper
+from worker.host import HostFault
 from worker.outcomes import AttemptFailed, Outcome
 from worker.publication import Publisher
 from worker.recorder import EngineRecorder
 from worker.resume import restore
 from worker.retry import write_with_retry
 from worker.runner import EngineSpec
+from worker.scratch import UNUSABLE
 from worker.supervisor import Supervisor
 from worker.telemetry import AttemptTelemetry
 
@@ -50,7 +53,7 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> AttemptOutcome:
+def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> Outcome:
     """Do the job's work, write its outcome and return it. An outcome that cannot be written is left to the
     reaper."""
     telemetry = AttemptTelemetry(lease, job)
@@ -76,7 +79,7 @@ def run_attempt(worker: WorkerContext, lease: Lease, job: Job) -> AttemptOutcome
             log.exception("database_failed")
         telemetry.end(outcome)
         log.info("attempt_ended", outcome=outcome.outcome.value, code=outcome.code)
-    return outcome.outcome
+    return outcome
 
 
 def _run_to_outcome(
@@ -97,7 +100,9 @@ def _run_to_outcome(
         if isinstance(reason, SQLAlchemyError) and not outcomes.is_about_values(reason):
             raise
         if outcomes.is_about_files(reason):
-            reason = worker.scratch.fault() or reason
+            fault = worker.scratch.fault()
+            if fault is not None and not is_disk_full(fault):
+                reason = HostFault(f"{UNUSABLE}: {fault}")
         write = partial(outcomes.write, lease=lease, reason=reason, facts=facts)
         return write_with_retry(worker.database, write, worker.check)
 

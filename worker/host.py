@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import structlog
 
+from compression.boundary import is_disk_full
+
 _REST_SECONDS = 60.0
 _REST_MAX_SECONDS = 900.0
 
@@ -29,16 +31,19 @@ class HostFault(Exception):
 
 @contextmanager
 def needed_of_host(what: str) -> Iterator[None]:
-    """Raise an error of the system as HostFault. For what is done before anything depends on the job."""
+    """Raise an error of the system as HostFault, but not that of a full disk: jobs fill disks, and theirs is
+    the code `disk_full`. For what is done before anything depends on the job."""
     try:
         yield
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise HostFault(f"{what}: {error}") from error
 
 
 class Rest:
-    """How long a worker claims no job after HostFaults: a minute, twice as long each time in a row, up to 15
-    minutes."""
+    """How long a worker claims no job after faults of its host: a minute, twice as long each time in a row,
+    up to 15 minutes."""
 
     def __init__(self) -> None:
         self._faults = 0
@@ -48,12 +53,12 @@ class Rest:
         """Whether a job may be claimed."""
         return time.monotonic() >= self._until
 
-    def note(self, *, host_failed: bool) -> None:
-        """Take notice of how an attempt ended."""
-        if not host_failed:
+    def note(self, *, host_is_fit: bool) -> None:
+        """Take notice of how an attempt left the host."""
+        if host_is_fit:
             self._faults = 0
             return
         seconds = min(_REST_MAX_SECONDS, _REST_SECONDS * 2.0**self._faults)
         self._faults += 1
         self._until = time.monotonic() + seconds
-        log.error("host_failed", rest_seconds=seconds, hint="This worker claims nothing meanwhile.")
+        log.error("worker_rests", seconds=seconds, hint="Its host is at fault; see the attempt before.")

@@ -17,9 +17,11 @@ from pathlib import Path
 import structlog
 
 from api.private import FILE_MODE, FOLDER_MODE, make_folder
-from worker.host import HostFault, needed_of_host
+from worker.host import needed_of_host
 
 LOCK = ".lock"
+_PAGE_BYTES = 4096
+UNUSABLE = "The scratch folder cannot be used"
 
 log = structlog.get_logger(__name__)
 
@@ -45,23 +47,20 @@ class Scratch:
             HostFault: it cannot be made.
         """
         folder = self.folder / f"{job_id}-{token}"
-        with needed_of_host("The scratch folder cannot be used"):
+        with needed_of_host(UNUSABLE):
             folder.mkdir(mode=FOLDER_MODE)
         try:
             yield folder
         finally:
             _remove(folder)
 
-    def fault(self) -> HostFault | None:
+    def fault(self) -> OSError | None:
         """Why no file can be made here now, whatever the job; None if one can."""
         try:
-            with (
-                needed_of_host("The scratch folder cannot be used"),
-                tempfile.TemporaryFile(dir=self.folder) as file,
-            ):
-                file.write(b"x")
-        except HostFault as fault:
-            return fault
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(bytes(_PAGE_BYTES))
+        except OSError as error:
+            return error
         return None
 
     def close(self) -> None:

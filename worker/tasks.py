@@ -12,6 +12,7 @@ from api.jobs.queue.leases import Lease
 from worker.attempt import run_attempt
 from worker.context import ShuttingDown, WorkerContext
 from worker.heartbeat import Presence
+from worker.outcomes import Outcome
 from worker.retry import write_with_retry
 
 
@@ -35,4 +36,12 @@ def run_jobs(worker: WorkerContext, presence: Presence) -> None:
             lease, job = claimed
             with presence.busy(job.id):
                 outcome = run_attempt(worker, lease, job)
-            worker.rest.note(host_failed=outcome == AttemptOutcome.HOST_FAILED)
+            worker.rest.note(host_is_fit=_is_fit(worker, outcome))
+
+
+def _is_fit(worker: WorkerContext, outcome: Outcome) -> bool:
+    """Whether the next attempt here need not fail like this one: not where the host did, nor where the disk
+    is still full after the attempt's files are gone."""
+    if outcome.code == "disk_full":
+        return worker.scratch.fault() is None
+    return outcome.outcome != AttemptOutcome.HOST_FAILED

@@ -149,10 +149,15 @@ def test_a_scratch_folder_without_room_is_a_full_disk(
     with new_database(postgres) as url:
         worker = WorkerContext.open(Settings(database_url=url, **settings))
         job_id = queue(worker, model=str(tiny_llama), scheme="W8A8")
+        next_id = queue(worker, model=str(tiny_llama), scheme="W8A8")
         with capture_logs(), full_disks():
             run(worker)
+            run(worker)
         job, attempt = job_of(worker, job_id)
+        with worker.database.read() as session:
+            next_job = session.get_one(Job, next_id)
         worker.close()
+    assert next_job.attempts_made == 0  # the disk is full for it too
     assert (job.status, job.error_code) == (JobStatus.FAILED, "disk_full")
     assert attempt.outcome == AttemptOutcome.FAILED
     assert "Free disk space" in (job.error_message or "")

@@ -88,13 +88,13 @@ def test_a_rest_is_longer_each_time_in_a_row(monkeypatch: pytest.MonkeyPatch) ->
     for seconds in (60, 120, 240, 480, 900, 900):
         assert rest.is_over()
         with capture_logs():
-            rest.note(host_failed=True)
+            rest.note(host_is_fit=False)
         now += seconds - 1
         assert not rest.is_over()
         now += 1
     assert rest.is_over()
-    rest.note(host_failed=False)
+    rest.note(host_is_fit=True)
     with capture_logs():
-        rest.note(host_failed=True)
+        rest.note(host_is_fit=False)
     now += 60
     assert rest.is_over()
