@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from compression.machine import host_memory as _host_memory  # noqa: F401  # before anything imports torch
 from compression.version import VERSION as __version__
 
 if TYPE_CHECKING:

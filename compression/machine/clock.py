@@ -9,9 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
+from compression.machine.host_memory import give_back
+
 
 class Clock:
     """Seconds by phase. Phases do not nest: an inner one is taken out of the outer one's time.
+
+    Memory is planned by phases too. So each one begins by giving the system what the last one freed.
 
     device: "cpu" or "cuda:N". A GPU works on after the call that gave it the work has returned. So the clock
     waits for it where a phase begins and ends, and each phase has the time of its own work.
@@ -37,6 +41,7 @@ class Clock:
         self._wait()
         start, outer = time.perf_counter(), self._inner
         self._inner = 0.0
+        give_back()
         try:
             yield
             self._wait()

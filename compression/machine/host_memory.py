@@ -1,7 +1,7 @@
 """What keeps a process no larger than its tensors: how glibc, torch and oneDNN hold on to memory.
 
-glibc keeps freed blocks for itself: once it has seen blocks of up to 32 MiB freed, it serves such blocks from
-heaps, which only shrink from their end. oneDNN keeps the code that it makes for a product of one shape, for
+glibc serves blocks from heaps, which only shrink from their end, and keeps what is freed in them; a block that is
+mapped by itself goes back at once, and costs a page fault for every 4 KiB when it is written. oneDNN keeps the code that it makes for a product of one shape, for
 the last 1,024 of them; with experts nearly every product has a shape of its own. Together they were up to two
 fifths of a run's memory (docs/memory.md). No bits depend on any of this.
 
@@ -18,21 +18,26 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
-_MMAP_BYTES = 4 << 20
-"""Blocks from this size on are mapped one by one: few enough for what mapping costs."""
+_MMAP_BYTES = 32 << 20
+"""Blocks from this size on are mapped one by one: few enough for what mapping costs. With 4 MiB the kernel took
+a fifth of a run's time on a small model (docs/memory.md)."""
+_KEPT_AT_THE_END = 2 * _MMAP_BYTES
+"""Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 
 _libc = ctypes.CDLL(None)
 
 
 def map_large_blocks() -> None:
-    """From here on, blocks of 4 MiB and more go back to the system when they are freed.
+    """From here on, blocks of 32 MiB and more go back to the system when they are freed, whatever came before.
 
-    Without effect where malloc is not glibc's, as for `give_back`.
+    Smaller ones wait for `give_back`. Without effect where malloc is not glibc's, as for `give_back`.
     """
     if mallopt := getattr(_libc, "mallopt", None):
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_AT_THE_END)
 
 
 def give_back() -> None:

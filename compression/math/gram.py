@@ -146,10 +146,10 @@ def _add_upper_panels(total: Tensor, chunk: Tensor) -> None:
             product = torch.mm(chunk[:, start:stop].t(), chunk[:, start:], out_dtype=torch.float32)
             total[start:stop, start:].add_(product)
         return
-    columns = chunk.t().contiguous().float()  # one after the other in memory, as products read them fastest
+    inputs = chunk.float()
     with products_of_bfloat16() if chunk.dtype == torch.bfloat16 else nullcontext():
-        for start, stop in _panels(len(columns)):
-            total[start:stop, start:].addmm_(columns[start:stop], columns[start:].t())
+        for start, stop in _panels(chunk.shape[1]):
+            total[start:stop, start:].addmm_(inputs[:, start:stop].t(), inputs[:, start:])
 
 
 def _mirror(total: Tensor) -> None:
@@ -161,7 +161,7 @@ def _mirror(total: Tensor) -> None:
 
 
 def _panels(columns: int) -> Iterator[tuple[int, int]]:
-    """Eighths of the columns, in multiples of 64 and not narrower than 128, where products are efficient."""
-    width = max(128, -(-columns // 8 // 64) * 64)
+    """Eighths of the columns, in multiples of 64 and not narrower than 256, where products are efficient."""
+    width = max(256, -(-columns // 8 // 64) * 64)
     for start in range(0, columns, width):
         yield start, min(start + width, columns)
