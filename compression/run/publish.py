@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from compression.boundary import writing
-from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
+from compression.checkpoint.writer import Shard, copy_file, write_file, write_index
 from compression.planning.loaded import NOT_LOADED
 from compression.planning.plans import Plan
 from compression.planning.served import NOT_SERVED
@@ -39,12 +38,7 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     write_file(folder / "recipe.yaml", recipe.encode())
     write_file(folder / "README.md", _card(plan, report).encode())
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
-    with writing(output_dir):
-        if output_dir.is_dir():
-            output_dir.rmdir()  # empty, or the run would not have begun
-        journal.close()
-        folder.rename(output_dir)
-        sync_folder(output_dir.parent)
+    journal.publish(output_dir)
 
 
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:

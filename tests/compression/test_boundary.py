@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from compression.errors import (
     SourceError,
     UnexpectedError,
 )
+from compression.events import Event, LayerReplayed, PhaseChanged
 
 RTN = Recipe.model_validate([{"type": "rtn", "scheme": "FP8_DYNAMIC"}])
 
@@ -185,7 +188,9 @@ def test_messages_can_be_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    "output", ["texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""]
+    "output",
+    ["texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""]
+    + ["dangling", "dangling/out", "linked"],
 )
 def test_an_output_that_cannot_be_made_is_refused_at_once(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
@@ -193,6 +198,8 @@ def test_an_output_that_cannot_be_made_is_refused_at_once(
     (tmp_path / "texts.jsonl").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
     (tmp_path / "here").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("here")
     monkeypatch.chdir(tmp_path / "here")
     if os.geteuid() == 0 and output.startswith("locked"):
         pytest.skip("root may write everywhere")
@@ -203,6 +210,46 @@ def test_an_output_that_cannot_be_made_is_refused_at_once(
     assert caught.value.code == ("output_exists" if output == "/" else "output_not_writable")
     assert len(str(caught.value)) < 500
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_mount_point_is_refused_at_once(tmp_path: Path) -> None:
+    mounted = 'mount -t tmpfs none "$1" && exec "$0" -c "$2" "$1"'
+    code = (
+        "import sys, pathlib, compression.run.journal as j\n"
+        "try: j.check_output(pathlib.Path(sys.argv[1]))\n"
+        "except Exception as error: print(error.code, error)"
+    )
+    (tmp_path / "out").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", mounted, sys.executable, str(tmp_path / "out"), code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and not done.stdout and "Traceback" not in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    assert done.stdout.startswith("output_not_writable"), done
+    assert "is a mount point" in done.stdout
+
+
+@pytest.mark.parametrize("taken_by", ["link", "files"])
+def test_an_output_that_is_taken_meanwhile_costs_no_layer(
+    tiny_llama: Path, tmp_path: Path, taken_by: str
+) -> None:
+    out = tmp_path / "out"
+
+    def take(event: Event) -> None:
+        if isinstance(event, PhaseChanged) and event.phase == "verify":
+            if taken_by == "link":
+                out.symlink_to("nowhere")
+            else:
+                out.mkdir()
+                (out / "file").touch()
+
+    with pytest.raises(ResourceError) as caught:
+        compress(tiny_llama, RTN, out, on_event=take)
+    assert caught.value.code == "output_not_writable"
+    out.rename(tmp_path / "aside")
+    events: list[Event] = []
+    compress(tiny_llama, RTN, out, on_event=events.append)
+    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
+    assert not (out / ".bitmill").exists()
 
 
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
