@@ -189,8 +189,10 @@ def test_messages_can_be_stored() -> None:
 
 @pytest.mark.parametrize(
     "output",
-    ["texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""]
-    + ["dangling", "dangling/out", "linked"],
+    [
+        *("texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""),
+        *("dangling", "dangling/out", "linked"),
+    ],
 )
 def test_an_output_that_cannot_be_made_is_refused_at_once(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
