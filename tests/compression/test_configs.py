@@ -319,9 +319,8 @@ def test_what_a_plan_refuses_of_a_config_transformers_cannot_build(model_type: s
             whole = [rope, *({k: v for k, v in rope.items() if k != key} for key in ROPE_TYPES.get(kind, ()))]
             whole += [{**rope, **wrong} for wrong in wrong_values(kind)]
             changes += [{"rope_parameters": of_layers(model_type, each)} for each in whole]
-        changes += [{"rope_parameters": None, "rope_theta": "1e4"}]
-        if model_type == "gemma3_text":
-            changes += [{"rope_parameters": None, "rope_local_base_freq": "1e4"}]
+        base = "rope_local_base_freq" if model_type == "gemma3_text" else "rope_theta"  # of its two layers
+        changes += [{"rope_parameters": None, base: "1e4"}]
     for change in changes:
         settings = sizes | change
         stated = {"text_config": settings} if model_type in TOWERS else settings
