@@ -309,9 +309,13 @@ def _encoded(
 
 def _check_vocabulary(blocks: Iterable[Tensor], source: Path) -> None:
     """A token id that the embedding has no row for would crash the forward pass without a name."""
-    with foreign("config_invalid", "config.json cannot be read", "Download the model again."):
+    what, hint = "config.json cannot be read", "Download the model again."
+    with foreign("config_invalid", what, hint):
         config = parse_json((source / "config.json").read_bytes())
-        vocabulary = (config.get("text_config") or config).get("vocab_size")
+    if not isinstance(config, dict):
+        raise SourceError("config_invalid", f"{what}: it is no object.", hint)
+    part = config.get("text_config")
+    vocabulary = (part if isinstance(part, dict) else config).get("vocab_size")
     largest = max((int(block.max()) for block in blocks), default=0)
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise SourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from compression.errors import (
     UnexpectedError,
 )
 from compression.events import Event, LayerReplayed, PhaseChanged
+from compression.families.configuration import as_read
+from compression.families.families import FAMILIES
 
 RTN = Recipe.model_validate([{"type": "rtn", "scheme": "FP8_DYNAMIC"}])
 
@@ -79,6 +82,14 @@ def test_what_no_input_is_to_blame_for_passes() -> None:
         with pytest.raises(type(error)) as caught, foreign("some_code", "It"):
             raise error
         assert caught.value is error
+
+
+def test_a_fault_of_ours_is_not_told_as_one_of_the_input() -> None:
+    """Where a library calls code of this package; `as_read` stands for that."""
+    with pytest.raises(AttributeError), foreign("config_invalid", "It", calls_ours=True):
+        as_read(None, FAMILIES["llama"])  # type: ignore[arg-type]
+    with pytest.raises(SourceError), foreign("config_invalid", "It", calls_ours=True):
+        json.loads("{")
 
 
 def test_a_real_panic_of_a_library_in_rust_does_not_pass() -> None:
@@ -140,10 +151,17 @@ def test_the_machine_is_to_blame() -> None:
     def no_memory() -> None:
         raise MemoryError
 
+    def no_memory_of_torch() -> None:
+        torch.empty(1 << 62, dtype=torch.uint8)
+
+    def no_memory_of_the_system() -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
     def no_room() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/scratch/activations")
 
-    for work, code in ((no_memory, "out_of_memory"), (no_room, "disk_full")):
+    without = (no_memory, no_memory_of_torch, no_memory_of_the_system)
+    for work, code in (*((work, "out_of_memory") for work in without), (no_room, "disk_full")):
         error = outcome(work)
         assert isinstance(error, ResourceError)
         assert error.code == code
