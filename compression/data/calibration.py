@@ -315,7 +315,7 @@ def _check_vocabulary(blocks: Iterable[Tensor], source: Path) -> None:
     if not isinstance(config, dict):
         raise SourceError("config_invalid", f"{what}: it is no object.", hint)
     part = config.get("text_config")
-    vocabulary = (part if isinstance(part, dict) else config).get("vocab_size")
+    vocabulary = (part if part and isinstance(part, dict) else config).get("vocab_size")
     largest = max((int(block.max()) for block in blocks), default=0)
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise SourceError(
