@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,8 @@ class Arithmetic:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Arithmetic:
-        """What an earlier run wrote into its resolved plan.
-
-        Those of before named a card, "cuda:1", and a way of making Gram matrices that is no more.
-        """
-        known = {field.name: data[field.name] for field in fields(cls)}
-        if gone := data.keys() - known.keys():
-            known["capability"] += f", {', '.join(sorted(gone))}"
-        return cls(**{**known, "device": device_class(data["device"])})
+        """What `to_dict` gave, of an earlier run of the same work."""
+        return cls(**data)
 
     def obeyable(self, here: Arithmetic) -> bool:
         """Whether a machine whose own choice is `here` can run this plan to the same bits."""
