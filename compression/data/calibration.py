@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -199,18 +200,23 @@ def _block(tokens: Sequence[int]) -> Tensor:
 
 @dataclass
 class _Dropped:
-    """The documents that have no tokens, and whether they are too many."""
+    """The documents that have no tokens, and whether they are too many.
+
+    begun: how many of them had some, of which blocks were cut, before the tokenizer failed.
+    """
 
     documents: Documents
     max_share: float
     rows: list[str] = field(default_factory=list)
     first: str = ""
     count: int = 0
+    begun: int = 0
 
-    def add(self, index: int, why: str) -> None:
+    def add(self, index: int, why: str, *, begun: bool = False) -> None:
         """Drop a document. Raises SourceError `dataset_invalid` where no number of good ones could make up
         for those that were dropped."""
         self.count += 1
+        self.begun += begun
         self.first = self.first or why
         if len(self.rows) < _NAMED_ROWS:
             self.rows.append(self.documents.where(index))
@@ -218,17 +224,17 @@ class _Dropped:
             raise self._too_many(f"{self.count} of {len(self.documents)} rows")
 
     def check(self, used: int) -> None:
-        """Raises SourceError: `dataset_invalid`. used: documents that were drawn beside these."""
-        of = max(used + self.count, min(_FEWEST_ROWS, len(self.documents)))
+        """Raises SourceError: `dataset_invalid`. used: documents that were drawn, those begun included."""
+        of = max(self._read(used), min(_FEWEST_ROWS, len(self.documents)))
         if self.count > self.max_share * of:
-            raise self._too_many(f"{self.count} of {used + self.count} rows that were read")
+            raise self._too_many(f"{self.count} of {self._read(used)} rows that were read")
 
     def warnings(self, used: int) -> tuple[Problem, ...]:
         """What the run has to tell: which rows it did without."""
         if not self.count:
             return ()
         message = (
-            f"{self.count} of {used + self.count} rows that were read have no tokens and were dropped: "
+            f"{self.count} of {self._read(used)} rows that were read have no tokens and were dropped: "
             f"{self._named()}."
         )
         return (Problem("rows_dropped", message, "Mend or remove them.", "/dataset"),)
@@ -240,6 +246,9 @@ class _Dropped:
             f"{self._named()}.",
             "Mend or remove these rows, or raise the calibration's max_dropped_share.",
         )
+
+    def _read(self, used: int) -> int:
+        return used + self.count - self.begun
 
     def _named(self) -> str:
         more = f" and {self.count - len(self.rows)} more" if self.count > len(self.rows) else ""
@@ -277,8 +286,14 @@ def _tokenized(
             continue
         if len(text) > LONGEST_PART:
             yield from _encoded(batch, tokenizer, dropped, special=special)
-            yield tokenizer.encode_long(text, special=special)
             batch, characters = [], 0
+            parts = tokenizer.encode_long(text, special=special)
+            try:
+                begun = [next(parts), next(parts)]  # what a tokenizer adds, and the first part of the text
+            except SourceError as error:
+                dropped.add(index, _failing(error))
+            else:
+                yield _until_it_fails(index, chain(begun, parts), dropped)
             continue
         batch.append((index, text))
         characters += len(text)
@@ -302,9 +317,21 @@ def _encoded(
             try:
                 yield iter(tokenizer.encode([text], special=special))
             except SourceError as error:
-                dropped.add(index, f"the tokenizer fails on it: {reason(error.__cause__ or error)}")
+                dropped.add(index, _failing(error))
         return
     yield from (iter([ids]) for ids in whole)
+
+
+def _until_it_fails(index: int, parts: Iterator[list[int]], dropped: _Dropped) -> Iterator[list[int]]:
+    """The parts of a long document before one that the tokenizer fails on; the rest of it is dropped."""
+    try:
+        yield from parts
+    except SourceError as error:
+        dropped.add(index, _failing(error), begun=True)
+
+
+def _failing(error: SourceError) -> str:
+    return f"the tokenizer fails on it: {reason(error.__cause__ or error)}"
 
 
 def _check_vocabulary(blocks: Iterable[Tensor], source: Path) -> None:

@@ -247,6 +247,9 @@ def test_the_mappings_of_a_llama_are_what_is_smoothed_anyway() -> None:
             Recipe.model_validate({"a_stage": {"b_modifiers": document}})
 
 
+STATIC = {**INT4, "actorder": "static"}
+
+
 def test_the_observer_of_a_modifier_counts_before_that_of_a_group() -> None:
     """As in LLM Compressor 0.14, whose modifier overrides what its config_groups say."""
     groups = {"g": {"weights": {**INT4, "observer": "memoryless_minmax"}}}
@@ -275,7 +278,7 @@ def test_the_observer_of_a_modifier_counts_before_that_of_a_group() -> None:
             "both observer and input_observer",
         ),
         (
-            one("GPTQModifier", actorder=None, config_groups={"g": {"weights": {**INT4, "actorder": "static"}}}),
+            one("GPTQModifier", actorder=None, config_groups={"g": {"weights": STATIC}}),
             "actorder is None, and 'static' in config_groups",
         ),
         (one("GPTQModifier", scheme="W4A16", start=3), "start"),
