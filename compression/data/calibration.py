@@ -35,6 +35,9 @@ _BATCH_CHARACTERS = 1 << 20
 _SHORTEST_ROW = 2
 """Tokens below which a row predicts nothing."""
 
+_BLOCKS_TO_DRAW_FROM = 16
+"""Of a single document, times as many as are needed: no more of it is tokenized."""
+
 _FEWEST_ROWS = 100
 """Rows whose share is taken where fewer were read: a bad one among the first few says nothing of the rest."""
 _NAMED_ROWS = 5
@@ -70,7 +73,8 @@ def load_blocks(
     A document's tokens are those the tokenizer in `source` gives, with the special tokens it adds to a text
     (a conversation: those of its chat template). With packing, documents follow one another without a gap.
     Documents are tokenized only until there are enough blocks, long ones in parts; `report` counts those
-    documents, and as dropped those of their tokens that no block holds. Of the last document that is held
+    documents, and as dropped those of their tokens that no block holds. Where there is a single document,
+    blocks are drawn from its first, 16 times as many as are needed. Of the last document that is held
     out, what no held-out block holds serves the calibration only where all others are too short for it. A
     document that has no tokens is dropped, up to calibration.max_dropped_share of them.
     `calibrate=False` is for recipes that need no data: the dataset then serves the evaluation alone.
@@ -98,7 +102,7 @@ def load_blocks(
         if len(learned) < for_calibration and (more := rest_of_last.take(for_calibration - len(learned))):
             learned, split = [*learned, *more], "blocks"
     else:
-        blocks = cutter.take(None)
+        blocks = cutter.take(_BLOCKS_TO_DRAW_FROM * (for_evaluation + for_calibration))
         generator.shuffle(blocks)
         held_out, learned = blocks[:for_evaluation], blocks[for_evaluation:][:for_calibration]
 

@@ -319,6 +319,20 @@ def test_a_long_document_is_tokenized_in_parts_and_as_far_as_needed(
     )
 
 
+def test_a_single_long_document_is_tokenized_as_far_as_blocks_are_drawn_from_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compression.data.calibration.LONGEST_PART", 1000)
+    monkeypatch.setattr("compression.data.tokenizer.LONGEST_PART", 1000)
+    text = " ".join(f"{number:06d}" for number in range(20_000))
+    few = {"num_calibration_samples": 4, "max_seq_length": 100}
+    report = load(source, [text], **few).report
+    assert 16 * 400 <= report.tokens_used + report.tokens_dropped <= 16 * 400 + 1000
+    begin = text[: 16 * 400]
+    of_begin, of_whole = (load(source, [part], **few).calibration for part in (begin, text))
+    assert as_lists(of_begin) == as_lists(of_whole)
+
+
 def test_a_text_without_spaces_is_cut_all_the_same(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compression.data.tokenizer.LONGEST_PART", 64)
     tokenizer = TextTokenizer(load_tokenizer(source))
