@@ -69,7 +69,7 @@ class LinearGroup:
 
 class _Timed(Iterable[T]):
     """Inputs, the making of which is part of the forward pass, whoever goes through them. Those in a list are
-    made already."""
+    made already; of others a GPU makes the next while it works on the last."""
 
     def __init__(self, inputs: Iterable[T], clock: Clock) -> None:
         self._inputs = inputs
@@ -81,7 +81,7 @@ class _Timed(Iterable[T]):
             return
         inputs = iter(self._inputs)
         while True:
-            with self._clock.phase("forward"):
+            with self._clock.phase("forward", waits=False):
                 each = next(inputs, None)
             if each is None:
                 return

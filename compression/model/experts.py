@@ -100,12 +100,17 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """All experts of a layer, in the place and with the arguments of the fused module."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Gives [tokens, hidden]."""
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor | Routed, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Gives [tokens, hidden].
+
+        In place of top_k_index a hook may hand over what it has made of it, so that it is sorted once.
+        """
         if hidden_states.is_meta:
             return self._on_meta(hidden_states)
         result = torch.zeros_like(hidden_states)
-        routed = Routed(hidden_states, top_k_index, len(self))
+        routed = top_k_index
+        if not isinstance(routed, Routed):
+            routed = Routed(hidden_states, routed, len(self))
         for number in range(len(self)):
             place, token = routed.tokens_of(number)
             if len(token) == 0:
