@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 
 from compression.boundary import foreign, parse_json, reason
-from compression.data.documents import Documents, dataset_digest, open_documents
+from compression.data.documents import Documents, open_documents
 from compression.data.tokenizer import LONGEST_PART, RowRefused, TextTokenizer, load_tokenizer
 from compression.errors import Problem, SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.report import DataReport
-
-__all__ = ["TokenBlocks", "dataset_digest", "load_blocks", "load_tokenizer"]
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is tokenized in one call; bounds memory, and changes no result."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compression.errors import ResourceError
+from compression.machine.batching import BATCH_TOKENS
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -71,7 +72,7 @@ class Arithmetic:
         return same_kind and self.torch_version == here.torch_version and self.threads <= available_threads()
 
 
-def choose(device: str, stored_dtype: str, *, batch_tokens: int = 4096) -> Arithmetic:
+def choose(device: str, stored_dtype: str, *, batch_tokens: int = BATCH_TOKENS) -> Arithmetic:
     """This machine's arithmetic for a checkpoint whose linears are stored as `stored_dtype` ("BF16").
 
     device: "cpu" or "cuda:N", as `resolve_device` gives it. A CPU without native 16-bit products computes in

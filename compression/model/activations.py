@@ -255,9 +255,9 @@ class Activations:
             del original, compressed
 
     def close(self) -> None:
-        """End whatever is still parked."""
-        for stream in (self._calibration, self._original, self._compressed):
-            if stream:
-                stream.close()
+        """End whatever is still parked, and take the hooks off the model."""
+        for each in (self._calibration, self._original, self._compressed, self._hooks, self._cache):
+            if each:
+                each.close()
         if self._spill:
             self._spill.close()
