@@ -1,8 +1,9 @@
 """Every scheme by every method on small models, by whichever engine is first on the path: for same_bytes.py.
 
-    python every_recipe.py INPUTS OUTPUTS
+    python every_recipe.py INPUTS OUTPUTS [RECIPE]
 
-INPUTS has a folder for each model and texts.jsonl. Prints, as JSON, what was written: case, file, SHA-256.
+INPUTS has a folder for each model and texts.jsonl. RECIPE: the name of the only one that is
+wanted. Prints, as JSON, what was written: case, file, SHA-256.
 Only the public face of the engine is used, which is the same in every version.
 """
 
@@ -49,6 +50,8 @@ def main() -> None:
     written: dict[str, dict[str, str]] = {}
     for model in sorted(path for path in inputs.iterdir() if (path / "config.json").exists()):
         for name, steps in recipes():
+            if sys.argv[3:] and name != sys.argv[3]:
+                continue
             output = outputs / f"{len(written)}"
             try:
                 compress(

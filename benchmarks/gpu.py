@@ -132,7 +132,12 @@ class Bench:
             gc.collect()
             torch.cuda.empty_cache()
         counting = _LayerCounts(counts=device != "cpu" and (model != "large" or _fake is not None))
-        report = compress(source, steps, self.folder / output, device=device, on_event=counting, **settings)
+        try:
+            report = compress(
+                source, steps, self.folder / output, device=device, on_event=counting, **settings
+            )
+        finally:
+            counting.close()
         if output == "out":
             shutil.rmtree(self.folder / output)
         gpu = device != "cpu"
@@ -190,13 +195,19 @@ class _LayerCounts:
         if event.layer == 0:
             self._before = _fake.counts() if _fake else _started()
         elif event.layer == 1 and self._before is not None:
-            if isinstance(self._before, Counts):
+            before = self._before
+            self.close()
+            if isinstance(before, Counts):
                 assert _fake is not None
-                self.counts = _fake.counts() - self._before
+                self.counts = _fake.counts() - before
             else:
-                self._before.stop()
-                self.counts = _calls(self._before)
-            self._before = None
+                self.counts = _calls(before)
+
+    def close(self) -> None:
+        """Stop a profiler that a run has left on, which had one layer or did not come to its second."""
+        if isinstance(self._before, profile):
+            self._before.stop()
+        self._before = None
 
 
 _fake: FakeGpu | None = None
@@ -336,9 +347,11 @@ def _pretended(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with FakeGpu() as _fake:
-        yield
-    _fake = None
+    try:
+        with FakeGpu() as _fake:
+            yield
+    finally:
+        _fake = None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.console import say
 from tests.support.models import tiny_dataset, tiny_model
 
 ROOT = Path(__file__).parent.parent
-_MODELS = ("llama", "gemma2", "qwen3_moe", "deepseek_v3")
+MODELS = ("llama", "gemma2", "qwen3_moe", "deepseek_v3", "llama4_text", "llava")
 
 Digests = dict[str, dict[str, str]]
 
@@ -29,29 +30,44 @@ def main() -> int:
     revision = sys.argv[1]
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch, "inputs")
-        for name in _MODELS:
-            tiny_model(inputs / name, name)
-        tiny_dataset(inputs / "texts.jsonl")
+        make_inputs(inputs, MODELS)
         older = Path(scratch, "older")
         _git("worktree", "add", "--quiet", "--detach", str(older), revision)
         try:
-            before, now = (_digests(tree, inputs, Path(scratch, f"by_{tree.name}")) for tree in (older, ROOT))
+            before, now = (digests(tree, inputs, Path(scratch, f"by_{tree.name}")) for tree in (older, ROOT))
         finally:
             _git("worktree", "remove", "--force", str(older))
-    differing = [case for case, files in before.items() if now.get(case) != files]
+    differing = differences(before, now)
     compared = sum(map(len, before.values()))
     refused = sum("refused" in files for files in before.values())
     say(f"{len(before)} cases ({refused} refused), {compared} files; {len(differing)} cases differ")
-    for case in differing:
-        files = sorted({*before[case], *now.get(case, {})})
-        names = [name for name in files if now.get(case, {}).get(name) != before[case].get(name)]
+    for case, names in differing.items():
         say(f"  {case}: {', '.join(names)}")
     return 1 if differing else 0
 
 
-def _digests(tree: Path, inputs: Path, outputs: Path) -> Digests:
-    """What the engine in `tree` writes for every recipe, by case and file."""
+def make_inputs(folder: Path, models: Sequence[str]) -> None:
+    """A tiny model of each type, and text."""
+    for name in models:
+        tiny_model(folder / name, name)
+    tiny_dataset(folder / "texts.jsonl")
+
+
+def differences(before: Digests, now: Digests) -> dict[str, list[str]]:
+    """The names of the files that differ, or are there once only, by case."""
+    differing = {}
+    for case in (*before, *(case for case in now if case not in before)):
+        one, other = before.get(case, {}), now.get(case, {})
+        if one != other:
+            files = sorted({*one, *other})
+            differing[case] = [name for name in files if one.get(name) != other.get(name)]
+    return differing
+
+
+def digests(tree: Path, inputs: Path, outputs: Path, recipe: str | None = None) -> Digests:
+    """What the engine in `tree` writes for every recipe, or for one, by case and file."""
     command = [sys.executable, str(ROOT / "benchmarks" / "every_recipe.py"), str(inputs), str(outputs)]
+    command += [] if recipe is None else [recipe]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: Digests = json.loads(printed.splitlines()[-1])

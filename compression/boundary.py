@@ -1,7 +1,7 @@
 """The one boundary with what is not ours: libraries, the file system, and text of strangers.
 
-    with foreign("tokenizer_unreadable", "The tokenizer cannot be read", hint):
-        AutoTokenizer.from_pretrained(...)           any exception ─▶ SourceError: tokenizer_unreadable
+    with foreign("tokenizer_invalid", "The tokenizer cannot be read", hint):
+        AutoTokenizer.from_pretrained(...)           any exception ─▶ SourceError: tokenizer_invalid
     with writing(path):
         file.write(...)                              OSError ─▶ ResourceError: disk_full, output_not_writable
     parse_json(line)                                 any JSON, any depth ─▶ a value or ValueError
@@ -10,7 +10,8 @@
     def compress(...): ...
 
 `foreign` stands around single calls of a library, never around code of ours: a fault of ours must stay
-visible as one. `last_resort` stands around what programs call.
+visible as one. Where a library calls code of ours, `calls_ours` lets through what that raises. `last_resort`
+stands around what programs call.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_REASON = 300  # characters
 _WITHOUT_WORDS = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
 """Errors whose message says little without their type: that of a KeyError is the key."""
+_WITHOUT_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory",  # ENOMEM in words, of a file that is mapped
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS, cuSOLVER and others
+)
+"""What torch says in a RuntimeError of no kind of its own; 2.11, c10/core/impl/alloc_cpu.cpp and others."""
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Parameters = ParamSpec("Parameters")
@@ -44,12 +52,17 @@ Result = TypeVar("Result")
 
 @contextmanager
 def foreign(
-    code: str, what: str, hint: str = "", *, kind: type[CompressionError] = SourceError
+    code: str,
+    what: str,
+    hint: str = "",
+    *,
+    kind: type[CompressionError] = SourceError,
+    calls_ours: bool = False,
 ) -> Iterator[None]:
     """Raise whatever a library raises as `kind(code, "<what>: <reason>.", hint)`.
 
     Errors of ours pass. So does what no input is to blame for: a full disk, no memory, the process that is
-    told to end.
+    told to end. calls_ours: the library calls code of this package, and what fails in there passes too.
     """
     try:
         yield
@@ -57,6 +70,8 @@ def foreign(
         raise
     except BaseException as error:
         if not _is_error(error) or is_out_of_memory(error) or is_disk_full(error):
+            raise
+        if calls_ours and _is_in_this_package(error):
             raise
         raise kind(code, f"{what}: {reason(error)}.", hint) from error
 
@@ -71,6 +86,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise _not_written(path.name, error) from error
 
 
@@ -213,13 +230,23 @@ def is_disk_full(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this machine's memory, or the device's, was too small."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WITHOUT_MEMORY)
 
 
 def _is_error(error: BaseException) -> bool:
     """Whether it says that something went wrong; a panic of a library in Rust is no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _is_in_this_package(error: BaseException) -> bool:
+    """Whether the innermost frame runs code of this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def _place(error: BaseException) -> str:

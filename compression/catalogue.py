@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compression.methods import METHODS, named
-from compression.methods import Method as RegisteredMethod
+from compression.methods import METHODS, Method, method_names
 from compression.schemes import ALIASES, SCHEMES, SPARSE_SCHEMES, QuantizationArgs, Scheme
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodRow:
     """A type of step. needs_calibration: whether it learns from data. composes_with: methods that may stand
     in the same recipe. recovery: how much accuracy it keeps, and at what cost."""
 
@@ -44,7 +43,7 @@ class SchemeRow:
     recovery: str
 
 
-def methods() -> Sequence[Method]:
+def methods() -> Sequence[MethodRow]:
     """Every type of step."""
     return [_method(method) for method in METHODS.values()]
 
@@ -54,15 +53,15 @@ def schemes() -> Sequence[SchemeRow]:
     return [*map(_quantized, SCHEMES.values()), *map(_sparse, SPARSE_SCHEMES)]
 
 
-def _method(method: RegisteredMethod) -> Method:
+def _method(method: Method) -> MethodRow:
     # of those that move scales, one
-    alone = named("smooths") if method.kind == "smooths" else (method.name,)
-    return Method(
+    alone = method_names("smooths") if method.kind == "smooths" else (method.name,)
+    return MethodRow(
         method.name,
         (method.peer_name,) if method.peer_name else (),
         method.description,
         method.needs_data,
-        tuple(name for name in named("quantizes", "prunes", "smooths") if name not in alone),
+        tuple(name for name in method_names("quantizes", "prunes", "smooths") if name not in alone),
         method.recovery,
         method.source,
     )
@@ -80,7 +79,7 @@ def _quantized(scheme: Scheme) -> SchemeRow:
         activations,
         scheme.format,
         scheme.fixed_input is not None,
-        named("quantizes", "smooths"),
+        method_names("quantizes", "smooths"),
         _RECOVERY[scheme.weights.num_bits, scheme.input_activations is not None],
     )
 
@@ -106,7 +105,7 @@ def _sparse(name: str) -> SchemeRow:
         "as they are",
         "as the source, zeros included",
         False,
-        named("prunes"),
+        method_names("prunes"),
         "No bytes are saved: no reader takes a sparse format any more. A large loss without training.",
     )
 

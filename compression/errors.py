@@ -15,6 +15,7 @@ This module imports nothing, so that the control plane can use it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -32,6 +33,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", _encodable(self.message))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five of many names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _encodable(text: str) -> str:

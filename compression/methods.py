@@ -121,7 +121,7 @@ def method_of(step: Step) -> Method:
     return METHODS[step.type]
 
 
-def named(*kinds: Kind) -> tuple[str, ...]:
+def method_names(*kinds: Kind) -> tuple[str, ...]:
     """Names of the methods of these kinds, kind by kind."""
     return tuple(name for kind in kinds for name, method in METHODS.items() if method.kind == kind)
 

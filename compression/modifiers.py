@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compression.boundary import foreign
+import yaml
+
+from compression.boundary import foreign, reason
+from compression.errors import SourceError
 from compression.events import OnEvent
 from compression.peer_recipe import load_recipe_yaml
 from compression.pipeline import compress
@@ -37,8 +40,13 @@ def oneshot(
         CompressionError: as `compress`; `recipe_unreadable`, a recipe file that cannot be read.
     """
     if isinstance(recipe, str | Path):
-        with foreign("recipe_unreadable", f"The recipe {recipe} cannot be read"):
-            document = load_recipe_yaml(Path(recipe).read_text(encoding="utf-8"))
+        what = f"The recipe {recipe} cannot be read"
+        with foreign("recipe_unreadable", what):
+            text = Path(recipe).read_text(encoding="utf-8")
+        try:
+            document = load_recipe_yaml(text)
+        except yaml.YAMLError as error:
+            raise SourceError("recipe_unreadable", f"{what}: {reason(error)}.") from error
         recipe = Recipe.model_validate(document)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.model_validate({"steps": list(recipe)})

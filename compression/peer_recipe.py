@@ -197,14 +197,29 @@ def _steps(name: str, fields: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
     if "kv_cache_scheme" in given:
         given["kv_cache_scheme"] = _kv_cache_scheme(given["kv_cache_scheme"])
     groups, scheme = given.pop("config_groups", None), given.pop("scheme", None)
+    if groups is not None and scheme is not None:
+        raise ValueError(f"{name} has both scheme and config_groups; give one of them")
     if isinstance(scheme, Mapping):
         for preset, targets in scheme.items():
             yield {**step, **given, "scheme": preset, "targets": targets}
     elif groups is not None:
         for group in _mapping(groups, "config_groups").values():
-            yield {**step, **given, **_group(_mapping(group, "a group of config_groups"))}
+            yield {
+                **step,
+                **given,
+                **_beside(_group(_mapping(group, "a group of config_groups")), step, given),
+            }
     else:
         yield {**step, **given, **({} if scheme is None else {"scheme": scheme})}
+
+
+def _beside(group: dict[str, Any], step: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group adds to its modifier: the modifier's observer counts, and orders must not contradict."""
+    if "actorder" in group and group["actorder"] != given.get("actorder", group["actorder"]):
+        raise ValueError(
+            f"actorder is {given['actorder']!r}, and {group['actorder']!r} in config_groups; give one of them"
+        )
+    return {key: value for key, value in group.items() if key != "observer" or "observer" not in step}
 
 
 def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
@@ -235,8 +250,8 @@ def _are_default(mappings: Any, default: Sequence[tuple[Sequence[str], str]]) ->
     """Whether mappings are those that it finds in a Llama, in whatever order and form it writes them."""
     if not isinstance(mappings, Sequence) or isinstance(mappings, str):
         return False
-    told = [_mapping_of(entry) for entry in mappings]
-    return None not in told and {entry for entry in told if entry} == {
+    read = [_mapping_of(entry) for entry in mappings]
+    return None not in read and {entry for entry in read if entry} == {
         (frozenset(balanced), smoothed) for balanced, smoothed in default
     }
 
@@ -265,16 +280,18 @@ def _end_of(pattern: Any) -> str:
 def _weight_observer(given: dict[str, Any]) -> str | None:
     """The step's observer, out of its fields, that of the weights; others have to be what ours are."""
     observer = given.pop("observer", None)
-    told = {"weights": observer} if not isinstance(observer, Mapping) else dict(observer)
+    separate = [name for name in ("weight_observer", "input_observer", "output_observer") if name in given]
+    if observer is not None and separate:
+        raise ValueError(f"both observer and {separate[0]} are given; give one of them")
+    observers = {"weights": observer} if not isinstance(observer, Mapping) else dict(observer)
     for kind in ("input", "output"):
-        value = given.pop(f"{kind}_observer", told.pop(kind, None))
+        value = given.pop(f"{kind}_observer", observers.pop(kind, None))
         if value not in _RANGE_OBSERVERS:
             raise ValueError(f"{kind}_observer {value!r} has no counterpart; minmax has")
-    weights = told.pop("weights", None)
-    if told:
-        raise ValueError(f"observer {next(iter(told))!r} has no counterpart; weights has")
-    separate = given.pop("weight_observer", None)
-    chosen = separate if weights is None else weights
+    weights = observers.pop("weights", None)
+    if observers:
+        raise ValueError(f"observer {next(iter(observers))!r} has no counterpart; weights has")
+    chosen = given.pop("weight_observer", weights)
     return None if chosen is None else _observer(chosen)
 
 
@@ -292,15 +309,15 @@ def _actorder(value: Any) -> str | None:
 
 def _kv_cache_scheme(value: Any) -> dict[str, Any]:
     """What `KVCacheScheme` takes; its other fields have to say nothing."""
-    told = dict(_mapping(value, "kv_cache_scheme"))
-    if told.get("observer") in _RANGE_OBSERVERS:
-        told.pop("observer", None)
-    for name in list(told):
+    fields = dict(_mapping(value, "kv_cache_scheme"))
+    if fields.get("observer") in _RANGE_OBSERVERS:
+        fields.pop("observer", None)
+    for name in list(fields):
         if name not in _REPRESENTATION and name in _ARGS_DEFAULTS:
-            if told[name] not in (_ARGS_DEFAULTS[name], None):
-                raise ValueError(f"{name} {told[name]!r} of kv_cache_scheme has no counterpart")
-            del told[name]
-    return told
+            if fields[name] not in (_ARGS_DEFAULTS[name], None):
+                raise ValueError(f"{name} {fields[name]!r} of kv_cache_scheme has no counterpart")
+            del fields[name]
+    return fields
 
 
 def _group(group: Mapping[Any, Any]) -> dict[str, Any]:
@@ -334,15 +351,15 @@ def _args(value: Any, what: str) -> dict[str, Any]:
     given = _mapping(value, what)
     if unknown := set(given) - set(_ARGS_DEFAULTS):
         raise ValueError(f"{min(map(str, unknown))} of {what} has no counterpart")
-    told = {**_ARGS_DEFAULTS, **given}
-    if told["observer_kwargs"]:
+    args = {**_ARGS_DEFAULTS, **given}
+    if args["observer_kwargs"]:
         raise ValueError(f"observer_kwargs of {what} have no counterpart")
-    if told["zp_dtype"] not in (None, "torch.int8"):
-        raise ValueError(f"zp_dtype {told['zp_dtype']!r} of {what} has no counterpart; torch.int8 has")
-    if told["strategy"] is None:
+    if args["zp_dtype"] not in (None, "torch.int8"):
+        raise ValueError(f"zp_dtype {args['zp_dtype']!r} of {what} has no counterpart; torch.int8 has")
+    if args["strategy"] is None:
         by_size = {None: "tensor", -1: "channel"}
-        told["strategy"] = by_size.get(told["group_size"], "group") if _is_size(told["group_size"]) else None
-    return told
+        args["strategy"] = by_size.get(args["group_size"], "group") if _is_size(args["group_size"]) else None
+    return args
 
 
 def _is_size(value: Any) -> bool:

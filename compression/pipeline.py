@@ -24,7 +24,8 @@ from compression.checkpoint.headers import read_header
 from compression.checkpoint.reader import TORCH_DTYPES, read_infos
 from compression.checkpoint.tensors import StoredTensor
 from compression.checkpoint.writer import Shard, write_shard
-from compression.data.calibration import dataset_digest, load_blocks
+from compression.data.calibration import load_blocks
+from compression.data.documents import dataset_digest
 from compression.data.sources import Sources, fetch, local
 from compression.events import (
     GenerationProgress,

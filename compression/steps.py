@@ -6,7 +6,7 @@ The steps themselves, one class for each method, are in `compression.methods`.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,20 +22,17 @@ class Frozen(BaseModel):
 class Step(Frozen):
     """One step. Each has a field `type`, the name of its method."""
 
+    shared_fields: ClassVar[frozenset[str]] = frozenset({"type"})
+    """Those that all steps of a kind have; a method's solver takes the others."""
+
     if TYPE_CHECKING:
         type: str  # a Literal of its own in each step
 
     @property
     def options(self) -> dict[str, Any]:
         """What the method's solver takes by keyword: fields of this step that others of its kind lack."""
-        shared = {"type", *_shared_fields(type(self))}
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
-
-
-def _shared_fields(step: type[Step]) -> set[str]:
-    """Fields of the classes in this module that a step inherits."""
-    kinds = [base for base in step.__mro__ if issubclass(base, Step) and base.__module__ == __name__]
-    return {name for kind in kinds for name in kind.model_fields}
+        own = type(self).model_fields.keys() - self.shared_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name in own}
 
 
 class TargetedStep(Step):
@@ -43,6 +40,8 @@ class TargetedStep(Step):
 
     targets, ignore: module names, `re:` patterns, or the class name `Linear`; ignore wins.
     """
+
+    shared_fields: ClassVar[frozenset[str]] = Step.shared_fields | {"targets", "ignore"}
 
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
@@ -74,6 +73,10 @@ class QuantizingStep(TargetedStep):
     model, so one step of a recipe at most has it.
     """
 
+    shared_fields: ClassVar[frozenset[str]] = TargetedStep.shared_fields | {
+        "scheme", "group_size", "observer", "kv_cache_scheme",
+    }  # fmt: skip
+
     scheme: str
     group_size: GroupSize | None = None
     observer: Observer | None = None
@@ -91,6 +94,8 @@ class PruningStep(TargetedStep):
     sparsity: share of a linear's weights that becomes 0. mask_structure: "unstructured", or "n:m", where n of
     every m consecutive weights of a row stay and sparsity is 1 - n/m.
     """
+
+    shared_fields: ClassVar[frozenset[str]] = TargetedStep.shared_fields | {"sparsity", "mask_structure"}
 
     sparsity: float = Field(default=0.5, strict=True, gt=0, lt=1)
     mask_structure: str = "unstructured"

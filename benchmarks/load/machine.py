@@ -53,29 +53,34 @@ class Api:
 @contextmanager
 def running(folder: Path) -> Iterator[Api]:
     """A migrated PostgreSQL with its own settings, durable, and an API on it."""
-    own, servers = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, {own})  # PostgreSQL and everything else inherit it
-    (folder / "postgres").mkdir()
-    postgres = PostgresServer(folder / "postgres")
-    postgres.start()
-    try:
-        with _api(folder, postgres.url(), servers) as api:
-            yield api
-    finally:
-        postgres.stop()
-        os.sched_setaffinity(0, {own, servers})
+    with _on_one_core() as servers:  # PostgreSQL and everything else inherit it
+        (folder / "postgres").mkdir()
+        postgres = PostgresServer(folder / "postgres")
+        postgres.start()
+        try:
+            with _api(folder, postgres.url(), servers) as api:
+                yield api
+        finally:
+            postgres.stop()
 
 
 @contextmanager
 def running_on_sqlite(folder: Path) -> Iterator[Api]:
     """An API on a new SQLite file."""
-    own, servers = sorted(os.sched_getaffinity(0))[:2]
+    with _on_one_core() as servers, _api(folder, f"sqlite:///{folder / 'bitmill.db'}", servers) as api:
+        yield api
+
+
+@contextmanager
+def _on_one_core() -> Iterator[int]:
+    """Keep this process on the first of its cores, and hand over the second."""
+    before = os.sched_getaffinity(0)
+    own, other = sorted(before)[:2]
     os.sched_setaffinity(0, {own})
     try:
-        with _api(folder, f"sqlite:///{folder / 'bitmill.db'}", servers) as api:
-            yield api
+        yield other
     finally:
-        os.sched_setaffinity(0, {own, servers})
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from compression.boundary import parse_json, reason
 from compression.checkpoint.layout import DTYPE_BITS, TensorSpec
 from compression.checkpoint.tensors import FileStamp, StoredTensor, TensorInfo
-from compression.errors import SourceError
+from compression.errors import SourceError, some
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit; also the limit for an index."""
@@ -289,7 +289,7 @@ def _weight_names(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     if missing:
         raise SourceError(
             "weights_missing",
-            f"{len(missing)} of {len(names)} weight files are missing: {_some(missing)}.",
+            f"{len(missing)} of {len(names)} weight files are missing: {some(missing)}.",
             "Download them again.",
         )
     return tuple(sorted(names)), weight_map
@@ -331,7 +331,7 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> 
     if absent:
         raise SourceError(
             "index_invalid",
-            f"{INDEX_FILE} names {len(absent)} tensors that are not in the files: {_some(absent)}.",
+            f"{INDEX_FILE} names {len(absent)} tensors that are not in the files: {some(absent)}.",
             "Download the model again.",
         )
 
@@ -375,7 +375,3 @@ def _is_replaced(relative: str) -> bool:
     name = relative.lower()
     weights = any(name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES)
     return weights or name.endswith(".index.json") or relative in _REWRITTEN
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,25 +14,27 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compression.boundary import foreign, parse_json, reason
-from compression.data.documents import Documents, dataset_digest, open_documents
+from compression.data.documents import Documents, open_documents
 from compression.data.tokenizer import LONGEST_PART, RowRefused, TextTokenizer, load_tokenizer
 from compression.errors import Problem, SourceError
 from compression.recipe import Calibration, DatasetSpec, Evaluation
 from compression.report import DataReport
-
-__all__ = ["TokenBlocks", "dataset_digest", "load_blocks", "load_tokenizer"]
 
 _BATCH_CHARACTERS = 1 << 20
 """Text that is tokenized in one call; bounds memory, and changes no result."""
 
 _SHORTEST_ROW = 2
 """Tokens below which a row predicts nothing."""
+
+_BLOCKS_TO_DRAW_FROM = 16
+"""Of a single document, times as many as are needed: no more of it is tokenized."""
 
 _FEWEST_ROWS = 100
 """Rows whose share is taken where fewer were read: a bad one among the first few says nothing of the rest."""
@@ -69,7 +71,8 @@ def load_blocks(
     A document's tokens are those the tokenizer in `source` gives, with the special tokens it adds to a text
     (a conversation: those of its chat template). With packing, documents follow one another without a gap.
     Documents are tokenized only until there are enough blocks, long ones in parts; `report` counts those
-    documents, and as dropped those of their tokens that no block holds. Of the last document that is held
+    documents, and as dropped those of their tokens that no block holds. Where there is a single document,
+    blocks are drawn from its first, 16 times as many as are needed. Of the last document that is held
     out, what no held-out block holds serves the calibration only where all others are too short for it. A
     document that has no tokens is dropped, up to calibration.max_dropped_share of them.
     `calibrate=False` is for recipes that need no data: the dataset then serves the evaluation alone.
@@ -97,7 +100,7 @@ def load_blocks(
         if len(learned) < for_calibration and (more := rest_of_last.take(for_calibration - len(learned))):
             learned, split = [*learned, *more], "blocks"
     else:
-        blocks = cutter.take(None)
+        blocks = cutter.take(_BLOCKS_TO_DRAW_FROM * (for_evaluation + for_calibration))
         generator.shuffle(blocks)
         held_out, learned = blocks[:for_evaluation], blocks[for_evaluation:][:for_calibration]
 
@@ -199,18 +202,23 @@ def _block(tokens: Sequence[int]) -> Tensor:
 
 @dataclass
 class _Dropped:
-    """The documents that have no tokens, and whether they are too many."""
+    """The documents that have no tokens, and whether they are too many.
+
+    begun: how many of them had some, of which blocks were cut, before the tokenizer failed.
+    """
 
     documents: Documents
     max_share: float
     rows: list[str] = field(default_factory=list)
     first: str = ""
     count: int = 0
+    begun: int = 0
 
-    def add(self, index: int, why: str) -> None:
+    def add(self, index: int, why: str, *, begun: bool = False) -> None:
         """Drop a document. Raises SourceError `dataset_invalid` where no number of good ones could make up
         for those that were dropped."""
         self.count += 1
+        self.begun += begun
         self.first = self.first or why
         if len(self.rows) < _NAMED_ROWS:
             self.rows.append(self.documents.where(index))
@@ -218,17 +226,17 @@ class _Dropped:
             raise self._too_many(f"{self.count} of {len(self.documents)} rows")
 
     def check(self, used: int) -> None:
-        """Raises SourceError: `dataset_invalid`. used: documents that were drawn beside these."""
-        of = max(used + self.count, min(_FEWEST_ROWS, len(self.documents)))
+        """Raises SourceError: `dataset_invalid`. used: documents that were drawn, those begun included."""
+        of = max(self._read(used), min(_FEWEST_ROWS, len(self.documents)))
         if self.count > self.max_share * of:
-            raise self._too_many(f"{self.count} of {used + self.count} rows that were read")
+            raise self._too_many(f"{self.count} of {self._read(used)} rows that were read")
 
     def warnings(self, used: int) -> tuple[Problem, ...]:
         """What the run has to tell: which rows it did without."""
         if not self.count:
             return ()
         message = (
-            f"{self.count} of {used + self.count} rows that were read have no tokens and were dropped: "
+            f"{self.count} of {self._read(used)} rows that were read have no tokens and were dropped: "
             f"{self._named()}."
         )
         return (Problem("rows_dropped", message, "Mend or remove them.", "/dataset"),)
@@ -240,6 +248,9 @@ class _Dropped:
             f"{self._named()}.",
             "Mend or remove these rows, or raise the calibration's max_dropped_share.",
         )
+
+    def _read(self, used: int) -> int:
+        return used + self.count - self.begun
 
     def _named(self) -> str:
         more = f" and {self.count - len(self.rows)} more" if self.count > len(self.rows) else ""
@@ -277,8 +288,14 @@ def _tokenized(
             continue
         if len(text) > LONGEST_PART:
             yield from _encoded(batch, tokenizer, dropped, special=special)
-            yield tokenizer.encode_long(text, special=special)
             batch, characters = [], 0
+            parts = tokenizer.encode_long(text, special=special)
+            try:
+                begun = [next(parts), next(parts)]  # what a tokenizer adds, and the first part of the text
+            except SourceError as error:
+                dropped.add(index, _failing(error))
+            else:
+                yield _until_it_fails(index, chain(begun, parts), dropped)
             continue
         batch.append((index, text))
         characters += len(text)
@@ -302,16 +319,32 @@ def _encoded(
             try:
                 yield iter(tokenizer.encode([text], special=special))
             except SourceError as error:
-                dropped.add(index, f"the tokenizer fails on it: {reason(error.__cause__ or error)}")
+                dropped.add(index, _failing(error))
         return
     yield from (iter([ids]) for ids in whole)
 
 
+def _until_it_fails(index: int, parts: Iterator[list[int]], dropped: _Dropped) -> Iterator[list[int]]:
+    """The parts of a long document before one that the tokenizer fails on; the rest of it is dropped."""
+    try:
+        yield from parts
+    except SourceError as error:
+        dropped.add(index, _failing(error), begun=True)
+
+
+def _failing(error: SourceError) -> str:
+    return f"the tokenizer fails on it: {reason(error.__cause__ or error)}"
+
+
 def _check_vocabulary(blocks: Iterable[Tensor], source: Path) -> None:
     """A token id that the embedding has no row for would crash the forward pass without a name."""
-    with foreign("config_invalid", "config.json cannot be read", "Download the model again."):
+    what, hint = "config.json cannot be read", "Download the model again."
+    with foreign("config_invalid", what, hint):
         config = parse_json((source / "config.json").read_bytes())
-        vocabulary = (config.get("text_config") or config).get("vocab_size")
+    if not isinstance(config, dict):
+        raise SourceError("config_invalid", f"{what}: it is no object.", hint)
+    part = config.get("text_config")
+    vocabulary = (part if part and isinstance(part, dict) else config).get("vocab_size")
     largest = max((int(block.max()) for block in blocks), default=0)
     if isinstance(vocabulary, int) and largest >= vocabulary:
         raise SourceError(

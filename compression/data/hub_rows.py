@@ -90,12 +90,12 @@ def fetch_rows(
 
 def _column(path: Path) -> str:
     """What the rows that are kept hold, "text" or "messages"."""
-    with foreign(
-        "dataset_invalid", f"{path} cannot be read", "Remove this file, which is a copy, and try again."
-    ):
-        with path.open("rb") as file:
-            (column,) = parse_json(file.readline())
-        return str(column)
+    what, hint = f"{path} cannot be read", "Remove this file, which is a copy, and try again."
+    with foreign("dataset_invalid", what, hint), path.open("rb") as file:
+        row = parse_json(file.readline())
+    if not isinstance(row, dict) or len(row) != 1:
+        raise SourceError("dataset_invalid", f"{what}: its first row is no object with one key.", hint)
+    return str(next(iter(row)))
 
 
 def _place(dataset: HubDataset, amount: _Amount, environment: HubEnvironment) -> Path:

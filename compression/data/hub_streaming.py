@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,52 +86,39 @@ def _stream(dataset: HubDataset, environment: HubEnvironment) -> Iterator[dict[s
     from httpx2 import HTTPError  # what huggingface_hub raises is of this class
 
     datasets.disable_progress_bars()
-    try:
-        builder = datasets.load_dataset_builder(
-            dataset.ref.id,
-            dataset.config,
-            revision=dataset.ref.revision,
-            token=environment.token or False,
-        )
-    except ValueError as error:
-        raise SourceError(
-            "dataset_config_not_found",
-            f"{dataset.ref.id!r} cannot be read with config {dataset.config!r}: {_first_lines(error)}",
-            "Name one of its configs with config.",
-        ) from None
-    except RuntimeError as error:  # a dataset that is a script
-        raise _no_format(dataset, error) from None
-    except datasets.exceptions.DataFilesNotFoundError as error:
-        raise _no_format(dataset, error) from None
-    except datasets.exceptions.DatasetNotFoundError:  # it is there, as its commit is known
-        raise access_denied("dataset", dataset.ref) from None
-    except (OSError, HTTPError) as error:
-        raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
-    except Exception:
-        with _unreadable(dataset):
-            raise
-    try:
-        rows = builder.as_streaming_dataset(split=dataset.split)
-    except ValueError as error:
-        raise SourceError(
-            "dataset_split_not_found",
-            f"{dataset.ref.id!r} has no split {dataset.split!r}: {_first_lines(error)}",
-            "Name one of its splits with split.",
-        ) from None
-    except Exception:
-        with _unreadable(dataset):
-            raise
-    try:
-        yield from rows
-    except (OSError, HTTPError) as error:
-        raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
-    except Exception:
-        with _unreadable(dataset):
-            raise
-
-
-def _unreadable(dataset: HubDataset) -> AbstractContextManager[None]:
-    return foreign("dataset_invalid", f"A file of {dataset.ref.id!r} cannot be read", "Use another dataset.")
+    unreadable = f"A file of {dataset.ref.id!r} cannot be read"
+    with foreign("dataset_invalid", unreadable, "Use another dataset."):
+        try:
+            builder = datasets.load_dataset_builder(
+                dataset.ref.id,
+                dataset.config,
+                revision=dataset.ref.revision,
+                token=environment.token or False,
+            )
+        except ValueError as error:
+            raise SourceError(
+                "dataset_config_not_found",
+                f"{dataset.ref.id!r} cannot be read with config {dataset.config!r}: {_first_lines(error)}",
+                "Name one of its configs with config.",
+            ) from None
+        except (RuntimeError, datasets.exceptions.DataFilesNotFoundError) as error:  # of the first, a script
+            raise _no_format(dataset, error) from None
+        except datasets.exceptions.DatasetNotFoundError:  # it is there, as its commit is known
+            raise access_denied("dataset", dataset.ref) from None
+        except (OSError, HTTPError) as error:
+            raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
+        try:
+            rows = builder.as_streaming_dataset(split=dataset.split)
+        except ValueError as error:
+            raise SourceError(
+                "dataset_split_not_found",
+                f"{dataset.ref.id!r} has no split {dataset.split!r}: {_first_lines(error)}",
+                "Name one of its splits with split.",
+            ) from None
+        try:
+            yield from rows
+        except (OSError, HTTPError) as error:
+            raise unreachable(f"{dataset.ref.id!r} broke off ({type(error).__name__})") from error
 
 
 def _no_format(dataset: HubDataset, error: Exception) -> SourceError:

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import tokenizers
-from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -150,7 +149,7 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except StrictDataclassError:  # of config.json, of which a tokenizer needs no more than the model_type
+        except Exception:  # of config.json perhaps, of which a tokenizer needs no more than the model_type
             config = PreTrainedConfig.from_pretrained(source, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
     return tokenizer

@@ -22,15 +22,16 @@ def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     return text if family.vision.text_type and isinstance(text, dict) else config
 
 
-def without_nulls(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The config with every null that Transformers refuses resolved; all other keys as they are.
+def as_read(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The config with every null that Transformers refuses resolved, and every kind of rotary embedding under
+    the name of today; all other keys as they are.
 
     Without `num_key_value_heads` there are as many as heads; any other key is then absent, so that its
     default holds. Nulls that mean something, such as that of `sliding_window`, stay.
     """
-    resolved = _without_nulls(config)
+    resolved = _part_as_read(config, family)
     if text_config(config, family) is not config:
-        resolved["text_config"] = _without_nulls(config["text_config"])
+        resolved["text_config"] = _part_as_read(config["text_config"], family)
     return resolved
 
 
@@ -65,20 +66,25 @@ def rope_parameters(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return stated
 
 
-def _without_nulls(part: Mapping[str, Any]) -> dict[str, Any]:
+def _part_as_read(part: Mapping[str, Any], family: Family) -> dict[str, Any]:
     resolved = {key: value for key, value in part.items() if value is not None or key not in NEVER_NULL}
     heads = part.get("num_attention_heads")
     if "num_key_value_heads" in part and part["num_key_value_heads"] is None and heads is not None:
         resolved["num_key_value_heads"] = heads
     for key in _ROPE_KEYS:
         if isinstance(part.get(key), dict):
-            resolved[key] = _rope_without_nulls(part[key])
+            resolved[key] = _rope_as_read(part[key], family)
     return resolved
 
 
-def _rope_without_nulls(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_as_read(rope: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return {
-        key: _rope_without_nulls(value) if isinstance(value, dict) else value
+        key: _rope_as_read(value, family) if isinstance(value, dict) else _kind_as_read(key, value, family)
         for key, value in rope.items()
         if value is not None or key not in _NEVER_NULL_IN_ROPE
     }
+
+
+def _kind_as_read(key: str, value: Any, family: Family) -> Any:
+    names_kind = key in ("rope_type", "type") and isinstance(value, str)
+    return family.rope_aliases.get(value, value) if names_kind else value

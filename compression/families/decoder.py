@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from compression.errors import Problem
-from compression.families.configuration import text_config, ties, without_nulls
+from compression.families.configuration import as_read, text_config, ties
 from compression.families.families import FAMILIES
 from compression.families.structure import ExpertsSpec, Family, Groups, GroupSpec, LinearSpec
 from compression.families.values import value_problems
@@ -202,7 +202,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
             )
         ]
     problems = _meaning_nulls(text_config(config, family), family)
-    config = without_nulls(config, family)
+    config = as_read(config, family)
     text = text_config(config, family)
     problems += _architecture_problems(config, text, family)
     present = {family.aliases.get(key, key): value for key, value in text.items() if value is not None}
@@ -249,7 +249,7 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder | list[Problem]:
     if stacked and layers * sizes["experts"] > MAX_STACKED_EXPERTS:
         problems.append(_problem("config_invalid", f"config.json: more than {MAX_STACKED_EXPERTS} experts."))
     sparse = _sparse_rule(stated, family, problems)
-    problems += value_problems(config, text, family, vocab)
+    problems += value_problems(config, text, family, vocab, sizes["head"])
     if problems:
         return problems
     keys = {linear.bias for linear in family.linears()} | family.optional.keys()

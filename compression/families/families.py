@@ -96,9 +96,10 @@ DECODERS: dict[str, Family] = {
             *FUSED_MLP,
         ),
         PRE_NORMS,
-        defaults={"max_position_embeddings": 4096, "pad_token_id": 32_000},
+        defaults={"max_position_embeddings": 4096, "pad_token_id": 32_000}
+        | {"original_max_position_embeddings": 4096},
         rope_types=("default", "longrope"),
-        rope_aliases={"yarn": "longrope"},
+        rope_aliases={"su": "longrope", "yarn": "longrope"},  # in its first releases
     ),
     "granite": Family(
         "GraniteForCausalLM",
@@ -111,6 +112,7 @@ DECODERS: dict[str, Family] = {
         attention(qkv_bias="attention_bias") + FUSED_MLP,
         PRE_NORMS,
         defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+        | {"partial_rotary_factor": 0.5}
         | {"max_position_embeddings": 131_072, "pad_token_id": 151_329},
     ),
     "glm4": Family(
@@ -118,6 +120,7 @@ DECODERS: dict[str, Family] = {
         attention(qkv_bias="attention_bias") + FUSED_MLP,
         PRE_NORMS | norms("post_self_attn_layernorm", "post_mlp_layernorm"),
         defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+        | {"partial_rotary_factor": 0.5}
         | {"max_position_embeddings": 131_072, "pad_token_id": 151_329},
     ),
     "olmo2": Family(

@@ -139,7 +139,8 @@ class Family:
     deterministic kernel, so it has to be given them. vision: what stands beside the decoder, where it reads
     images; its sizes are then those of text_config, and all names those of Transformers, whatever they are on
     disk. activation_key: the config key that names the activation function. rope_types: the kinds of rotary
-    embedding that Transformers has for it, () where there is none. rope_aliases: other names for them.
+    embedding that Transformers has for it, () where there is none. rope_aliases: names that they
+    had before.
     """
 
     architecture: str

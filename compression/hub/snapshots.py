@@ -112,9 +112,9 @@ def _download(commit: HubCommit, name: str, environment: HubEnvironment, meter: 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        return Path(
-            hf_hub_download(
+    with writing(environment.cache / name):
+        try:
+            path = hf_hub_download(
                 commit.ref.id,
                 name,
                 repo_type=commit.kind,
@@ -124,15 +124,14 @@ def _download(commit: HubCommit, name: str, environment: HubEnvironment, meter: 
                 token=environment.token or False,
                 tqdm_class=meter,
             )
-        )
-    except HfHubHTTPError as error:
-        code = error.response.headers.get("X-Error-Code", "")
-        refuse(commit.kind, commit.ref, error.response.status_code, code)
-    except (HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # this machine's: a full disk, say
-            with writing(environment.cache / name):
+        except HfHubHTTPError as error:
+            code = error.response.headers.get("X-Error-Code", "")
+            refuse(commit.kind, commit.ref, error.response.status_code, code)
+        except (HTTPError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # this machine's: a full disk, say
                 raise
-        raise unreachable(f"{name} of {commit.ref.id!r} broke off ({type(error).__name__})") from error
+            raise unreachable(f"{name} of {commit.ref.id!r} broke off ({type(error).__name__})") from error
+    return Path(path)
 
 
 def _meter(on_bytes: OnBytes, before: int, total: int) -> type[Any]:

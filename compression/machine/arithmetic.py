@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compression.errors import ResourceError
+from compression.machine.batching import BATCH_TOKENS
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,14 +63,8 @@ class Arithmetic:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Arithmetic:
-        """What an earlier run wrote into its resolved plan.
-
-        Those of before named a card, "cuda:1", and a way of making Gram matrices that is no more.
-        """
-        known = {field.name: data[field.name] for field in fields(cls)}
-        if gone := data.keys() - known.keys():
-            known["capability"] += f", {', '.join(sorted(gone))}"
-        return cls(**{**known, "device": device_class(data["device"])})
+        """What `to_dict` gave, of an earlier run of the same work."""
+        return cls(**data)
 
     def obeyable(self, here: Arithmetic) -> bool:
         """Whether a machine whose own choice is `here` can run this plan to the same bits."""
@@ -77,7 +72,7 @@ class Arithmetic:
         return same_kind and self.torch_version == here.torch_version and self.threads <= available_threads()
 
 
-def choose(device: str, stored_dtype: str, *, batch_tokens: int = 4096) -> Arithmetic:
+def choose(device: str, stored_dtype: str, *, batch_tokens: int = BATCH_TOKENS) -> Arithmetic:
     """This machine's arithmetic for a checkpoint whose linears are stored as `stored_dtype` ("BF16").
 
     device: "cpu" or "cuda:N", as `resolve_device` gives it. A CPU without native 16-bit products computes in

@@ -19,13 +19,10 @@ class Clock:
 
     device: "cpu" or "cuda:N". A GPU works on after the call that gave it the work has returned. So the clock
     waits for it where a phase begins and ends, and each phase has the time of its own work.
-
-    waits: how often it did.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.waits = 0
         self._device = device
         self._started = time.perf_counter()
         self._inner = 0.0
@@ -36,15 +33,21 @@ class Clock:
         return time.perf_counter() - self._started
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the block as `name`."""
-        self._wait()
+    def phase(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """Count the time inside the block as `name`.
+
+        waits=False: the host's time alone, for a part of a phase that is entered so often that waits would
+        keep the device from working ahead. What is left to do there counts where it is waited for next.
+        """
+        if waits:
+            self._wait()
         start, outer = time.perf_counter(), self._inner
         self._inner = 0.0
         give_back()
         try:
             yield
-            self._wait()
+            if waits:
+                self._wait()
         finally:
             elapsed = time.perf_counter() - start
             self.seconds[name] += elapsed - self._inner
@@ -53,4 +56,3 @@ class Clock:
     def _wait(self) -> None:
         if self._device != "cpu":
             torch.cuda.synchronize(self._device)
-            self.waits += 1

@@ -69,7 +69,7 @@ class LinearGroup:
 
 class _Timed(Iterable[T]):
     """Inputs, the making of which is part of the forward pass, whoever goes through them. Those in a list are
-    made already."""
+    made already; of others a GPU makes the next while it works on the last."""
 
     def __init__(self, inputs: Iterable[T], clock: Clock) -> None:
         self._inputs = inputs
@@ -81,7 +81,7 @@ class _Timed(Iterable[T]):
             return
         inputs = iter(self._inputs)
         while True:
-            with self._clock.phase("forward"):
+            with self._clock.phase("forward", waits=False):
                 each = next(inputs, None)
             if each is None:
                 return
@@ -255,9 +255,9 @@ class Activations:
             del original, compressed
 
     def close(self) -> None:
-        """End whatever is still parked."""
-        for stream in (self._calibration, self._original, self._compressed):
-            if stream:
-                stream.close()
+        """End whatever is still parked, and take the hooks off the model."""
+        for each in (self._calibration, self._original, self._compressed, self._hooks, self._cache):
+            if each:
+                each.close()
         if self._spill:
             self._spill.close()

@@ -38,12 +38,12 @@ class Routed:
     """What a layer's experts read in one batch, and who reads what.
 
     hidden_states: [tokens, hidden]. top_k_index: int64 [tokens, k], the experts of each token; numbers that
-    belong to no expert mean none. experts: how many there are.
+    belong to no expert mean none. count: of experts.
     """
 
     hidden_states: Tensor
     top_k_index: Tensor
-    experts: int
+    count: int
 
     def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """(place among its token's experts, token) for each row of the expert's input, both int64 [rows]."""
@@ -57,7 +57,7 @@ class Routed:
     def _by_expert(self) -> list[tuple[Tensor, Tensor]]:
         """`tokens_of` of every expert, by one sort: a GPU has to be waited for once, not once an expert."""
         chosen, order = self.top_k_index.t().flatten().sort(stable=True)
-        numbers = torch.arange(self.experts + 1, device=chosen.device)
+        numbers = torch.arange(self.count + 1, device=chosen.device)
         bounds: list[int] = torch.searchsorted(chosen, numbers).tolist()
         tokens = len(self.top_k_index)
         place, token = order.div(tokens, rounding_mode="floor"), order.remainder(tokens)
@@ -100,12 +100,17 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """All experts of a layer, in the place and with the arguments of the fused module."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Gives [tokens, hidden]."""
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor | Routed, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, hidden]; top_k_index, top_k_weights [tokens, k]. Gives [tokens, hidden].
+
+        In place of top_k_index a hook may hand over what it has made of it, so that it is sorted once.
+        """
         if hidden_states.is_meta:
             return self._on_meta(hidden_states)
         result = torch.zeros_like(hidden_states)
-        routed = Routed(hidden_states, top_k_index, len(self))
+        routed = top_k_index
+        if not isinstance(routed, Routed):
+            routed = Routed(hidden_states, routed, len(self))
         for number in range(len(self)):
             place, token = routed.tokens_of(number)
             if len(token) == 0:

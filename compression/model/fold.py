@@ -157,7 +157,11 @@ def _with_rows_divided(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _to_round(modules: Sequence[ModulePlan], weights: Sequence[Tensor], recipe: Recipe) -> list[ToRound]:
-    """The linears of a group that will be rounded; what is only pruned has no part in the search."""
+    """The linears of a group that will be rounded, in float32, for methods that try how; what is only pruned
+    has no part in that."""
+    assert recipe.smoothing is not None
+    if not method_of(recipe.smoothing).tries_rounding:
+        return []
     parts = []
     for module, weight in zip(modules, weights, strict=True):
         if module.scheme is not None and module.step is not None:

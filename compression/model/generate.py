@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from compression.boundary import foreign
 from compression.checkpoint.writer import write_file
-from compression.data.calibration import load_tokenizer
+from compression.data.tokenizer import load_tokenizer
 from compression.errors import NumericalError, SourceError
 from compression.model.streamed import StreamedModel
 from compression.planning.memory import GENERATION_CACHE_BYTES, GENERATION_WEIGHTS_BYTES

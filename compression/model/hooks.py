@@ -100,12 +100,15 @@ class ForwardHooks:
 
         return keep
 
-    def _at_experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _at_experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, ...] | None]:
+        def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
             batch = greenlet.getcurrent()
-            if isinstance(batch, SuspendedRun):
-                assert isinstance(module, Experts)
-                batch.show(name, Routed(inputs[0], inputs[1], len(module)))
+            if not isinstance(batch, SuspendedRun):
+                return None
+            assert isinstance(module, Experts)
+            routed = Routed(inputs[0], inputs[1], len(module))
+            batch.show(name, routed)
+            return (inputs[0], routed, *inputs[2:])
 
         return show
 

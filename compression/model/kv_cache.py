@@ -33,8 +33,14 @@ class KVCache:
         self.learns_from: Role | None = None
         self._largest: dict[str, Tensor] = {}
         self._scales: Mapping[str, Tensor] = {}
-        for module in modules:
-            module.register_forward_pre_hook(self._stand_in, with_kwargs=True)
+        self._handles = [
+            module.register_forward_pre_hook(self._stand_in, with_kwargs=True) for module in modules
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
 
     def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention calls: keys, values [batch, heads, seq, head_dim]."""

@@ -95,7 +95,9 @@ class StreamedModel:
         ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.compute_dtype, device="meta")  # 4-D: used as it is
         with (
-            foreign("config_invalid", "Transformers cannot run the model of config.json", _CONFIG),
+            foreign(
+                "config_invalid", "Transformers cannot run the model of config.json", _CONFIG, calls_ours=True
+            ),
             without_storage(stateful(self.module, self._tower).values()),
         ):
             self.module(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)

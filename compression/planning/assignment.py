@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compression.errors import Problem
+from compression.errors import Problem, some
 from compression.families.decoder import LM_HEAD
 from compression.planning.served import unserved
 from compression.planning.targets import MAX_EXPRESSIONS, matcher, pattern_problem
@@ -195,7 +195,7 @@ def _fused_problems(chosen: _Chosen) -> list[Problem]:
     members = split[0]
     compressed = [linear.name for linear, step in members if step is not None]
     kept = [linear.name for linear, step in members if step is None]
-    how = f"{_some(compressed)} compressed, {_some(kept)} not" if kept else _some(compressed)
+    how = f"{some(compressed)} compressed, {some(kept)} not" if kept else some(compressed)
     return [
         Problem(
             "fused_group_mismatch",
@@ -272,15 +272,11 @@ def _zero_point_problems(number: int, scheme: Scheme, linears: Sequence[Linear])
         Problem(
             "too_few_outputs",
             "compressed-tensors 0.20 cannot read the zero points of linears with "
-            f"{32 // args.num_bits} outputs or fewer: {_some(unreadable)}.",
+            f"{32 // args.num_bits} outputs or fewer: {some(unreadable)}.",
             "Use the symmetric W4A16, or leave these linears out with ignore.",
             f"/recipe/steps/{number}/scheme",
         )
     ]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _scales(scheme: Scheme) -> str:

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from compression.checkpoint.headers import Checkpoint
 from compression.checkpoint.tensors import BlockScaledWeight
 from compression.data.documents import check_format
-from compression.errors import Problem, SourceError
+from compression.errors import Problem, SourceError, some
 from compression.families.decoder import Decoder
 from compression.families.native_models import NATIVE_MODEL_TYPES
 from compression.methods import method_of
@@ -147,7 +147,7 @@ def tensor_problems(
         problems.append(
             _of_model(
                 "checkpoint_incomplete",
-                f"{len(missing)} tensors that config.json implies are missing: {_some(missing)}.",
+                f"{len(missing)} tensors that config.json implies are missing: {some(missing)}.",
                 "Download the model again, or correct config.json.",
             )
         )
@@ -155,7 +155,7 @@ def tensor_problems(
         problems.append(
             _of_model(
                 "shape_mismatch",
-                f"{len(reshaped)} tensors contradict config.json: {_some(reshaped)}.",
+                f"{len(reshaped)} tensors contradict config.json: {some(reshaped)}.",
                 "Correct config.json, or take the files that belong to it.",
             )
         )
@@ -163,7 +163,7 @@ def tensor_problems(
         problems.append(
             _of_model(
                 "unsupported_dtype",
-                f"{len(mistyped)} tensors are of a type that is not compressed: {_some(mistyped)}.",
+                f"{len(mistyped)} tensors are of a type that is not compressed: {some(mistyped)}.",
                 f"Convert them to one of {', '.join(COMPUTE_DTYPES)}.",
             )
         )
@@ -267,7 +267,7 @@ def unknown_warnings(unknown: Sequence[str]) -> list[Problem]:
     return [
         Problem(
             "unknown_tensors_copied",
-            f"{len(unknown)} tensors are not part of the model and are copied as they are: {_some(unknown)}.",
+            f"{len(unknown)} tensors are not part of the model and are copied as they are: {some(unknown)}.",
         )
     ]
 
@@ -304,7 +304,3 @@ def generation_warnings(work: Workload) -> list[Problem]:
 
 def _of_model(code: str, message: str, hint: str) -> Problem:
     return Problem(code, message, hint, "/model")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

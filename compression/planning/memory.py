@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from compression.machine.batching import BATCH_TOKENS
 from compression.math.sizes import CHUNK_TOKENS
 from compression.planning.solver_memory import FLOAT32, GroupWork, solver_bytes
 from compression.recipe import Calibration, Evaluation
@@ -27,8 +28,6 @@ LARGEST_ITEMSIZE = 4
 products does. At submission nobody knows which worker will come, so plans show this one."""
 ACTIVATION_BUDGET_BYTES = 4 << 30
 """What suspended forwards may hold together, unless a caller allows more."""
-BATCH_TOKENS = 4096
-"""Tokens that run through the model together while calibrating."""
 LOGITS_IN_A_BATCH = 1 << 24
 """Held-out text runs in smaller batches: of both streams, one batch's logits are in memory at once."""
 COMPARISON_BYTES = 64 << 20
@@ -142,12 +141,11 @@ class Workload:
 
     matrix_numbers, matrix_bytes: of the larger of embeddings and lm_head, which are there together only while
     the model writes text (`generates`), and as stored. layers_numbers: of all layers, layer_numbers: of the
-    largest; layer_output_bytes: the same, compressed. groups: how many
-    there are of each kind. linears: of the whole model. rotary_width: numbers a position in the tables of a
-    rotary embedding. window: of sliding attention, 0 without. eager: whether attention scores are kept whole.
-    parked: None where no token runs. budget_bytes: what suspended forwards may hold. expert_columns: the most
-    input columns of an expert's linear, 0 without experts; experts: in a layer, active_experts: of a
-    token there.
+    largest; layer_output_bytes: the same, compressed. groups: how many there are of each kind. linears: of
+    the whole model. rotary_width: numbers a position in the tables of a rotary embedding. window: of sliding
+    attention, 0 without. eager: whether attention scores are kept whole. parked: None where no token runs.
+    budget_bytes: what suspended forwards may hold. expert_columns: the most input columns of an expert's
+    linear, 0 without experts; experts: in a layer, active_experts: of a token there.
     """
 
     matrix_numbers: int

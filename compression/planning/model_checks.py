@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from compression.checkpoint.headers import Checkpoint
-from compression.errors import Problem
+from compression.errors import Problem, some
 from compression.families.decoder import LM_HEAD, Decoder
 from compression.families.structure import Vision
 from compression.recipe import Calibration
@@ -96,15 +96,11 @@ def left_out_warnings(left_out: Iterable[str]) -> list[Problem]:
         warnings.append(
             Problem(
                 "adapter_not_applied",
-                f"{_some(adapters)} is not copied: an adapter in the model's folder is neither merged nor "
+                f"{some(adapters)} is not copied: an adapter in the model's folder is neither merged nor "
                 "written.",
             )
         )
     if folders:
-        message = f"Folders that hold a checkpoint of their own are not copied: {_some(folders)}."
+        message = f"Folders that hold a checkpoint of their own are not copied: {some(folders)}."
         warnings.append(Problem("checkpoints_not_copied", message))
     return warnings
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,7 +14,7 @@ from compression.boundary import foreign
 from compression.checkpoint.block_fp8 import dequantized
 from compression.checkpoint.headers import Checkpoint, read_checkpoint
 from compression.errors import PlanError, Problem
-from compression.families.configuration import without_nulls
+from compression.families.configuration import as_read
 from compression.families.decoder import LM_HEAD, Decoder, read_decoder
 from compression.families.naming import module_names, with_model_names
 from compression.families.stacks import unstacked
@@ -79,7 +79,7 @@ def survey(folder: Path) -> Survey:
         raise PlanError(*problems, *decoder)
     vision = decoder.family.vision
     checkpoint = with_model_names(checkpoint, vision)
-    checkpoint = replace(checkpoint, config=without_nulls(checkpoint.config, decoder.family))
+    checkpoint = replace(checkpoint, config=as_read(checkpoint.config, decoder.family))
     decoder = model_checks.tied_as_stored(decoder, checkpoint, warnings)
     tower = tuple(sorted(name for name in checkpoint.tensors if name.startswith(vision.modules)))
     expected = _expected(checkpoint, decoder)

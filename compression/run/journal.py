@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.boundary import foreign, parse_json, reason, writing
-from compression.checkpoint.writer import Shard, read_shard, write_file
+from compression.checkpoint.writer import Shard, read_shard, sync_folder, write_file
 from compression.errors import CompressionError, PlanError, Problem, ResourceError
 from compression.events import JOURNAL_FILE, PARTIAL_SUFFIX
 from compression.report import ModuleReport
@@ -83,7 +83,11 @@ def _unwritable(output_dir: Path) -> str:
     """Why a folder cannot be made beside which a run works, or nothing."""
     if output_dir.name in ("", "..") or "\0" in str(output_dir):
         return "it is no name for a new folder"
-    above = next(parent for parent in output_dir.absolute().parents if parent.exists())
+    if output_dir.is_symlink():
+        return "it is a link, which a folder cannot replace"
+    if output_dir.is_mount():
+        return "it is a mount point, which a folder cannot replace"
+    above = next(parent for parent in output_dir.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         return f"{above} is no folder"
     longest = os.pathconf(above, "PC_NAME_MAX") - len(PARTIAL_SUFFIX)
@@ -186,10 +190,21 @@ class Journal:
             self._path.parent.mkdir(exist_ok=True)
         write_file(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def close(self) -> None:
-        """Remove the journal: what it kept is about to be published."""
-        with writing(self._path):
-            shutil.rmtree(self._path.parent)
+    def publish(self, output_dir: Path) -> None:
+        """Rename the folder, which is whole. The journal goes with it and is removed there: where the rename
+        fails, a next run still finds every finished layer.
+
+        output_dir: not there, or an empty folder, which the rename replaces.
+
+        Raises:
+            ResourceError: `disk_full`, `output_not_writable`.
+        """
+        with writing(output_dir):
+            self.folder.rename(output_dir)
+            sync_folder(output_dir.parent)
+            self.folder = output_dir
+            shutil.rmtree(self.scratch)
+            sync_folder(output_dir)
 
     @property
     def scratch(self) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from compression.boundary import writing
-from compression.checkpoint.writer import Shard, copy_file, sync_folder, write_file, write_index
+from compression.checkpoint.writer import Shard, copy_file, write_file, write_index
+from compression.errors import Problem
 from compression.planning.loaded import NOT_LOADED
 from compression.planning.plans import Plan
 from compression.planning.served import NOT_SERVED
@@ -34,17 +34,13 @@ def publish(plan: Plan, journal: Journal, shards: Sequence[Shard], report: Repor
     if (checkpoint.folder / "README.md").exists():
         copy_file(checkpoint, "README.md", folder / "README.source.md")
     write_index(folder, shards)
-    write_file(folder / "config.json", _json(written_config(plan)))
+    config = written_config(plan)
+    write_file(folder / "config.json", _json(config))
     recipe = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
     write_file(folder / "recipe.yaml", recipe.encode())
-    write_file(folder / "README.md", _card(plan, report).encode())
+    write_file(folder / "README.md", _card(plan, report, quantized="quantization_config" in config).encode())
     write_file(folder / "bitmill.json", _json(_record(plan, journal, report)))
-    with writing(output_dir):
-        if output_dir.is_dir():
-            output_dir.rmdir()  # empty, or the run would not have begun
-        journal.close()
-        folder.rename(output_dir)
-        sync_folder(output_dir.parent)
+    journal.publish(output_dir)
 
 
 def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def _record(plan: Plan, journal: Journal, report: Report) -> dict[str, Any]:
     }
 
 
-def _card(plan: Plan, report: Report) -> str:
+def _card(plan: Plan, report: Report, *, quantized: bool) -> str:
     """The model card: what this is, how good it is, how to run it."""
     methods = " + ".join(step.type.upper() for step in plan.recipe.steps)
     totals = report.totals
@@ -65,7 +61,7 @@ def _card(plan: Plan, report: Report) -> str:
         f"# {plan.name}, compressed",
         "",
         f"{plan.architecture} compressed with {methods} to {plan.recipe.representation} by Bitmill "
-        f"{VERSION}, in the compressed-tensors format{_readers(plan)}.",
+        f"{VERSION}. {_format(plan, quantized=quantized)}",
         "",
         "| | original | compressed |",
         "| --- | --- | --- |",
@@ -87,10 +83,7 @@ def _card(plan: Plan, report: Report) -> str:
         ]
     lines += [
         "",
-        "```",
-        f"vllm serve ./{plan.name}",
-        "```",
-        "",
+        *_how_to_run(plan),
         "recipe.yaml holds the recipe, bitmill.json the plan and a report of every module. "
         "The card of the original model, if it had one, is README.source.md; its licence applies.",
         "",
@@ -98,11 +91,34 @@ def _card(plan: Plan, report: Report) -> str:
     return "\n".join(lines)
 
 
-def _readers(plan: Plan) -> str:
-    """Which readers load the checkpoint, as far as the plan knows."""
-    codes = {warning.code for warning in plan.warnings}
-    names = [name for name, code in (("Transformers", NOT_LOADED), ("vLLM", NOT_SERVED)) if code not in codes]
-    return f" that {' and '.join(names)} load{'s' if len(names) == 1 else ''}" if names else ""
+def _format(plan: Plan, *, quantized: bool) -> str:
+    """How it is stored, and which readers load it, as far as the plan knows."""
+    how = (
+        "It is in the compressed-tensors format" if quantized else "Its weights are stored as the original's"
+    )
+    names = [name for name, code in _READERS if not _warnings(plan, code)]
+    loads = f"{' and '.join(names)} load{'' if len(names) > 1 else 's'} it"
+    return f"{how}; {loads}." if names else f"{how}."
+
+
+def _how_to_run(plan: Plan) -> list[str]:
+    """By the first reader that takes it; and why another does not."""
+    lines = []
+    if not _warnings(plan, NOT_SERVED):
+        lines += ["```", f"vllm serve ./{plan.name}", "```", ""]
+    elif not _warnings(plan, NOT_LOADED):
+        lines += ["```", f'AutoModelForCausalLM.from_pretrained("./{plan.name}")', "```", ""]
+    for _, code in _READERS:
+        for warning in _warnings(plan, code):
+            lines += [f"{warning.message} {warning.hint}".strip(), ""]
+    return lines
+
+
+_READERS = (("vLLM", NOT_SERVED), ("Transformers", NOT_LOADED))
+
+
+def _warnings(plan: Plan, code: str) -> list[Problem]:
+    return [warning for warning in plan.warnings if warning.code == code]
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import gpu
 
 
@@ -34,3 +36,9 @@ def test_on_the_pretended_gpu_it_counts_and_compares(tmp_path: Path) -> None:
     assert 0 < on_gpu["peak_bytes"] < on_gpu["estimated_bytes"]
     assert on_gpu["layer"]["launches"] > on_gpu["layer"]["syncs"] > on_gpu["layer"]["copies"] > 0
     assert "| experts | gptq W4A16 |" in (tmp_path / "gpu.md").read_text().partition("GPU / CPU")[2]
+
+
+def test_a_run_that_fails_leaves_no_pretended_gpu() -> None:
+    with pytest.raises(KeyError), gpu._pretended(True):
+        raise KeyError
+    assert gpu._fake is None

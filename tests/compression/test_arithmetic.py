@@ -48,16 +48,9 @@ def test_the_plan_has_the_class_of_a_device_and_the_worker_its_number() -> None:
     assert resolve_device("auto") == "cpu"
 
 
-def test_plans_of_before_are_read() -> None:
-    """They are kept in databases, and named a card, and a way of making Gram matrices that is no more."""
+def test_a_plan_that_was_stored_is_read() -> None:
     with FakeGpu():
         here = choose("cuda:0", "BF16")
-    stored = {**here.to_dict(), "device": "cuda:3", "gram_precision": "mixed"}
-    read = Arithmetic.from_dict(stored)
-    assert (read.device, read.compute_dtype, read.threads) == ("cuda", "bfloat16", here.threads)
-    assert not read.obeyable(here)
-    del stored["gram_precision"]
-    assert Arithmetic.from_dict(stored).obeyable(here)
     assert Arithmetic.from_dict(json.loads(json.dumps(here.to_dict()))) == here
 
 
@@ -118,10 +111,11 @@ def test_a_process_that_was_told_to_compute_less_exactly_is_told_otherwise() -> 
 
 def test_a_phase_on_a_gpu_has_the_time_of_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is done while somebody waits for it: 0.1 s of the inner phase's, 0.05 s of the outer's."""
-    queued = 0.0
+    queued, waits = 0.0, 0
 
     def synchronize(_device: str) -> None:
-        nonlocal queued
+        nonlocal queued, waits
+        waits += 1
         time.sleep(queued)
         queued = 0.0
 
@@ -136,15 +130,17 @@ def test_a_phase_on_a_gpu_has_the_time_of_its_own_work(monkeypatch: pytest.Monke
     assert clock.seconds["inner"] == pytest.approx(0.1, abs=0.03)
     assert clock.seconds["outer"] == pytest.approx(0.05, abs=0.03)
     assert clock.seconds["later"] < 0.03
-    assert clock.waits == 6
+    assert waits == 6
     with pytest.raises(KeyError), clock.phase("fails"):  # what has gone wrong is told, not waited for
         raise KeyError
-    assert clock.waits == 7
+    assert waits == 7
+    with clock.phase("later", waits=False):
+        pass
+    assert waits == 7
 
 
 def test_the_clock_does_not_wait_on_a_cpu() -> None:
-    clock = Clock("cpu")
+    clock = Clock("cpu")  # without CUDA, torch.cuda.synchronize fails
     with clock.phase("solve"):
         time.sleep(0.01)
-    assert clock.waits == 0
     assert clock.seconds["solve"] >= 0.01

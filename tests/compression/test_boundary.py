@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,9 @@ from compression.errors import (
     SourceError,
     UnexpectedError,
 )
+from compression.events import Event, LayerReplayed, PhaseChanged
+from compression.families.configuration import as_read
+from compression.families.families import FAMILIES
 
 RTN = Recipe.model_validate([{"type": "rtn", "scheme": "FP8_DYNAMIC"}])
 
@@ -76,6 +82,14 @@ def test_what_no_input_is_to_blame_for_passes() -> None:
         with pytest.raises(type(error)) as caught, foreign("some_code", "It"):
             raise error
         assert caught.value is error
+
+
+def test_a_fault_of_ours_is_not_told_as_one_of_the_input() -> None:
+    """Where a library calls code of this package; `as_read` stands for that."""
+    with pytest.raises(AttributeError), foreign("config_invalid", "It", calls_ours=True):
+        as_read(None, FAMILIES["llama"])  # type: ignore[arg-type]
+    with pytest.raises(SourceError), foreign("config_invalid", "It", calls_ours=True):
+        json.loads("{")
 
 
 def test_a_real_panic_of_a_library_in_rust_does_not_pass() -> None:
@@ -137,10 +151,17 @@ def test_the_machine_is_to_blame() -> None:
     def no_memory() -> None:
         raise MemoryError
 
+    def no_memory_of_torch() -> None:
+        torch.empty(1 << 62, dtype=torch.uint8)
+
+    def no_memory_of_the_system() -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
     def no_room() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/scratch/activations")
 
-    for work, code in ((no_memory, "out_of_memory"), (no_room, "disk_full")):
+    without = (no_memory, no_memory_of_torch, no_memory_of_the_system)
+    for work, code in (*((work, "out_of_memory") for work in without), (no_room, "disk_full")):
         error = outcome(work)
         assert isinstance(error, ResourceError)
         assert error.code == code
@@ -185,7 +206,11 @@ def test_messages_can_be_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    "output", ["texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""]
+    "output",
+    [
+        *("texts.jsonl/out", "n" * 250, "n" * 300, "a\0b", "locked/out", "/proc/out", "/", ""),
+        *("dangling", "dangling/out", "linked"),
+    ],
 )
 def test_an_output_that_cannot_be_made_is_refused_at_once(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
@@ -193,6 +218,8 @@ def test_an_output_that_cannot_be_made_is_refused_at_once(
     (tmp_path / "texts.jsonl").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
     (tmp_path / "here").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("here")
     monkeypatch.chdir(tmp_path / "here")
     if os.geteuid() == 0 and output.startswith("locked"):
         pytest.skip("root may write everywhere")
@@ -203,6 +230,46 @@ def test_an_output_that_cannot_be_made_is_refused_at_once(
     assert caught.value.code == ("output_exists" if output == "/" else "output_not_writable")
     assert len(str(caught.value)) < 500
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_mount_point_is_refused_at_once(tmp_path: Path) -> None:
+    mounted = 'mount -t tmpfs none "$1" && exec "$0" -c "$2" "$1"'
+    code = (
+        "import sys, pathlib, compression.run.journal as j\n"
+        "try: j.check_output(pathlib.Path(sys.argv[1]))\n"
+        "except Exception as error: print(error.code, error)"
+    )
+    (tmp_path / "out").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", mounted, sys.executable, str(tmp_path / "out"), code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and not done.stdout and "Traceback" not in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    assert done.stdout.startswith("output_not_writable"), done
+    assert "is a mount point" in done.stdout
+
+
+@pytest.mark.parametrize("taken_by", ["link", "files"])
+def test_an_output_that_is_taken_meanwhile_costs_no_layer(
+    tiny_llama: Path, tmp_path: Path, taken_by: str
+) -> None:
+    out = tmp_path / "out"
+
+    def take(event: Event) -> None:
+        if isinstance(event, PhaseChanged) and event.phase == "verify":
+            if taken_by == "link":
+                out.symlink_to("nowhere")
+            else:
+                out.mkdir()
+                (out / "file").touch()
+
+    with pytest.raises(ResourceError) as caught:
+        compress(tiny_llama, RTN, out, on_event=take)
+    assert caught.value.code == "output_not_writable"
+    out.rename(tmp_path / "aside")
+    events: list[Event] = []
+    compress(tiny_llama, RTN, out, on_event=events.append)
+    assert [event.layer for event in events if isinstance(event, LayerReplayed)] == [0, 1]
+    assert not (out / ".bitmill").exists()
 
 
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:

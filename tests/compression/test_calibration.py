@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from compression.data.calibration import TokenBlocks, load_blocks
 from compression.data.tokenizer import TextTokenizer, load_tokenizer
@@ -315,6 +319,20 @@ def test_a_long_document_is_tokenized_in_parts_and_as_far_as_needed(
     )
 
 
+def test_a_single_long_document_is_tokenized_as_far_as_blocks_are_drawn_from_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compression.data.calibration.LONGEST_PART", 1000)
+    monkeypatch.setattr("compression.data.tokenizer.LONGEST_PART", 1000)
+    text = " ".join(f"{number:06d}" for number in range(20_000))
+    few = {"num_calibration_samples": 4, "max_seq_length": 100}
+    report = load(source, [text], **few).report
+    assert 16 * 400 <= report.tokens_used + report.tokens_dropped <= 16 * 400 + 1000
+    begin = text[: 16 * 400]
+    of_begin, of_whole = (load(source, [part], **few).calibration for part in (begin, text))
+    assert as_lists(of_begin) == as_lists(of_whole)
+
+
 def test_a_text_without_spaces_is_cut_all_the_same(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compression.data.tokenizer.LONGEST_PART", 64)
     tokenizer = TextTokenizer(load_tokenizer(source))
@@ -322,6 +340,30 @@ def test_a_text_without_spaces_is_cut_all_the_same(source: Path, monkeypatch: py
         assert [token for part in tokenizer.encode_long(text, special=True) for token in part] == tokens_of(
             text
         )
+
+
+@pytest.mark.parametrize(("place", "samples"), [(0, 18), (150, 30)])
+def test_a_long_document_on_which_the_tokenizer_fails_is_dropped(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, samples: int
+) -> None:
+    """From there on: what was tokenized before that part stays."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}))  # no token for others: it fails on them
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    shutil.copy(source / "config.json", tmp_path)
+    monkeypatch.setattr("compression.data.calibration.LONGEST_PART", 100)
+    monkeypatch.setattr("compression.data.tokenizer.LONGEST_PART", 100)
+    damaged = ["b"] * 200
+    damaged[place] = "unknown"
+    wanted = {"num_calibration_samples": samples, "max_seq_length": 10, "max_dropped_share": 0.5}
+    blocks = load(tmp_path, [" ".join(damaged), "a " * 100, "a " * 40, "a " * 40], **wanted)
+    assert blocks.report.documents_dropped == 1
+    assert blocks.warnings[0].message.startswith("1 of 4 rows that were read")
+    assert "the tokenizer fails on it: WordLevel error" in blocks.warnings[0].message
+    tokens = [token for block in blocks.calibration for token in block.tolist()]
+    assert tokens.count(1) <= place
+    with pytest.raises(SourceError, match="max_dropped_share 0 allows"):
+        load(tmp_path, [" ".join(damaged)], **{**wanted, "max_dropped_share": 0.0})
 
 
 class TestDropped:

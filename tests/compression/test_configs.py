@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compression import Calibration, DatasetSpec, Evaluation, Recipe, compress
 from compression.data.calibration import load_blocks
-from compression.families.configuration import without_nulls
+from compression.families.configuration import as_read
 from compression.families.decoder import Decoder, read_decoder
 from compression.families.families import FAMILIES
 from compression.families.native_values import ACTIVATIONS, NEVER_NULL, ROPE_TYPES
@@ -225,7 +225,8 @@ def test_nulls_that_transformers_refuses_are_known() -> None:
                 refused.add(name)
     apart = {"num_key_value_heads", "norm_topk_prob"}  # of another meaning, and in one family a value
     assert refused - apart <= NEVER_NULL
-    assert NEVER_NULL - refused == {"first_k_dense_replace", "n_group", "topk_group", "v_head_dim"}
+    of_models = {"first_k_dense_replace", "n_group", "topk_group", "v_head_dim"}
+    assert NEVER_NULL - refused == of_models | {"rope_theta", "rope_local_base_freq"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -239,7 +240,7 @@ def test_null_is_absent(model_type: str) -> None:
     absent = sizes | {"pad_token_id": None, "num_key_value_heads": 4}
     if model_type not in TOWERS:
         stated |= stated.pop("text_config")
-    resolved = without_nulls(stated, FAMILIES[model_type])
+    resolved = as_read(stated, FAMILIES[model_type])
     kept = {key: value for key, value in text_of(resolved).items() if key != "model_type"}
     assert configs_of(model_type, kept).to_dict() == configs_of(model_type, absent).to_dict()
     decoder = read_decoder(stated)
@@ -294,7 +295,7 @@ def test_what_a_plan_refuses_of_a_config_transformers_cannot_build(model_type: s
     sizes: dict[str, Any] = {
         "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 300, "ffn_dim": 96, "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": None,
-        "moe_intermediate_size": 32, "word_embed_proj_dim": 128,
+        "moe_intermediate_size": 32, "word_embed_proj_dim": 128, "qk_rope_head_dim": 32,
     }  # fmt: skip
     changes: list[dict[str, Any]] = [
         {},
@@ -316,7 +317,10 @@ def test_what_a_plan_refuses_of_a_config_transformers_cannot_build(model_type: s
                 {"short_factor": [1.0] * count, "long_factor": [1.0] * count} if kind == "longrope" else {}
             )
             whole = [rope, *({k: v for k, v in rope.items() if k != key} for key in ROPE_TYPES.get(kind, ()))]
+            whole += [{**rope, **wrong} for wrong in wrong_values(kind)]
             changes += [{"rope_parameters": of_layers(model_type, each)} for each in whole]
+        base = "rope_local_base_freq" if model_type == "gemma3_text" else "rope_theta"  # of its two layers
+        changes += [{"rope_parameters": None, base: "1e4"}]
     for change in changes:
         settings = sizes | change
         stated = {"text_config": settings} if model_type in TOWERS else settings
@@ -331,6 +335,92 @@ def test_what_a_plan_refuses_of_a_config_transformers_cannot_build(model_type: s
         if not built:
             assert isinstance(read, list)
             assert {(problem.code, problem.pointer) for problem in read} == {("config_invalid", "/model")}
+
+
+def wrong_values(kind: str) -> list[dict[str, Any]]:
+    """Values of keys with which Transformers computes for this kind, and some that it takes."""
+    wrong: list[dict[str, Any]] = [{"rope_theta": "1e4"}]
+    if kind not in ("default", "spiral"):
+        wrong += [{"factor": "4"}, {"factor": [4.0]}, {"factor": None}]
+        wrong += [{"partial_rotary_factor": "1"}]
+    if kind in ("yarn", "llama3", "longrope"):
+        wrong += [{"original_max_position_embeddings": "8"}, {"original_max_position_embeddings": None}]
+    if kind in ("yarn", "longrope"):
+        wrong += [{"attention_factor": None}]
+    if kind == "yarn":
+        wrong += [
+            {"beta_fast": "32"},
+            {"beta_fast": None},
+            {"beta_slow": [1]},
+            {"mscale": 1, "mscale_all_dim": "1"},
+        ]
+    if kind == "llama3":
+        wrong += [{"low_freq_factor": None}, {"high_freq_factor": "4"}, {"low_freq_factor": 0}]
+    if kind == "longrope":
+        for key in ("short_factor", "long_factor"):
+            wrong += [{key: value} for value in (None, 1.0)]
+    return wrong
+
+
+@pytest.mark.parametrize("model_type", ROTARY)
+def test_what_fails_in_a_forward_only_is_refused_as_well(model_type: str) -> None:
+    """Lists of another length than half a head, in a forward of a certain length; a factor that is text."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 300, "num_key_value_heads": 2, "head_dim": 48, "pad_token_id": None,
+        "moe_intermediate_size": 32, "qk_rope_head_dim": 48,
+    }  # fmt: skip
+    count = rotary_size(model_type, sizes)
+    right = {"short_factor": [1.0] * count, "long_factor": [1.0] * count, "attention_factor": 1.5}
+    wrong: list[dict[str, Any]] = [
+        {"short_factor": [1.0] * (count - 1)},
+        {"long_factor": [1.0] * (count + 1)},
+        {"long_factor": "1" * count},
+        {"long_factor": ["1"] * count},
+        {"short_factor": [None] * count},
+        {"attention_factor": "1.5"},
+    ]
+    for change in ({}, *wrong):
+        rope = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 8}
+        rope |= right | change
+        settings = sizes | {"rope_parameters": of_layers(model_type, rope)}
+        stated = {"text_config": settings} if model_type in TOWERS else settings
+        read = read_decoder({"model_type": model_type, **stated})
+        assert isinstance(read, Decoder) == (not change), (change, read)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "former", "now"),
+    [
+        (model_type, former, now)
+        for model_type, family in FAMILIES.items()
+        for former, now in family.rope_aliases.items()
+    ],
+)
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_former_names_of_rotary_embeddings_are_those_of_today(
+    model_type: str, former: str, now: str, key: str, tiny_texts: Path, tmp_path: Path
+) -> None:
+    """As Phi-3-mini-128k was released first: Transformers 5.23 does not load it itself."""
+    source = tiny_model(tmp_path / "model", model_type, dtype=torch.float32)
+    blocks = load_blocks(DatasetSpec(path=str(tiny_texts)), source, SMALL, FEW).evaluation
+    buffers = load_model(source).named_buffers()
+    count = next(len(buffer) for name, buffer in buffers if name.endswith("inv_freq"))
+    rope = {"short_factor": [1.0] * count, "long_factor": [1.0 + i for i in range(count)]}
+
+    def name(kind: str) -> Callable[[dict[str, Any]], None]:
+        def change(config: dict[str, Any]) -> None:
+            config.pop("rope_parameters", None)
+            config |= {"original_max_position_embeddings": 32, "rope_theta": 1e4}
+            config["rope_scaling"] = {key: kind, **rope}
+
+        return change
+
+    before = perplexity(edit(source, name(now)), blocks)
+    report = run(edit(source, name(former)), tmp_path / "out", tiny_texts)
+    original, compressed = perplexities(report)
+    assert original == pytest.approx(before, rel=1e-6)
+    assert perplexity(tmp_path / "out", blocks) == pytest.approx(compressed, rel=1e-6)
 
 
 def of_layers(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:

@@ -104,11 +104,30 @@ def test_hidden_states_on_disk(two_layers: Path, tiny_texts: Path, tmp_path: Pat
     assert any("spill.py" in event.line for event in gpu.copies)
 
 
+def test_the_clock_waits_as_often_for_many_batches_on_disk_as_for_few(llama: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"  # each of another length, and so a batch of its own
+    texts.write_text("".join(json.dumps({"text": "a" * length}) + "\n" for length in (20, 30, 40)))
+    waits = []
+    for samples in (1, 3):
+        calibration = Calibration(num_calibration_samples=samples, max_seq_length=64, packing=False)
+        options = {"calibration": calibration, "evaluation": Evaluation(enabled=False)}
+        with FakeGpu() as gpu:
+            output = tmp_path / str(samples)
+            run(llama, output, texts, device="cuda:0", activation_budget_bytes=1, **options)
+        waits.append(sum(count for event, count in gpu.syncs.items() if "clock.py" in event.line))
+        assert any("spill.py" in event.line for event in gpu.copies)
+    assert waits[0] == waits[1] > 0
+
+
 @pytest.mark.parametrize(("model_type", "budget"), [("qwen3_moe", 1 << 30), ("llama4_text", 1)])
 def test_experts(model_type: str, budget: int, tiny_texts: Path, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "model", model_type, layers=1, dtype=torch.float32, mlp_only_layers=[])
     steps: Steps = [{"type": "gptq", "scheme": "W4A16", "group_size": 32}]
-    same_on_both(source, tmp_path, tiny_texts, steps, activation_budget_bytes=budget)
+    gpu = same_on_both(source, tmp_path, tiny_texts, steps, activation_budget_bytes=budget)
+    sorts = sum(
+        n for each, n in gpu.launches.items() if each.operation == "sort" and "experts.py" in each.line
+    )
+    assert sorts == (3 if budget > 1 else 11)  # a batch in each role, once; on disk, at every rehearsal
 
 
 def test_the_tokens_of_all_experts_cost_one_wait() -> None:

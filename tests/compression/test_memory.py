@@ -233,6 +233,7 @@ def test_a_suspended_forward_holds_what_the_plan_counts(
                     assert held <= 4 * tokens * width + beside, group.name
             streams.pass_calibration(layer)
             model.drop_layer(layer.index)
+    assert not any(module._forward_pre_hooks for module in model.layers)
 
 
 def _streams(made: Plan, model: StreamedModel, texts: Path) -> Activations:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from compression.catalogue import methods as catalogue
-from compression.methods import METHODS, named, register
+from compression.methods import METHODS, method_names, register
 from tests.support.models import tiny_dataset, tiny_model
 
 TOY = '''
@@ -133,7 +133,7 @@ def test_a_method_is_one_file_that_registers_itself(tmp_path: Path) -> None:
 def test_every_solver_is_where_the_registry_says() -> None:
     assert all(callable(method.load()) for method in METHODS.values())
     assert [*METHODS] == ["rtn", "gptq", "awq", "smoothquant", "sparsegpt", "wanda", "magnitude"]
-    assert (named("quantizes"), named("smooths")) == (("rtn", "gptq"), ("awq", "smoothquant"))
+    assert (method_names("quantizes"), method_names("smooths")) == (("rtn", "gptq"), ("awq", "smoothquant"))
 
 
 def test_names_are_taken_once() -> None:

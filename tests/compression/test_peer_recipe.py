@@ -247,12 +247,40 @@ def test_the_mappings_of_a_llama_are_what_is_smoothed_anyway() -> None:
             Recipe.model_validate({"a_stage": {"b_modifiers": document}})
 
 
+STATIC = {**INT4, "actorder": "static"}
+
+
+def test_the_observer_of_a_modifier_counts_before_that_of_a_group() -> None:
+    """As in LLM Compressor 0.14, whose modifier overrides what its config_groups say."""
+    groups = {"g": {"weights": {**INT4, "observer": "memoryless_minmax"}}}
+    (step,) = Recipe.model_validate(
+        one("GPTQModifier", config_groups=groups, weight_observer="memoryless_mse")
+    ).steps
+    assert step.model_dump()["observer"] == "mse"
+
+
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
         ({"a_stage": {"run_type": "train"}}, "run_type 'train'"),
         (one("QuantizationModifier", scheme="FP8", input_observer="mse"), "input_observer 'mse'"),
 (one("QuantizationModifier", scheme="FP8", observer={"input": "mse"}), "input_observer"),
+        (
+            one("GPTQModifier", scheme="W4A16", config_groups={"g": {"weights": INT4}}),
+            "both scheme and config_groups",
+        ),
+        (
+            one("GPTQModifier", scheme="W4A16", observer={"weights": "mse"}, weight_observer="minmax"),
+            "both observer and weight_observer",
+        ),
+        (
+            one("GPTQModifier", scheme="W4A16", observer={"weights": "mse"}, input_observer="minmax"),
+            "both observer and input_observer",
+        ),
+        (
+            one("GPTQModifier", actorder=None, config_groups={"g": {"weights": STATIC}}),
+            "actorder is None, and 'static' in config_groups",
+        ),
         (one("GPTQModifier", scheme="W4A16", start=3), "start"),
         (
 one("GPTQModifier", config_groups={"g": {"weights": {**INT4, "observer_kwargs": {"a": 1}}}}),

@@ -305,3 +305,21 @@ def test_the_self_check_finds_one_wrong_number(tiny_llama: Path, tmp_path: Path)
 def test_planning_never_imports_torch() -> None:
     code = "import sys, compression; compression.plan, compression.Recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "stored", "served"),
+    [
+        ({"type": "rtn", "scheme": "W8A16"}, "in the compressed-tensors format; vLLM and Transformers", True),
+        ({"type": "rtn", "scheme": "W3A16"}, "in the compressed-tensors format; Transformers loads", False),
+        ({"type": "magnitude"}, "stored as the original's; vLLM and Transformers load", True),
+    ],
+)
+def test_the_card_says_how_it_is_stored_and_who_reads_it(
+    tiny_llama: Path, tmp_path: Path, step: dict[str, str], stored: str, served: bool
+) -> None:
+    compress(tiny_llama, Recipe.model_validate([step]), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert stored in card
+    assert ("vllm serve" in card, "from_pretrained(" in card) == (served, not served)
+    assert ("vLLM's own kernels do not take 3-bit weights" in card) == (not served)

@@ -27,6 +27,7 @@ from compression import (
 )
 from compression.math.scaling import fold_norm
 from compression.math.smoothquant import smoothing_scales
+from compression.model.fold import _to_round
 from compression.model.streamed import StreamedModel
 from compression.report import Report
 from compression.run.verify import check_against_model
@@ -34,6 +35,7 @@ from tests.compression import folds
 from tests.support.interruption import interrupted
 from tests.support.models import tiny_model
 
+AWQ = [{"type": "awq", "scheme": "W4A16"}]
 SMOOTH = {"type": "smoothquant", "smoothing_strength": 0.8}
 SMALL = Calibration(num_calibration_samples=8, max_seq_length=64)
 FEW = Evaluation(num_samples=8)
@@ -241,3 +243,13 @@ def test_a_fold_that_would_change_the_function_is_not_made(
     assert not any(row.smoothed for row in report.modules)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(("steps", "copies"), [([SMOOTH, {"type": "gptq", "scheme": "W8A8"}], 0), (AWQ, 3)])
+def test_only_methods_that_try_the_rounding_get_copies_of_the_weights(
+    tiny_llama: Path, steps: list[dict[str, object]], copies: int
+) -> None:
+    made = plan(tiny_llama, Recipe.model_validate(steps), dataset=DatasetSpec(texts=("a",)))
+    queries_keys_values = made.layers[0].modules[:3]
+    weights = [torch.ones(module.shape) for module in queries_keys_values]
+    assert len(_to_round(queries_keys_values, weights, made.recipe)) == copies
