@@ -52,7 +52,7 @@ from compression.math.finite import (
 from compression.math.gram import Gram, require_finite_gram
 from compression.math.grid import QuantizedWeight, Rounded, fixed_input_scale
 from compression.math.prune import Pruned
-from compression.math.search import observe
+from compression.math.search import observer_of
 from compression.methods import method_of
 from compression.model.activations import Activations
 from compression.model.fold import fold, fold_linears
@@ -302,8 +302,8 @@ def solve(
 ) -> Iterator[Solved]:
     """Prune, find scales, round, and measure what that did: rows are independent, and the Gram is shared.
 
-    weights: [out_i, in] in any float dtype. gram, largest_input: statistics of their input and its largest
-    magnitude, None without data.
+    stack: weights [out_i, in] in any float dtype. gram, largest_input: statistics of their input and its
+    largest magnitude, None without data.
 
     Raises:
         NumericalError: `non_finite_weights`, `non_finite_activations`, `singular_gram`,
@@ -330,7 +330,8 @@ def solve(
         if pruning is not None:
             pruned = method_of(pruning).solve(original, matrix, splits=sizes, **pruning.options)
         if step is not None and scheme is not None:
-            params = observe(pruned.weight, gram, step.observer, scheme.weights, stored_dtype)
+            find_scales = observer_of(step.observer, gram)
+            params = find_scales(pruned.weight, scheme.weights, stored_dtype)
             rounded = method_of(step).solve(
                 pruned.weight, matrix, scheme.weights, params, keep=pruned.keep, **step.options
             )

@@ -1,12 +1,13 @@
 """What keeps a process no larger than its tensors: how glibc, torch and oneDNN hold on to memory.
 
-glibc serves blocks from heaps, which only shrink from their end, and keeps what is freed in them; a block that is
-mapped by itself goes back at once, and costs a page fault for every 4 KiB when it is written. oneDNN keeps the code that it makes for a product of one shape, for
-the last 1,024 of them; with experts nearly every product has a shape of its own. Together they were up to two
-fifths of a run's memory (docs/memory.md). No bits depend on any of this.
+glibc serves blocks from heaps, which only shrink from their end, and keeps what is freed in them. A block
+that is mapped by itself goes back at once, and costs a page fault for every 4 KiB when it is written. oneDNN
+keeps the code that it makes for a product of one shape, for the last 1,024 of them; with experts nearly every
+product has its own. Together they were up to two fifths of a run's memory (docs/memory.md). No bits depend on
+any of this.
 
-Torch and oneDNN read their variables when they are first used, so this module is imported before anything
-computes. What the caller's environment says goes first.
+Torch and oneDNN read their variables when they are first used, so compression/__init__.py imports this module
+before anything else. What the caller's environment says goes first.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
 _MMAP_BYTES = 32 << 20
-"""Blocks from this size on are mapped one by one: few enough for what mapping costs. With 4 MiB the kernel took
-a fifth of a run's time on a small model (docs/memory.md)."""
+"""Blocks from this size on are mapped one by one: few enough for what mapping costs. With 4 MiB a fifth of
+the time on a small model went into page faults (docs/memory.md)."""
 _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 
@@ -31,7 +32,7 @@ _libc = ctypes.CDLL(None)
 
 
 def map_large_blocks() -> None:
-    """From here on, blocks of 32 MiB and more go back to the system when they are freed, whatever came before.
+    """From here on, blocks of 32 MiB and more go back to the system when they are freed.
 
     Smaller ones wait for `give_back`. Without effect where malloc is not glibc's, as for `give_back`.
     """

@@ -91,6 +91,8 @@ def gptq(
         else:
             shift = shifts[scale_group[column]]
             round_to_grid(code.add_(shift), args, out=code).sub_(shift)
+        if args.type == "float":
+            code.copysign_(target)
         if kept is not None:
             code.mul_(kept[column])
         stored[column].copy_(code if shifts is None else code + shift)

@@ -24,6 +24,11 @@ from compression.schemes import QuantizationArgs
 _FLOAT8_MAX, _FLOAT8_EPS = 448.0, 0.125
 """Of float8_e4m3fn; a scale that would be 0 is stored as the latter, as compressed-tensors does."""
 
+_FRACTIONS = {4: (1, 1.0), 8: (3, 2.0**-6)}
+"""Of e2m1 and e4m3, by their bits: bits of the fraction, and the smallest number that is not subnormal."""
+_SIGNLESS_EXPONENT = 0x7F800000
+"""The bits of a float32's exponent."""
+
 
 class QuantizationParams(NamedTuple):
     """Scales as they are stored, of the shape that `QuantizationArgs.scale_shape` says.
@@ -51,6 +56,17 @@ class QuantizationParams(NamedTuple):
         if args.scale_dtype != "F8_E4M3":
             return self
         return self._replace(scale=self.scale.to(torch.float8_e4m3fn))
+
+    def moved(self, steps: Tensor, args: QuantizationArgs) -> QuantizationParams:
+        """Scales so many `steps` [tries, scales] further on among those that their own dtype has.
+
+        Of numbers that float8 has, in float32, or of exponents: a search has them so.
+        """
+        if args.scale_dtype == "E8M0":
+            return self._replace(scale=(self.scale + steps).clamp_(0, 254).to(torch.uint8))
+        # positive float8 numbers are in the order of their bits; 0x7e is the largest
+        bits = self.scale.to(torch.float8_e4m3fn).view(torch.uint8).int() + steps
+        return self._replace(scale=bits.clamp_(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn).float())
 
     def by_row(self, args: QuantizationArgs, rows: int) -> QuantizationParams:
         """Steps (as scale) and zero points of each of so many rows: [rows, groups]."""
@@ -210,7 +226,10 @@ def quantize(weight: Tensor, params: QuantizationParams, args: QuantizationArgs)
     scaled = group_columns(weight.float(), args) / by_row.scale.unsqueeze(-1)
     if by_row.zero_point is not None:
         scaled += by_row.zero_point.float().unsqueeze(-1)
-    return round_to_grid(scaled, args, out=scaled).flatten(1).to(code_dtype(args))
+    codes = round_to_grid(scaled, args, out=scaled).flatten(1)
+    if args.type == "float":
+        codes.copysign_(weight)  # as compressed-tensors, which keeps the sign of what becomes 0
+    return codes.to(code_dtype(args))
 
 
 def rtn(weight: Tensor, args: QuantizationArgs, params: QuantizationParams) -> QuantizedWeight:
@@ -230,16 +249,23 @@ def code_dtype(args: QuantizationArgs) -> torch.dtype:
     return torch.float8_e4m3fn if args.type == "float" else torch.int8
 
 
-def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor) -> Tensor:
-    """The code nearest to each scaled value, in the values' float dtype; `out` may be `values` itself."""
+def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor, spare: Tensor | None = None) -> Tensor:
+    """The code nearest to each scaled value, ties to even, in the values' float dtype; zeros lose their sign.
+
+    out: may be `values` itself. spare: like out, for what is computed on the way; made where it is not given.
+    """
     torch.clamp(values, *args.range, out=out)
     if args.type == "int":
         return out.round_()
-    if args.num_bits == 4:
-        magnitude = out.abs()
-        spacing = torch.ones_like(out).masked_fill_(magnitude < 2, 0.5).masked_fill_(magnitude >= 4, 2.0)
-        return out.div_(spacing).round_().mul_(spacing)
-    return out.copy_(out.to(torch.float8_e4m3fn))
+    if out.dtype != torch.float32:
+        return out.copy_(round_to_grid(out.float(), args, out=out.float()))
+    fraction_bits, smallest = _FRACTIONS[args.num_bits]
+    power = torch.empty_like(out) if spare is None else spare
+    # a number's bits without its fraction: the power of two below it, which says how far codes are apart
+    torch.bitwise_and(out.view(torch.int32), _SIGNLESS_EXPONENT, out=power.view(torch.int32))
+    # added to it, this pushes out of float32 what is finer than a code
+    pushing = power.clamp_(min=smallest).mul_(1.5 * 2.0 ** (23 - fraction_bits))
+    return out.add_(pushing).sub_(pushing)
 
 
 def fake_quantize(x: Tensor, args: QuantizationArgs, fixed: Tensor | None = None) -> Tensor:

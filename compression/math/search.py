@@ -1,15 +1,15 @@
 """Scales of a weight: observers, from the plain range of the weights to a search for the least error.
 
 minmax   the range of the weights that share a scale
-mse      shrinks of that range are tried; the least squared error of the weights wins
+mse      scales around that of the range are tried; the least squared error of the weights wins
 imatrix  the same, each column weighted by E[x^2] of its input
 gram     the same, the error measured through the Gram matrix: the output error that a group alone causes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,33 +27,52 @@ from compression.math.grid import (
 )
 from compression.schemes import Observer, QuantizationArgs
 
-_COARSE_SHRINKS = (1.16, 1.08, 0.92, 0.84, 0.76, 0.68, 0.60, 0.52, 0.44)
-_FINE_STEPS = (0.04, 0.02, 0.01)
-"""Shrinks of the min-max range that a search tries; within 0.5% of the error that 180 even steps reach."""
+Rounds = Sequence[tuple[float, ...]]
+"""What a search tries: first scales so far from that of the range, then so far from the best yet.
+Chosen on SmolLM2-135M with benchmarks/rounding.py."""
+
+_SHRINKS: Rounds = (
+    (0.0, 0.16, 0.08, -0.08, -0.16, -0.24, -0.32, -0.40, -0.48, -0.56),
+    (-0.04, 0.04),
+    (-0.02, 0.02),
+    (-0.01, 0.01),
+)
+"""Parts of the range. Within 0.5% of the error that 180 even steps reach, for int4."""
+
+_WIDENINGS: Rounds = ((0.0, 0.12, 0.25, 0.40, 0.50, 0.60, 0.75, 0.90),)
+"""Parts of the range, for 8-bit floats. Their codes are as far apart, in parts of a number, in every power of
+two: what a scale can do is to move the numbers among them, and clipping gains nothing."""
+
+_POWERS_OF_TWO: Rounds = ((0, 1, -1, -2),)
+"""Exponents of MXFP4: what all parts of the range together come to. Those of MXFP8 leave nothing to gain."""
+
+_FLOAT8_STEPS: Rounds = ((0, 1, 2, 3, 4, 5, 6, -1, -2),)
+"""Steps among the float8 numbers that are scales of NVFP4. Four or five steps on, the largest weight is at 4
+instead of 6, where codes are closer together (arXiv:2512.02010)."""
 
 _SEARCH_ROWS, _SEARCH_ELEMENTS = (256, 4096), 1 << 19
-"""Rows whose group is searched at once: between these, as many as have so many elements."""
+"""Columns that share a scale are searched for so many rows at once: as many as have _SEARCH_ELEMENTS weights
+there, but not fewer or more than this. Fewer are calls without work; with more the caches overflow."""
 
 _CHUNK_ELEMENTS = 1 << 16
-"""Weights rounded at once: with the two temporaries, what two cores hold in their level-2 caches."""
+"""Weights rounded at once: with the temporaries, what two cores hold in their level-2 caches."""
 
 
-def observe(
-    weight: Tensor,
-    gram: Gram | None,
-    observer: Observer | None,
-    args: QuantizationArgs,
-    scale_dtype: torch.dtype,
-) -> QuantizationParams:
-    """The parameters of `weight` [out, in] float32, as they are stored. gram: of its input."""
+def observer_of(
+    observer: Observer | None, gram: Gram | None
+) -> Callable[[Tensor, QuantizationArgs, torch.dtype], QuantizationParams]:
+    """What finds the scales of a weight: `minmax_params`, or `search_params` with what it knows of the input.
+
+    gram: of the input.
+    """
     if observer == "minmax":
-        return minmax_params(weight.to(scale_dtype), args, scale_dtype)
+        return minmax_params
     if observer == "mse":
-        return search_params(weight, args, scale_dtype)
+        return search_params
     assert gram is not None  # the plan refuses these observers without a dataset
     if observer == "gram":
-        return search_params(weight, args, scale_dtype, gram=gram.matrix)
-    return search_params(weight, args, scale_dtype, importance=gram.importance())
+        return partial(search_params, gram=gram.matrix)
+    return partial(search_params, importance=gram.importance())
 
 
 def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
@@ -61,7 +80,7 @@ def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dty
 
     Computed in `scale_dtype`, step by step, as compressed-tensors does (`calculate_qparams`): the same bits.
     """
-    return spanning_params(weight, args, scale_dtype).as_stored(args)
+    return spanning_params(weight.to(scale_dtype), args, scale_dtype).as_stored(args)
 
 
 def spanning_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
@@ -88,7 +107,7 @@ def search_params(
     importance: Tensor | None = None,
     gram: Tensor | None = None,
 ) -> QuantizationParams:
-    """Scales whose rounding error is least, over shrinks of the min-max range; never worse than min-max.
+    """Scales whose rounding error is least, of some around that of the range; never worse than min-max.
 
     The error e = w - w' of one row's group is measured as
         sum e^2                            without statistics (observer mse),
@@ -96,8 +115,7 @@ def search_params(
                                            each row,
         e G e^T                            gram [in, in] = X^T X, G its block for the group (observer gram):
                                            Hessian-weighted MSE, the output error this group alone causes,
-    and summed over the rows that share a scale. A coarse grid of shrinks is tried on every group, then each
-    group's best is refined by halving steps.
+    and summed over the rows that share a scale. `_rounds` says what is tried.
     """
     if importance is not None and gram is not None:
         raise ValueError("give importance or gram, not both")
@@ -107,12 +125,15 @@ def search_params(
     scales = params.scale.view(-1, columns // size)
     fewest, most = _SEARCH_ROWS
     at_once = max(sharing, min(most, max(fewest, _SEARCH_ELEMENTS // size)) // sharing * sharing)
+    rounds = [_on(weight.device, moves) for moves in _rounds(args)]
+    if not rounds:
+        return params.as_stored(args)
     for group, start in enumerate(range(0, columns, size)):
         part = slice(start, start + size)
         for top in range(0, rows, at_once):
             chunk = weight[top : top + at_once, part].t().float().contiguous()
             cost = _error_cost(slice(top, top + at_once), part, weight.device, importance, gram)
-            found = _search_group(chunk, args, scale_dtype, cost, params.global_scale)
+            found = _search(chunk, args, scale_dtype, cost, rounds, params.global_scale)
             here = slice(top // sharing, top // sharing + len(found.scale))
             scales[here, group] = found.scale
             if params.zero_point is not None and found.zero_point is not None:
@@ -138,11 +159,27 @@ def _error_cost(
     return lambda errors, _rows: torch.mv(errors.square_().t(), weights)
 
 
-def _search_group(
+def _rounds(args: QuantizationArgs) -> Rounds:
+    """What is tried for scales of this kind: parts of the range; where scales are few, steps among them."""
+    if args.scale_dtype == "E8M0":
+        return _POWERS_OF_TWO if args.num_bits == 4 else ()
+    if args.scale_dtype == "F8_E4M3":
+        return _FLOAT8_STEPS
+    return _WIDENINGS if args.type == "float" else _SHRINKS
+
+
+@cache
+def _on(device: torch.device, moves: tuple[float, ...]) -> Tensor:
+    """[tries, 1] float32, copied to the device once."""
+    return torch.tensor(moves, dtype=torch.float32, device=device).unsqueeze(1)
+
+
+def _search(
     weights: Tensor,
     args: QuantizationArgs,
     scale_dtype: torch.dtype,
     cost: _Cost,
+    rounds: Sequence[Tensor],
     global_scale: Tensor | None,
 ) -> QuantizationParams:
     """The best parameters [scales] for one group's weights [group_size, rows], float32.
@@ -153,56 +190,38 @@ def _search_group(
     sharing = rows_sharing(args, rows)
     low, high = weights.aminmax(dim=0)
     low, high = over_rows(low, sharing, torch.amin), over_rows(high, sharing, torch.amax)
-    unit = params_of_range(low, high, args, scale_dtype, global_scale).steps(args)
-
-    def best_of(shrinks: Tensor) -> _Found:
-        """Of the shrinks [tries, scales], the best for each scale."""
-        params = params_of_range(low * shrinks, high * shrinks, args, scale_dtype, global_scale)
-        steps = params.steps(args)
-        costs = _costs(weights, to_rows(steps, sharing, rows), params.zero_point, args, cost)
+    best = params_of_range(low, high, args, scale_dtype, global_scale)
+    spanning, unit, place = best, best.steps(args), torch.zeros_like(low)
+    least = torch.full_like(place, torch.inf)
+    width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
+    buffers = weights.new_empty(3, len(weights), min(width, rows))
+    for moves in rounds:
+        places = place + moves  # [tries, scales]
+        if args.scale_dtype is None:
+            parts = 1 + places
+            tried = params_of_range(low * parts, high * parts, args, scale_dtype)
+        else:
+            tried = spanning.moved(places.int(), args)
+        steps = tried.steps(args)
+        divisors, costs = to_rows(steps, sharing, rows), weights.new_empty(len(moves), rows)
+        shifts = None if tried.zero_point is None else tried.zero_point.float()
+        for left in range(0, rows, width):
+            here = slice(left, left + width)
+            part = weights[:, here]
+            scaled, codes, spare = (buffer[:, : part.shape[1]] for buffer in buffers)
+            for attempt in range(len(moves)):
+                torch.div(part, divisors[attempt, here], out=scaled)
+                if shifts is not None:
+                    scaled.add_(shifts[attempt, here])
+                round_to_grid(scaled, args, out=codes, spare=spare)
+                costs[attempt, here] = cost(codes.sub_(scaled), here)
         # relative to the unit: finite for huge and tiny weights
         costs *= to_rows((steps / unit).square_(), sharing, rows)
         # a range beyond float32 gives NaN, which must not win
         costs = over_rows(costs.nan_to_num_(nan=torch.inf, posinf=torch.inf), sharing, torch.sum)
-        least, index = costs.min(dim=0, keepdim=True)
-        return _Found(least[0], shrinks.gather(0, index)[0], params.gather(index))
-
-    coarse = torch.tensor((1.0, *_COARSE_SHRINKS), device=weights.device)
-    best = best_of(coarse.unsqueeze(1).expand(-1, len(low)))
-    for step in _FINE_STEPS:
-        found = best_of(torch.stack((best.shrink - step, best.shrink + step)))
-        better = found.cost < best.cost
-        best = _Found(
-            torch.where(better, found.cost, best.cost),
-            torch.where(better, found.shrink, best.shrink),
-            best.params.where(better, found.params),
-        )
-    return best.params
-
-
-def _costs(
-    weights: Tensor, scales: Tensor, zero_point: Tensor | None, args: QuantizationArgs, cost: _Cost
-) -> Tensor:
-    """What rounding weights [group_size, rows] by each of scales [tries, rows] costs, in squared steps."""
-    shifts = None if zero_point is None else zero_point.float()
-    costs = torch.empty_like(scales)
-    width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
-    for left in range(0, weights.shape[1], width):
-        rows = slice(left, left + width)
-        part = weights[:, rows].contiguous()
-        scaled, codes = torch.empty_like(part), torch.empty_like(part)
-        for attempt in range(scales.shape[0]):
-            torch.div(part, scales[attempt, rows], out=scaled)
-            if shifts is not None:
-                scaled.add_(shifts[attempt, rows])
-            round_to_grid(scaled, args, out=codes)
-            costs[attempt, rows] = cost(codes.sub_(scaled), rows)
-    return costs
-
-
-class _Found(NamedTuple):
-    """A group's best parameters so far, [rows] each: their cost and the shrink that gave them."""
-
-    cost: Tensor
-    shrink: Tensor
-    params: QuantizationParams
+        cheapest, index = costs.min(dim=0, keepdim=True)
+        better = cheapest[0] < least
+        best = best.where(better, tried.gather(index))
+        place = torch.where(better, places.gather(0, index)[0], place)
+        least = torch.minimum(least, cheapest[0])
+    return best

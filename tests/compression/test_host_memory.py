@@ -28,6 +28,7 @@ def filled(mib, count):
 
 {setup}
 filled(31, 1)  # freeing it is what makes malloc keep blocks up to its size
+host_memory.give_back()
 before = resident()
 blocks = filled({mib}, {count})
 last = torch.ones(1 << 18)  # behind them, too large for a hole before: the heap's end stays where it is
@@ -55,18 +56,27 @@ def held_and_kept(mib: int, count: int, *, setup: str = "", teardown: str = "") 
 
 
 def test_large_blocks_go_back_when_they_are_freed() -> None:
-    held, kept = held_and_kept(16, 20, setup="host_memory.map_large_blocks()")
+    held, kept = held_and_kept(40, 8, setup="host_memory.map_large_blocks()")
     assert held == pytest.approx(320, abs=16)
     assert kept < 32
 
 
-def test_small_blocks_go_back_on_request() -> None:
-    held, kept = held_and_kept(1, 200, teardown="host_memory.give_back()")
-    assert held == pytest.approx(200, abs=16)
+@pytest.mark.parametrize(("mib", "count"), [(1, 200), (16, 20)])
+def test_smaller_blocks_go_back_on_request(mib: int, count: int) -> None:
+    held, kept = held_and_kept(
+        mib, count, setup="host_memory.map_large_blocks()", teardown="host_memory.give_back()"
+    )
+    assert held == pytest.approx(mib * count, abs=16)
     assert kept < 32
+
+
+def test_a_phase_begins_without_what_the_last_one_freed() -> None:
+    setup = "from compression.machine.clock import Clock; clock = Clock(); host_memory.map_large_blocks()"
+    assert held_and_kept(16, 20, setup=setup, teardown="clock.phase('next').__enter__()")[1] < 32
 
 
 def test_without_either_malloc_keeps_them() -> None:
     """Should this fail, the module is no longer needed."""
     assert held_and_kept(16, 20)[1] > 160
+    assert held_and_kept(16, 20, setup="host_memory.map_large_blocks()")[1] > 160
     assert held_and_kept(1, 200)[1] > 100

@@ -64,6 +64,26 @@ def test_what_only_float32_products_find_negative_is_found_again_in_float64() ->
     assert found == pytest.approx(float(expected), rel=0.05)
 
 
+def test_a_trace_within_the_noise_of_float32_is_found_in_float64() -> None:
+    """Positive either way: float32 products of this one are several times off."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.ones(256, dtype=torch.float64)
+    spectrum[0] = 3e9
+    exact = (basis * spectrum) @ basis.t()
+    gram = ((exact + exact.t()) / 2).float()
+    weight = torch.randn(60, 256, generator=generator)
+    quiet = torch.randn(60, 255, generator=generator).double() @ basis[:, 1:].t()  # the loud input sees none
+    meant = weight - quiet.float()
+    difference = (weight - meant).double()
+    expected = (difference @ gram.double() * difference).sum() / (
+        weight.double() @ gram.double() * weight.double()
+    ).sum()
+    in_float32 = (difference.float() @ gram * difference.float()).sum() / (weight @ gram * weight).sum()
+    assert float(in_float32) != pytest.approx(float(expected), rel=0.01)
+    assert errors_of(weight, meant, gram)[1] == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_raised_dampening_is_told_in_report_and_events(tmp_path: Path) -> None:
     model, data = tiny_model(tmp_path / "model", layers=1), tiny_dataset(tmp_path / "texts.jsonl")
     asked, events = 1e-12, list[Event]()
