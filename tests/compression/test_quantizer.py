@@ -72,6 +72,17 @@ def test_codes_are_the_nearest(name: str, dtype: torch.dtype) -> None:
     assert (chosen - distances).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["FP8", "NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_zeros_of_floats_keep_their_sign(name: str) -> None:
+    """As in compressed-tensors: the code of a small negative weight is -0."""
+    args = WEIGHTS[name].weights
+    weight = gaussian(16, 128).sign() * 1e-6
+    weight[:, ::16] = 1.0
+    codes = quantize(weight, minmax_params(weight, args, torch.float32), args).float()
+    assert (codes == 0).any()
+    assert torch.equal(codes.signbit(), weight.signbit())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
 def test_activations_are_rounded_as_the_librarys_quantized_forward_does(
@@ -140,15 +151,18 @@ def test_search_is_never_worse_than_minmax(name: str, observer: str) -> None:
 
 
 @pytest.mark.parametrize("observer", ["mse", "imatrix", "gram"])
-@pytest.mark.parametrize("name", ["W4A16-g32", "W4A16_ASYM-g32", "W4A16-g128", "MXFP4A16", "NVFP4A16"])
+@pytest.mark.parametrize(
+    "name", ["W4A16-g32", "W4A16_ASYM-g32", "W4A16-g128", "MXFP4A16", "NVFP4A16", "FP8", "MXFP8A16"]
+)
 def test_search_comes_close_to_an_exhaustive_one(name: str, observer: str) -> None:
     scheme = WEIGHTS[name]
     weight = gaussian(40, 128)
     keywords, hessian = statistics(128, observer)
     found = cost(weight, search_params(weight, scheme.weights, torch.float32, **keywords), scheme, hessian)
     best = torch.full_like(found, float("inf"))
+    widest, finest = (1.2, 0.004) if scheme.weights.type == "int" else (2.0, 0.008)
     for step in range(200):
-        scale, zero, global_scale = library_params(weight, scheme.weights, shrink=1.2 - 0.004 * step)
+        scale, zero, global_scale = library_params(weight, scheme.weights, shrink=widest - finest * step)
         if scheme.weights.scale_dtype == "E8M0":
             scale = (scale.log2() + 127).to(torch.uint8)
         params = QuantizationParams(scale, None if scheme.weights.symmetric else zero, global_scale)
