@@ -24,8 +24,8 @@ from compression.schemes import QuantizationArgs
 _FLOAT8_MAX, _FLOAT8_EPS = 448.0, 0.125
 """Of float8_e4m3fn; a scale that would be 0 is stored as the latter, as compressed-tensors does."""
 
-_FRACTIONS = {4: (1, 1.0), 8: (3, 2.0**-6)}
-"""Of e2m1 and e4m3, by their bits: bits of the fraction, and the smallest number that is not subnormal."""
+_FRACTION_BITS, _SMALLEST_NORMAL = 1, 1.0
+"""Of e2m1."""
 _SIGNLESS_EXPONENT = 0x7F800000
 """The bits of a float32's exponent."""
 
@@ -250,21 +250,22 @@ def code_dtype(args: QuantizationArgs) -> torch.dtype:
 
 
 def round_to_grid(values: Tensor, args: QuantizationArgs, out: Tensor, spare: Tensor | None = None) -> Tensor:
-    """The code nearest to each scaled value, ties to even, in the values' float dtype; zeros lose their sign.
+    """The code nearest to each scaled value, ties to even, in the values' dtype. Zeros may lose their sign.
 
     out: may be `values` itself. spare: like out, for what is computed on the way; made where it is not given.
     """
     torch.clamp(values, *args.range, out=out)
     if args.type == "int":
         return out.round_()
+    if args.num_bits == 8:
+        return out.copy_(out.to(torch.float8_e4m3fn))
     if out.dtype != torch.float32:
         return out.copy_(round_to_grid(out.float(), args, out=out.float()))
-    fraction_bits, smallest = _FRACTIONS[args.num_bits]
     power = torch.empty_like(out) if spare is None else spare
     # a number's bits without its fraction: the power of two below it, which says how far codes are apart
     torch.bitwise_and(out.view(torch.int32), _SIGNLESS_EXPONENT, out=power.view(torch.int32))
     # added to it, this pushes out of float32 what is finer than a code
-    pushing = power.clamp_(min=smallest).mul_(1.5 * 2.0 ** (23 - fraction_bits))
+    pushing = power.clamp_(min=_SMALLEST_NORMAL).mul_(1.5 * 2.0 ** (23 - _FRACTION_BITS))
     return out.add_(pushing).sub_(pushing)
 
 

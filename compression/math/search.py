@@ -39,19 +39,12 @@ _SHRINKS: Rounds = (
 )
 """Parts of the range. Within 0.5% of the error that 180 even steps reach, for int4."""
 
-_WIDENINGS: Rounds = ((0.0, 0.12, 0.25, 0.40, 0.50, 0.60, 0.75, 0.90),)
-"""Parts of the range, for 8-bit floats. Their codes are as far apart, in parts of a number, in every power of
-two: what a scale can do is to move the numbers among them, and clipping gains nothing."""
-
 _POWERS_OF_TWO: Rounds = ((0, 1, -1, -2),)
 """Exponents of MXFP4: what all parts of the range together come to. Those of MXFP8 leave nothing to gain."""
 
 _FLOAT8_STEPS: Rounds = ((0, 1, 2, 3, 4, 5, 6, -1, -2),)
 """Steps among the float8 numbers that are scales of NVFP4. Four or five steps on, the largest weight is at 4
 instead of 6, where codes are closer together (arXiv:2512.02010)."""
-
-_PUSHING_SUBNORMALS = 1.5 * 2.0 ** (23 - 9)
-"""Added and taken away, this leaves multiples of 2^-9, the least float8_e4m3fn number."""
 
 _SEARCH_ROWS, _SEARCH_ELEMENTS = (256, 4096), 1 << 19
 """Columns that share a scale are searched for so many rows at once: as many as have _SEARCH_ELEMENTS weights
@@ -168,17 +161,7 @@ def _rounds(args: QuantizationArgs) -> Rounds:
         return _POWERS_OF_TWO if args.num_bits == 4 else ()
     if args.scale_dtype == "F8_E4M3":
         return _FLOAT8_STEPS
-    return _WIDENINGS if args.type == "float" else _SHRINKS
-
-
-def _near_e4m3(values: Tensor, out: Tensor) -> None:
-    """The float8_e4m3fn number nearest to each of `values`, float32 within its range; of two as near, either.
-
-    A subnormal one may be the second nearest. Half the passes over memory of `round_to_grid`.
-    """
-    bits = torch.add(values.view(torch.int32), 1 << 19, out=out.view(torch.int32))
-    bits.bitwise_and_(-1 << 20)  # three bits of the fraction are left
-    out.add_(_PUSHING_SUBNORMALS).sub_(_PUSHING_SUBNORMALS)
+    return _SHRINKS
 
 
 @cache
@@ -208,7 +191,6 @@ def _search(
     least = torch.full_like(place, torch.inf)
     width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
     buffers = weights.new_empty(3, len(weights), min(width, rows))
-    clips = _rounds(args) is not _WIDENINGS
     for moves in rounds:
         places = place + moves  # [tries, scales]
         if args.scale_dtype is None:
@@ -227,10 +209,7 @@ def _search(
                 torch.div(part, divisors[attempt, here], out=scaled)
                 if shifts is not None:
                     scaled.add_(shifts[attempt, here])
-                if clips:
-                    round_to_grid(scaled, args, out=codes, spare=spare)
-                else:
-                    _near_e4m3(scaled, out=codes)
+                round_to_grid(scaled, args, out=codes, spare=spare)
                 costs[attempt, here] = cost(codes.sub_(scaled), here)
         # relative to the unit: finite for huge and tiny weights
         costs *= to_rows((steps / unit).square_(), sharing, rows)

@@ -120,7 +120,7 @@ def test_a_lock_file_that_cannot_be_removed_ends_nothing(tmp_path: Path) -> None
 
 
 def test_a_server_without_its_lock_answers_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(listening, "_PATIENCE_SECONDS", 0.1)
     answers = threading.Event()
     with listen("127.0.0.1", 0) as listener:
         url = url_of(*listener.getsockname())

@@ -189,7 +189,7 @@ def test_zero_points_are_read_where_weights_are_dequantized(tmp_path: Path, tiny
     compressed(source, out, [rtn("W4A16_ASYM")], tiny_texts)
     (warning,) = plan(source, Recipe.model_validate([rtn("W4A16_ASYM")])).warnings
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in warning.hint
-    assert "in the compressed-tensors format that vLLM loads." in (out / "README.md").read_text()
+    assert "in the compressed-tensors format; vLLM loads it." in (out / "README.md").read_text()
     with pytest.warns(UserWarning, match="loading attributes"):
         model = load_model(out, quantization_config=CompressedTensorsConfig(dequantize=True))
     assert close(logits_of(model), logits_of(as_meant(out, torch.bfloat16)))
