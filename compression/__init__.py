@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from compression.machine import host_memory as _host_memory  # noqa: F401  # before anything imports torch
+from compression.machine.host_memory import set_library_variables
 from compression.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     SparseGPTModifier = SparseGPTStep
     WandaPruningModifier = WandaStep
 
+
+set_library_variables()  # torch, which nothing has imported yet, reads them when it is first used
 
 __all__ = [
     "SCHEMES",

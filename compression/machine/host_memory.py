@@ -6,18 +6,14 @@ keeps the code that it makes for a product of one shape, for the last 1,024 of t
 product has its own. Together they were up to two fifths of a run's memory (docs/memory.md). No bits depend on
 any of this.
 
-Torch and oneDNN read their variables when they are first used, so compression/__init__.py imports this module
-before anything else. What the caller's environment says goes first.
+Torch and oneDNN read their variables when they are first used, so compression/__init__.py sets them. What the
+caller's environment says goes first.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-
-# Activations on huge pages, where the kernel lends them on request: fewer page faults (benchmarks/README.md).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -29,6 +25,13 @@ _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 
 _libc = ctypes.CDLL(None)
+
+
+def set_library_variables() -> None:
+    """Say to torch and oneDNN, which have not been used yet, what to do; what is set already stays."""
+    # activations on huge pages, where the kernel lends them on request: fewer page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def map_large_blocks() -> None:

@@ -14,6 +14,9 @@ from api.database import Database
 from api.private import make_folder, mode_of
 from api.settings import Settings
 
+IN_THE_STORE = {"artifacts", "artifacts/work", "artifacts/work/job", "artifacts/work/job/shard"}
+"""Files as a local store lays them out."""
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
@@ -58,13 +61,7 @@ def test_a_folder_with_other_things_in_it_keeps_its_mode_and_is_told(old: Path, 
     assert examine_data_dir(settings).exposed_because == "it also holds 'notes.txt'"
     access = secure_data_dir(settings)
     assert access.changed == 3
-    below = {
-        "artifacts",
-        "artifacts/work",
-        "artifacts/work/job",
-        "artifacts/work/job/shard",
-    }  # perhaps not ours
-    assert exposed(old) == {".", "notes.txt", *below}
+    assert exposed(old) == {".", "notes.txt", *IN_THE_STORE}  # the last are perhaps not ours
     assert "0755" in (access.warning or "")
     assert "chmod 700" in (access.warning or "")
 
@@ -82,7 +79,7 @@ def test_what_settings_put_there_is_no_other_thing(
 def test_only_the_store_and_scratch_of_the_settings_are_searched(old: Path, tmp_path: Path) -> None:
     settings = Settings(data_dir=old, store_url=f"file://{tmp_path / 'store'}")
     assert secure_data_dir(settings).warning is None
-    assert exposed(old) == {"artifacts", "artifacts/work", "artifacts/work/job", "artifacts/work/job/shard"}
+    assert exposed(old) == IN_THE_STORE
 
 
 @pytest.mark.parametrize("place", ["elsewhere/jobs.db", "data/db/jobs.db", "relative.db"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_what_no_input_is_to_blame_for_passes() -> None:
 def test_a_fault_of_ours_is_not_told_as_one_of_the_input() -> None:
     """Where a library calls code of this package; `as_read` stands for that."""
     with pytest.raises(AttributeError), foreign("config_invalid", "It", calls_ours=True):
-        as_read(None, FAMILIES["llama"])  # type: ignore[arg-type]
+        as_read(cast(Any, None), FAMILIES["llama"])
     with pytest.raises(SourceError), foreign("config_invalid", "It", calls_ours=True):
         json.loads("{")
 

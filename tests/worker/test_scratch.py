@@ -43,10 +43,15 @@ def test_an_attempt_folder_is_private_and_removed_after_an_error(tmp_path: Path)
 
 def test_what_cannot_be_removed_hides_no_reason(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path / "scratch", "me")
-    with capture_logs() as records:
-        with pytest.raises(RuntimeError, match="boom"), scratch.attempt("job", 1):  # noqa: PT012
+
+    def fail_after_it_is_gone() -> None:
+        with scratch.attempt("job", 1):
             shutil.rmtree(scratch.folder)
             raise RuntimeError("boom")
+
+    with capture_logs() as records:
+        with pytest.raises(RuntimeError, match="boom"):
+            fail_after_it_is_gone()
         scratch.close()
     assert [record["event"] for record in records] == ["scratch_not_removed"] * 2
 
