@@ -1,7 +1,5 @@
 """Whatever the shapes, dtypes and magnitudes: what is written is finite and reads back as it was meant, or an
-error says which linear cannot be compressed, and why.
-
-Examples are drawn anew by nobody: hypothesis derives them from the test itself, the same on every machine.
+error says which linear cannot be compressed, and why. The examples are the same on every machine.
 """
 
 from __future__ import annotations
