@@ -17,6 +17,7 @@ import structlog
 from api.private import UMASK, opener
 from api.store.base import Check, go_on
 from compression.hub.environment import CACHE_VARIABLES
+from compression.machine.environment import KERNEL_VARIABLES
 from worker.host import needed_of_host
 from worker.messages import BadMessage, Message, parse
 from worker.runner import EngineSpec
@@ -34,7 +35,7 @@ PASSED_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
-    *CACHE_VARIABLES,
+    *KERNEL_VARIABLES, *CACHE_VARIABLES,
 )  # fmt: skip
 NETWORK_VARIABLES = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",

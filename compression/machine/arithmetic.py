@@ -18,6 +18,7 @@ import torch
 
 from compression.errors import ResourceError
 from compression.machine.batching import BATCH_TOKENS
+from compression.machine.environment import ISA_LIMITS, LIBRARY_VARIABLES
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -32,14 +33,8 @@ _MATRIX_INSTRUCTIONS = (
     "avx10_1", "avx10_2", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
 )  # fmt: skip
 """Those of `torch.cpu.get_capabilities` by which oneDNN, MKL and ATen choose the code of a product."""
-_ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _LEVELS_WITH_AMX = ("AVX512_CORE_AMX", "AVX10")
 _LEVELS_WITH_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", *_LEVELS_WITH_AMX)
-_LIBRARY_VARIABLES = (
-    *_ISA_LIMITS, "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-)  # fmt: skip
-"""Variables that change which code the libraries choose. ATEN_CPU_CAPABILITY shows in ATen's own level."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +178,7 @@ def _capability(device: str) -> str:
     level = torch.backends.cpu.get_cpu_capability()
     parts = [f"{level} {cpu['cpu_name']}", f"{cpu.get('l2_cache_size', 0) >> 10} KiB"]
     parts += [name for name in _MATRIX_INSTRUCTIONS if cpu.get(name)]
-    parts += [f"{name}={os.environ[name]}" for name in _LIBRARY_VARIABLES if name in os.environ]
+    parts += [f"{name}={os.environ[name]}" for name in LIBRARY_VARIABLES if name in os.environ]
     return ", ".join(parts)
 
 
@@ -200,5 +195,5 @@ def _cpu_has_amx() -> bool:
 
 def _onednn_may_use(levels: tuple[str, ...]) -> bool:
     """Whether the environment leaves oneDNN one of these levels of instructions."""
-    limit = next((os.environ[name] for name in _ISA_LIMITS if name in os.environ), "ALL").upper()
+    limit = next((os.environ[name] for name in ISA_LIMITS if name in os.environ), "ALL").upper()
     return limit in ("ALL", "DEFAULT") or limit.startswith(levels)

@@ -73,10 +73,11 @@ def test_its_environment_has_no_secret(tmp_path: Path) -> None:
         "AWS_SECRET_ACCESS_KEY": "secret",
         "HF_TOKEN": "secret",
     }
-    given = {"PATH": os.defpath, "CUDA_VISIBLE_DEVICES": "1", **secrets}
+    given = {"PATH": os.defpath, "CUDA_VISIBLE_DEVICES": "1", "ONEDNN_MAX_CPU_ISA": "AVX2", **secrets}
     environment = engine_environment(tmp_path, given)
     assert environment["PATH"] == os.defpath
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert environment["TMPDIR"] == str(tmp_path)
     assert not environment.keys() & secrets.keys()
 
