@@ -48,7 +48,7 @@ What the answers say is the model's, and often wrong.
 DATASET = FOLDER / CONVERSATIONS.name
 
 SCHEME, GROUP_SIZE = "W8A16", 64
-"""8 bits: a model of 135M parameters answers as before with them on every processor tried, with 4 it does not."""
+"""With 8 bits a model of 135M parameters answers as before on every processor tried, with 4 it does not."""
 
 SAMPLES, LENGTH, HELD_OUT = 48, 512, 8
 """Samples to calibrate on, the tokens of each, and samples to measure on: nearly all of the text."""
