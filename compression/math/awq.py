@@ -90,11 +90,7 @@ def _rounded(weight: Tensor, part: ToRound, importance: Tensor) -> Tensor:
     """Some rows [rows, in] of a part, scaled, as they become. importance: [in], of their inputs."""
     if part.observer == "minmax":
         params = minmax_params(weight.to(part.scale_dtype), part.args, part.scale_dtype)
-        return rtn(weight, part.args, params).dequantize(torch.float32)
-    groups, of_groups = weight, importance.expand_as(weight)
-    if part.args.strategy != "block":  # what has a scale of its own becomes a row: one search for all of them
-        size = part.args.columns or weight.shape[1]
-        groups, of_groups = groups.reshape(-1, size), of_groups.reshape(-1, size)
-    given = None if part.observer == "mse" else of_groups
-    params = search_params(groups, part.args, part.scale_dtype, importance=given)
-    return rtn(groups, part.args, params).dequantize(torch.float32).view_as(weight)
+    else:
+        given = None if part.observer == "mse" else importance
+        params = search_params(weight, part.args, part.scale_dtype, importance=given)
+    return rtn(weight, part.args, params).dequantize(torch.float32)

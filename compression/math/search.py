@@ -17,6 +17,7 @@ from torch import Tensor
 from compression.math.gram import Gram
 from compression.math.grid import (
     QuantizationParams,
+    extremes,
     global_scale_of,
     group_columns,
     over_rows,
@@ -39,6 +40,14 @@ _SHRINKS: Rounds = (
 )
 """Parts of the range. Within 0.5% of the error that 180 even steps reach, for int4."""
 
+_UNINFORMED: dict[tuple[str, int], Rounds] = {
+    ("int", 4): ((0.0, 0.07, -0.06, -0.12, -0.18, -0.24), (-0.025, 0.025), (-0.01, 0.01)),
+    ("int", 8): ((0.0, -0.016, -0.008, 0.008, 0.016, 0.024),),
+    ("float", 8): ((0.0, 0.25, 0.4, 0.55, 0.75, 0.9, 1.15),),
+}
+"""The same where all columns count alike, by type and bits. With 8 bits, cutting off the largest weight costs
+more than it gives: how codes happen to fall is what is left. A float's are the same at twice the range."""
+
 _POWERS_OF_TWO: Rounds = ((0, 1, -1, -2),)
 """Exponents of MXFP4: what all parts of the range together come to. Those of MXFP8 leave nothing to gain."""
 
@@ -46,9 +55,8 @@ _FLOAT8_STEPS: Rounds = ((0, 1, 2, 3, 4, 5, 6, -1, -2),)
 """Steps among the float8 numbers that are scales of NVFP4. Four or five steps on, the largest weight is at 4
 instead of 6, where codes are closer together (arXiv:2512.02010)."""
 
-_SEARCH_ROWS, _SEARCH_ELEMENTS = (256, 4096), 1 << 19
-"""Columns that share a scale are searched for so many rows at once: as many as have _SEARCH_ELEMENTS weights
-there, but not fewer or more than this. Fewer are calls without work; with more the caches overflow."""
+_SEARCH_ELEMENTS = 1 << 20
+"""Weights that are searched for at once, with a scale for each column. With fewer, calls have no work."""
 
 _CHUNK_ELEMENTS = 1 << 17
 """Weights rounded at once: with the temporaries, what two cores hold in their level-2 caches."""
@@ -82,7 +90,7 @@ def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dty
 def spanning_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
     """Scales that span the smallest to the largest of the weights that share one, zero included."""
     rows, columns = weight.shape
-    low, high = group_columns(weight, args).aminmax(dim=-1)
+    low, high = extremes(group_columns(weight, args), -1)
     global_scale = None
     if args.strategy == "tensor_group":
         global_scale = global_scale_of(torch.maximum(-low.amin(), high.amax()).reshape(1), scale_dtype)
@@ -107,8 +115,7 @@ def search_params(
 
     The error e = w - w' of one row's group is measured as
         sum e^2                            without statistics (observer mse),
-        sum importance * e^2               importance [in] = E[x^2] (observer imatrix), or [out, in], that of
-                                           each row,
+        sum importance * e^2               importance [in] = E[x^2] (observer imatrix),
         e G e^T                            gram [in, in] = X^T X, G its block for the group (observer gram):
                                            Hessian-weighted MSE, the output error this group alone causes,
     and summed over the rows that share a scale. `_rounds` says what is tried.
@@ -116,52 +123,70 @@ def search_params(
     if importance is not None and gram is not None:
         raise ValueError("give importance or gram, not both")
     params = spanning_params(weight, args, scale_dtype)
-    rows, columns = weight.shape
-    size, sharing = args.columns or columns, rows_sharing(args, rows)
-    scales = params.scale.view(-1, columns // size)
-    fewest, most = _SEARCH_ROWS
-    at_once = max(sharing, min(most, max(fewest, _SEARCH_ELEMENTS // size)) // sharing * sharing)
-    rounds = [_on(weight.device, moves) for moves in _rounds(args)]
+    informed = importance is not None or gram is not None
+    rounds = [_on(weight.device, moves) for moves in _rounds(args, informed=informed)]
     if not rounds:
         return params.as_stored(args)
-    for group, start in enumerate(range(0, columns, size)):
+    rows, columns = weight.shape
+    size, sharing = args.columns or columns, rows_sharing(args, rows)
+    if sharing == 1 and gram is None:
+        weight = weight.reshape(-1, size)  # each group becomes a row: as many at once as there is work for
+    if importance is not None:
+        importance = importance.reshape(-1, weight.shape[1])
+    scales, zero_points = (
+        None if values is None else values.view(-1, weight.shape[1] // size)
+        for values in (params.scale, params.zero_point)
+    )
+    assert scales is not None
+    at_once = max(1, _SEARCH_ELEMENTS // size // sharing) * sharing
+    for group, start in enumerate(range(0, weight.shape[1], size)):
         part = slice(start, start + size)
-        for top in range(0, rows, at_once):
+        for top in range(0, len(weight), at_once):
             chunk = weight[top : top + at_once, part].t().float().contiguous()
-            cost = _error_cost(slice(top, top + at_once), part, weight.device, importance, gram)
+            cost = _error_cost(chunk, part, top, importance, gram)
             found = _search(chunk, args, scale_dtype, cost, rounds, params.global_scale)
             here = slice(top // sharing, top // sharing + len(found.scale))
             scales[here, group] = found.scale
-            if params.zero_point is not None and found.zero_point is not None:
-                params.zero_point[here, group] = found.zero_point
+            if zero_points is not None and found.zero_point is not None:
+                zero_points[here, group] = found.zero_point
     return params.as_stored(args)
 
 
-_Cost = Callable[[Tensor, slice], Tensor]
-"""Errors [group_size, rows], which it may overwrite, and which rows these are -> what each costs, [rows]."""
+_Cost = Callable[[Tensor, slice, Tensor], Tensor]
+"""Of errors [group_size, rows], which it may overwrite, and which rows these are: what each row costs [rows],
+written to the last argument."""
 
 
 def _error_cost(
-    rows: slice, columns: slice, device: torch.device, importance: Tensor | None, gram: Tensor | None
+    chunk: Tensor, columns: slice, top: int, importance: Tensor | None, gram: Tensor | None
 ) -> _Cost:
+    """What errors of a chunk [group_size, rows] cost, which begins at row `top`.
+
+    importance: [groups, columns], that of each row; more rows than groups have the same, over and over.
+    """
     if gram is not None:
         block = gram[columns, columns].float().contiguous()
-        return lambda errors, _rows: (block @ errors).mul_(errors).sum(dim=0)
-    if importance is not None and importance.dim() == 2:
-        each = importance[rows, columns].t().float()
-        return lambda errors, rows: errors.square_().mul_(each[:, rows]).sum(dim=0)
-    size = columns.stop - columns.start
-    weights = torch.ones(size, device=device) if importance is None else importance[columns].float()
-    return lambda errors, _rows: torch.mv(errors.square_().t(), weights)
+        return lambda errors, _rows, out: torch.sum((block @ errors).mul_(errors), dim=0, out=out)
+    if importance is None or len(importance) == 1:
+        weights = chunk.new_ones(len(chunk)) if importance is None else importance[0, columns].float()
+        return lambda errors, _rows, out: torch.mv(errors.square_().t(), weights, out=out)
+    whose = torch.arange(top, top + chunk.shape[1], device=chunk.device) % len(importance)
+    each = importance[whose, columns].t().float()
+    return lambda errors, rows, out: torch.sum(errors.square_().mul_(each[:, rows]), dim=0, out=out)
 
 
-def _rounds(args: QuantizationArgs) -> Rounds:
-    """What is tried for scales of this kind: parts of the range; where scales are few, steps among them."""
+def _rounds(args: QuantizationArgs, *, informed: bool) -> Rounds:
+    """What is tried for scales of this kind: parts of the range; where scales are few, steps among them.
+
+    informed: columns count by their inputs, so that what only unimportant ones reach may be cut off.
+    """
     if args.scale_dtype == "E8M0":
         return _POWERS_OF_TWO if args.num_bits == 4 else ()
     if args.scale_dtype == "F8_E4M3":
         return _FLOAT8_STEPS
-    return _SHRINKS
+    if informed or (args.num_bits == 4 and args.columns is None):  # among many weights one is far off
+        return _SHRINKS
+    return _UNINFORMED.get((args.type, args.num_bits), _SHRINKS)
 
 
 @cache
@@ -184,13 +209,11 @@ def _search(
     """
     rows = weights.shape[1]
     sharing = rows_sharing(args, rows)
-    low, high = weights.aminmax(dim=0)
+    low, high = extremes(weights, 0)
     low, high = over_rows(low, sharing, torch.amin), over_rows(high, sharing, torch.amax)
     best = params_of_range(low, high, args, scale_dtype, global_scale)
     spanning, unit, place = best, best.steps(args), torch.zeros_like(low)
     least = torch.full_like(place, torch.inf)
-    width = max(64, _CHUNK_ELEMENTS // weights.shape[0])
-    buffers = weights.new_empty(3, len(weights), min(width, rows))
     for moves in rounds:
         places = place + moves  # [tries, scales]
         if args.scale_dtype is None:
@@ -199,18 +222,8 @@ def _search(
         else:
             tried = spanning.moved(places.int(), args)
         steps = tried.steps(args)
-        divisors, costs = to_rows(steps, sharing, rows), weights.new_empty(len(moves), rows)
         shifts = None if tried.zero_point is None else tried.zero_point.float()
-        for left in range(0, rows, width):
-            here = slice(left, left + width)
-            part = weights[:, here]
-            scaled, codes, spare = (buffer[:, : part.shape[1]] for buffer in buffers)
-            for attempt in range(len(moves)):
-                torch.div(part, divisors[attempt, here], out=scaled)
-                if shifts is not None:
-                    scaled.add_(shifts[attempt, here])
-                round_to_grid(scaled, args, out=codes, spare=spare)
-                costs[attempt, here] = cost(codes.sub_(scaled), here)
+        costs = _costs(weights, to_rows(1 / steps, sharing, rows), shifts, args, cost)
         # relative to the unit: finite for huge and tiny weights
         costs *= to_rows((steps / unit).square_(), sharing, rows)
         # a range beyond float32 gives NaN, which must not win
@@ -221,3 +234,27 @@ def _search(
         place = torch.where(better, places.gather(0, index)[0], place)
         least = torch.minimum(least, cheapest[0])
     return best
+
+
+def _costs(
+    weights: Tensor, factors: Tensor, shifts: Tensor | None, args: QuantizationArgs, cost: _Cost
+) -> Tensor:
+    """What each row's errors cost with each try's factor and shift [tries, rows] to the codes: [tries, rows]."""
+    size, rows = weights.shape
+    costs = torch.empty_like(factors)
+    width = max(64, _CHUNK_ELEMENTS // size)
+    for left in range(0, rows, width):
+        here = slice(left, left + width)
+        part = weights[:, here]
+        codes, spare = part.new_empty(2, *part.shape)
+        each_shift = [None] * len(factors) if shifts is None else shifts[:, here]
+        for factor, shift, into in zip(factors[:, here], each_shift, costs[:, here], strict=True):
+            if shift is None:
+                torch.mul(part, factor, out=codes)
+            else:
+                torch.addcmul(shift, part, factor, out=codes)
+            round_to_grid(codes, args, out=codes, spare=spare)
+            if shift is not None:
+                codes.sub_(shift)
+            cost(codes.addcmul_(part, factor, value=-1), here, into)
+    return costs

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compression.errors import NumericalError
 from compression.math.finite import require_finite_weight
 from compression.math.grid import QuantizationParams, QuantizedWeight, fake_quantize, quantize
-from compression.math.search import minmax_params, search_params
+from compression.math.search import _rounds, minmax_params, search_params
 from compression.schemes import Scheme, get_scheme
 from tests.compression.grids import WEIGHTS, all_codes, library_args, library_params, restored, spread
 
@@ -169,6 +169,34 @@ def test_search_comes_close_to_an_exhaustive_one(name: str, observer: str) -> No
         best = torch.minimum(best, cost(weight, params, scheme, hessian))
     # through a Gram with strong correlations the error jumps from one shrink to the next
     assert found.sum() < (1.1 if observer == "gram" else 1.02) * best.sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "W4A16-g32",
+        "W4A16-g64",
+        "W4A16-g128",
+        "W4A16_ASYM-g32",
+        "W8A16-g128",
+        "W8A8",
+        "FP8_DYNAMIC",
+        "FP8_BLOCK-128",
+    ],
+)
+def test_few_tries_find_what_many_even_steps_do(name: str) -> None:
+    """Without data rounding is all there is to wait for: at most ten tries a weight, as good as sixteen."""
+    scheme = WEIGHTS[name]
+    assert sum(map(len, _rounds(scheme.weights, informed=False))) <= 10
+    weight = gaussian(400, 128)
+    _, hessian = statistics(128, "mse")
+    found = cost(weight, search_params(weight, scheme.weights, torch.bfloat16), scheme, hessian)
+    even = torch.full_like(found, float("inf"))
+    for step in range(16):
+        scale, zero, _ = library_params(weight.bfloat16(), scheme.weights, shrink=1.16 - 0.04 * step)
+        params = QuantizationParams(scale, None if scheme.weights.symmetric else zero)
+        even = torch.minimum(even, cost(weight, params, scheme, hessian))
+    assert found.sum() <= even.sum()
 
 
 @pytest.mark.parametrize("name", ["W4A16-g32", "W4A16_ASYM-g32", "W8A8"])
