@@ -239,7 +239,7 @@ def _search(
 def _costs(
     weights: Tensor, factors: Tensor, shifts: Tensor | None, args: QuantizationArgs, cost: _Cost
 ) -> Tensor:
-    """What each row's errors cost with each try's factor and shift [tries, rows] to the codes: [tries, rows]."""
+    """What each row's errors cost with each try's factor and shift to codes [tries, rows]: [tries, rows]."""
     size, rows = weights.shape
     costs = torch.empty_like(factors)
     width = max(64, _CHUNK_ELEMENTS // size)
