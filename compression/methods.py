@@ -95,11 +95,8 @@ class Method:
     def kind(self) -> Kind:
         return next(kind for kind, base in _KINDS.items() if issubclass(self.step, base))
 
-    def solve(self, *args: Any, **options: Any) -> Any:
-        """Call the solver."""
-        return self.load()(*args, **options)
-
-    def load(self) -> Callable[..., Any]:
+    @property
+    def solve(self) -> Callable[..., Any]:
         """The solver, which imports torch."""
         module, _, function = self.solver.partition(":")
         solver: Callable[..., Any] = getattr(import_module(module), function)

@@ -57,15 +57,16 @@ class QuantizationParams(NamedTuple):
             return self
         return self._replace(scale=self.scale.to(torch.float8_e4m3fn))
 
-    def moved(self, steps: Tensor, args: QuantizationArgs) -> QuantizationParams:
-        """Scales so many `steps` [tries, scales] further on among those that their own dtype has.
-
-        Of numbers that float8 has, in float32, or of exponents: a search has them so.
+    def moved(self, places: Tensor, args: QuantizationArgs) -> QuantizationParams:
+        """Scales at `places` [tries, scales] from these: 0.1 is a tenth more; where scales have a dtype of
+        their own, 1 is the next number that it has. Those of float8 are in float32 while they are searched.
         """
+        if args.scale_dtype is None:
+            return self._replace(scale=(self.scale.float() * (1 + places)).to(self.scale.dtype))
         if args.scale_dtype == "E8M0":
-            return self._replace(scale=(self.scale + steps).clamp_(0, 254).to(torch.uint8))
+            return self._replace(scale=(self.scale + places.int()).clamp_(0, 254).to(torch.uint8))
         # positive float8 numbers are in the order of their bits; 0x7e is the largest
-        bits = self.scale.to(torch.float8_e4m3fn).view(torch.uint8).int() + steps
+        bits = self.scale.to(torch.float8_e4m3fn).view(torch.uint8).int() + places.int()
         return self._replace(scale=bits.clamp_(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn).float())
 
     def by_row(self, args: QuantizationArgs, rows: int) -> QuantizationParams:
@@ -76,18 +77,6 @@ class QuantizationParams(NamedTuple):
         elif args.block_structure:
             steps = steps.repeat_interleave(args.block_structure[0], dim=0)[:rows]
         return QuantizationParams(steps, self.zero_point)
-
-    def where(self, condition: Tensor, other: QuantizationParams) -> QuantizationParams:
-        """`other` where `condition` holds, else these."""
-        zero_point = self.zero_point
-        if zero_point is not None and other.zero_point is not None:
-            zero_point = torch.where(condition, other.zero_point, zero_point)
-        return self._replace(scale=torch.where(condition, other.scale, self.scale), zero_point=zero_point)
-
-    def gather(self, index: Tensor) -> QuantizationParams:
-        """From parameters [tries, rows], those of try index [1, rows]: [rows]."""
-        zero_point = None if self.zero_point is None else self.zero_point.gather(0, index)[0]
-        return self._replace(scale=self.scale.gather(0, index)[0], zero_point=zero_point)
 
     def rows(self, start: int, stop: int) -> QuantizationParams:
         """The parameters of output rows start to stop, where each has its own."""

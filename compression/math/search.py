@@ -133,22 +133,19 @@ def search_params(
         weight = weight.reshape(-1, size)  # each group becomes a row: as many at once as there is work for
     if importance is not None:
         importance = importance.reshape(-1, weight.shape[1])
-    scales, zero_points = (
-        None if values is None else values.view(-1, weight.shape[1] // size)
-        for values in (params.scale, params.zero_point)
-    )
-    assert scales is not None
+    shape = (-1, weight.shape[1] // size)
+    scales = params.scale.view(shape)
+    zero_points = None if params.zero_point is None else params.zero_point.view(shape)
     at_once = max(1, _SEARCH_ELEMENTS // size // sharing) * sharing
     for group, start in enumerate(range(0, weight.shape[1], size)):
         part = slice(start, start + size)
         for top in range(0, len(weight), at_once):
             chunk = weight[top : top + at_once, part].t().float().contiguous()
+            here = slice(top // sharing, (top + at_once) // sharing)
+            zero_point = None if zero_points is None else zero_points[here, group]
+            spanning = QuantizationParams(scales[here, group], zero_point, params.global_scale)
             cost = _error_cost(chunk, part, top, importance, gram)
-            found = _search(chunk, args, scale_dtype, cost, rounds, params.global_scale)
-            here = slice(top // sharing, top // sharing + len(found.scale))
-            scales[here, group] = found.scale
-            if zero_points is not None and found.zero_point is not None:
-                zero_points[here, group] = found.zero_point
+            scales[here, group] = _search(chunk, spanning, args, cost, rounds)
     return params.as_stored(args)
 
 
@@ -197,64 +194,49 @@ def _on(device: torch.device, moves: tuple[float, ...]) -> Tensor:
 
 def _search(
     weights: Tensor,
+    spanning: QuantizationParams,
     args: QuantizationArgs,
-    scale_dtype: torch.dtype,
     cost: _Cost,
     rounds: Sequence[Tensor],
-    global_scale: Tensor | None,
-) -> QuantizationParams:
-    """The best parameters [scales] for one group's weights [group_size, rows], float32.
+) -> Tensor:
+    """The best scales [scales] for weights [group_size, rows], float32, whose range is that of `spanning`.
 
     Transposed, so that a scale per row runs along memory. Errors are taken in steps of each row's own scale.
+    Zero points stay: low and high ends are cut off, or given room, in proportion.
     """
-    rows = weights.shape[1]
+    size, rows = weights.shape
     sharing = rows_sharing(args, rows)
-    low, high = extremes(weights, 0)
-    low, high = over_rows(low, sharing, torch.amin), over_rows(high, sharing, torch.amax)
-    best = params_of_range(low, high, args, scale_dtype, global_scale)
-    spanning, unit, place = best, best.steps(args), torch.zeros_like(low)
-    least = torch.full_like(place, torch.inf)
+    zero_point = spanning.zero_point
+    shift = None if zero_point is None else to_rows(zero_point.float(), sharing, rows)
+    unit, best = spanning.steps(args), spanning.scale
+    place, least = torch.zeros_like(unit), torch.full_like(unit, torch.inf)
+    width = max(64, _CHUNK_ELEMENTS // size)
     for moves in rounds:
         places = place + moves  # [tries, scales]
-        if args.scale_dtype is None:
-            parts = 1 + places
-            tried = params_of_range(low * parts, high * parts, args, scale_dtype)
-        else:
-            tried = spanning.moved(places.int(), args)
+        tried = spanning.moved(places, args)
         steps = tried.steps(args)
-        shifts = None if tried.zero_point is None else tried.zero_point.float()
-        costs = _costs(weights, to_rows(1 / steps, sharing, rows), shifts, args, cost)
+        factors = to_rows(1 / steps, sharing, rows)
+        costs = torch.empty_like(factors)
+        for left in range(0, rows, width):
+            here = slice(left, left + width)
+            part = weights[:, here]
+            codes, spare = part.new_empty(2, *part.shape)
+            for factor, row_costs in zip(factors[:, here], costs[:, here], strict=True):
+                if shift is None:
+                    torch.mul(part, factor, out=codes)
+                else:
+                    torch.addcmul(shift[here], part, factor, out=codes)
+                round_to_grid(codes, args, out=codes, spare=spare)
+                if shift is not None:
+                    codes.sub_(shift[here])
+                cost(codes.addcmul_(part, factor, value=-1), here, row_costs)
         # relative to the unit: finite for huge and tiny weights
         costs *= to_rows((steps / unit).square_(), sharing, rows)
         # a range beyond float32 gives NaN, which must not win
         costs = over_rows(costs.nan_to_num_(nan=torch.inf, posinf=torch.inf), sharing, torch.sum)
         cheapest, index = costs.min(dim=0, keepdim=True)
         better = cheapest[0] < least
-        best = best.where(better, tried.gather(index))
+        best = torch.where(better, tried.scale.gather(0, index)[0], best)
         place = torch.where(better, places.gather(0, index)[0], place)
         least = torch.minimum(least, cheapest[0])
     return best
-
-
-def _costs(
-    weights: Tensor, factors: Tensor, shifts: Tensor | None, args: QuantizationArgs, cost: _Cost
-) -> Tensor:
-    """What each row's errors cost with each try's factor and shift to codes [tries, rows]: [tries, rows]."""
-    size, rows = weights.shape
-    costs = torch.empty_like(factors)
-    width = max(64, _CHUNK_ELEMENTS // size)
-    for left in range(0, rows, width):
-        here = slice(left, left + width)
-        part = weights[:, here]
-        codes, spare = part.new_empty(2, *part.shape)
-        each_shift = [None] * len(factors) if shifts is None else shifts[:, here]
-        for factor, shift, into in zip(factors[:, here], each_shift, costs[:, here], strict=True):
-            if shift is None:
-                torch.mul(part, factor, out=codes)
-            else:
-                torch.addcmul(shift, part, factor, out=codes)
-            round_to_grid(codes, args, out=codes, spare=spare)
-            if shift is not None:
-                codes.sub_(shift)
-            cost(codes.addcmul_(part, factor, value=-1), here, into)
-    return costs

@@ -35,14 +35,14 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def perplexity(folder: Path, blocks: Sequence[Tensor]) -> float:
-    """Of a checkpoint, read as `logits` reads it; block by block."""
+    """Of a checkpoint, read as `logits` reads it, over blocks of one length."""
     model = _load(folder)
     losses = []
     with torch.no_grad():
-        for block in blocks:
-            logits = model(input_ids=block[None]).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]))
-    return float(torch.stack(losses).mean().exp())
+        for batch in torch.stack([*blocks]).split(32):
+            logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1).double()
+            losses.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none"))
+    return float(torch.cat(losses).mean().exp())
 
 
 def losses(folder: Path, text: str, dtype: torch.dtype = torch.float32) -> Tensor:
