@@ -70,6 +70,13 @@ def test_smaller_blocks_go_back_on_request(mib: int, count: int) -> None:
     assert kept < 32
 
 
+def test_little_is_kept_until_it_is_worth_a_request() -> None:
+    """And added up: three times 12 MiB are one time 36."""
+    setup = "host_memory.map_large_blocks(); host_memory.give_back()"
+    assert held_and_kept(4, 3, setup=setup, teardown="host_memory.give_back()")[1] >= 10
+    assert held_and_kept(4, 9, setup=setup, teardown="host_memory.give_back()")[1] < 10
+
+
 def test_a_phase_begins_without_what_the_last_one_freed() -> None:
     setup = "from compression.machine.clock import Clock; clock = Clock(); host_memory.map_large_blocks()"
     assert held_and_kept(16, 20, setup=setup, teardown="clock.phase('next').__enter__()")[1] < 32
