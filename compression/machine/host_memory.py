@@ -25,7 +25,7 @@ the time on a small model went into page faults (docs/memory.md)."""
 _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 _WORTH_GIVING_BACK = 32 << 20
-"""Bytes of growth. Pages that went back are soon wanted again, at a page fault each: trimming at every call took
+"""Bytes of growth. Pages that went back are soon wanted again, at a page fault each: to trim at every call was
 a fifth of the time on a small model."""
 
 _STATM = Path("/proc/self/statm")
@@ -54,7 +54,7 @@ def map_large_blocks() -> None:
 
 
 def give_back() -> None:
-    """Return to the system what is free in the heaps, once the process has grown by 32 MiB since that was done."""
+    """Return to the system what is free in the heaps, if the process grew by 32 MiB since that was done."""
     global _least_resident
     malloc_trim = getattr(_libc, "malloc_trim", None)
     if malloc_trim is None:

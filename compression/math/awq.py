@@ -89,7 +89,7 @@ def _output_error(parts: Sequence[ToRound], gram: Gram, scales: Tensor, most: in
 def _rounded(weight: Tensor, part: ToRound, importance: Tensor) -> Tensor:
     """Some rows [rows, in] of a part, scaled, as they become. importance: [in], of their inputs."""
     if part.observer == "minmax":
-        params = minmax_params(weight.to(part.scale_dtype), part.args, part.scale_dtype)
+        params = minmax_params(weight, part.args, part.scale_dtype)
     else:
         given = None if part.observer == "mse" else importance
         params = search_params(weight, part.args, part.scale_dtype, importance=given)

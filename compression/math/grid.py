@@ -51,22 +51,16 @@ class QuantizationParams(NamedTuple):
         scale = self.scale.float()
         return scale if self.global_scale is None else scale / self.global_scale
 
-    def as_stored(self, args: QuantizationArgs) -> QuantizationParams:
-        """With scales in the dtype to whose numbers they were rounded."""
-        if args.scale_dtype != "F8_E4M3":
-            return self
-        return self._replace(scale=self.scale.to(torch.float8_e4m3fn))
-
     def moved(self, places: Tensor, args: QuantizationArgs) -> QuantizationParams:
         """Scales at `places` [tries, scales] from these: 0.1 is a tenth more; where scales have a dtype of
-        their own, 1 is the next number that it has. Those of float8 are in float32 while they are searched.
+        their own, 1 is the next number that it has. Float8 numbers come in float32, which can be chosen from.
         """
         if args.scale_dtype is None:
             return self._replace(scale=(self.scale.float() * (1 + places)).to(self.scale.dtype))
         if args.scale_dtype == "E8M0":
             return self._replace(scale=(self.scale + places.int()).clamp_(0, 254).to(torch.uint8))
         # positive float8 numbers are in the order of their bits; 0x7e is the largest
-        bits = self.scale.to(torch.float8_e4m3fn).view(torch.uint8).int() + places.int()
+        bits = self.scale.view(torch.uint8).int() + places.int()
         return self._replace(scale=bits.clamp_(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn).float())
 
     def by_row(self, args: QuantizationArgs, rows: int) -> QuantizationParams:
@@ -175,7 +169,7 @@ def params_of_range(
 ) -> QuantizationParams:
     """Scale and zero point that map [low, high], widened to hold 0, onto the codes.
 
-    In scale_dtype; uint8 exponents for E8M0; float32 numbers that float8 has, where there is a global scale.
+    In scale_dtype; uint8 exponents for E8M0; float8 where there is a global scale.
     """
     low = low.clamp(max=0).to(scale_dtype)
     high = high.clamp(min=0).to(scale_dtype)
@@ -193,7 +187,8 @@ def params_of_range(
         zero_point = exact.nan_to_num(nan=0.0).round().to(torch.int8)  # NaN is 0/0: a group of zeros
     if global_scale is not None:
         scale = (global_scale * scale).clamp(max=_FLOAT8_MAX).to(torch.float8_e4m3fn).float()
-        return QuantizationParams(scale.masked_fill_(scale == 0, _FLOAT8_EPS), None, global_scale)
+        scale = scale.masked_fill_(scale == 0, _FLOAT8_EPS).to(torch.float8_e4m3fn)
+        return QuantizationParams(scale, None, global_scale)
     eps = torch.finfo(scale_dtype).eps
     return QuantizationParams(scale.masked_fill_(scale == 0, eps), zero_point)
 

@@ -84,11 +84,6 @@ def minmax_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dty
 
     Computed in `scale_dtype`, step by step, as compressed-tensors does (`calculate_qparams`): the same bits.
     """
-    return spanning_params(weight.to(scale_dtype), args, scale_dtype).as_stored(args)
-
-
-def spanning_params(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> QuantizationParams:
-    """Scales that span the smallest to the largest of the weights that share one, zero included."""
     rows, columns = weight.shape
     low, high = extremes(group_columns(weight, args), -1)
     global_scale = None
@@ -122,11 +117,11 @@ def search_params(
     """
     if importance is not None and gram is not None:
         raise ValueError("give importance or gram, not both")
-    params = spanning_params(weight, args, scale_dtype)
+    params = minmax_params(weight, args, scale_dtype)
     informed = importance is not None or gram is not None
     rounds = [_on(weight.device, moves) for moves in _rounds(args, informed=informed)]
     if not rounds:
-        return params.as_stored(args)
+        return params
     rows, columns = weight.shape
     size, sharing = args.columns or columns, rows_sharing(args, rows)
     if sharing == 1 and gram is None:
@@ -146,7 +141,7 @@ def search_params(
             spanning = QuantizationParams(scales[here, group], zero_point, params.global_scale)
             cost = _error_cost(chunk, part, top, importance, gram)
             scales[here, group] = _search(chunk, spanning, args, cost, rounds)
-    return params.as_stored(args)
+    return params
 
 
 _Cost = Callable[[Tensor, slice, Tensor], Tensor]
@@ -208,8 +203,9 @@ def _search(
     sharing = rows_sharing(args, rows)
     zero_point = spanning.zero_point
     shift = None if zero_point is None else to_rows(zero_point.float(), sharing, rows)
-    unit, best = spanning.steps(args), spanning.scale
+    unit = spanning.steps(args)
     place, least = torch.zeros_like(unit), torch.full_like(unit, torch.inf)
+    best = spanning.moved(place, args).scale
     width = max(64, _CHUNK_ELEMENTS // size)
     for moves in rounds:
         places = place + moves  # [tries, scales]
