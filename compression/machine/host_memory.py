@@ -25,8 +25,8 @@ the time on a small model went into page faults (docs/memory.md)."""
 _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 _WORTH_GIVING_BACK = 32 << 20
-"""Bytes of growth. Pages that went back are soon wanted again, at a page fault each: to trim at every call was
-a fifth of the time on a small model."""
+"""Bytes of growth. Pages that went back are soon wanted again, at a page fault each: to trim at every call
+was a fifth of the time on a small model."""
 
 _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
