@@ -24,9 +24,9 @@ _MMAP_BYTES = 32 << 20
 the time on a small model went into page faults (docs/memory.md)."""
 _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
-_WORTH_GIVING_BACK = 32 << 20
-"""Bytes of growth. Pages that went back are soon wanted again, at a page fault each: to trim at every call
-was a fifth of the time on a small model."""
+FREED_BYTES = 32 << 20
+"""Growth that is left alone. Pages that went back are soon wanted again, at a page fault each: to trim at
+every call was a fifth of the time on a small model."""
 
 _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -60,7 +60,7 @@ def give_back() -> None:
     if malloc_trim is None:
         return
     resident = _resident_bytes()
-    if resident < _least_resident + _WORTH_GIVING_BACK:
+    if resident < _least_resident + FREED_BYTES:
         _least_resident = min(_least_resident, resident)
     else:
         malloc_trim(0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from compression.machine.batching import BATCH_TOKENS
+from compression.machine.host_memory import FREED_BYTES
 from compression.math.sizes import CHUNK_TOKENS
 from compression.planning.solver_memory import FLOAT32, GroupWork, solver_bytes
 from compression.recipe import Calibration, Evaluation
@@ -214,8 +215,8 @@ def estimate(work: Workload, itemsize: int = LARGEST_ITEMSIZE) -> MemoryEstimate
     around = [
         MemoryItem(
             "process",
-            PROCESS_BYTES + work.linears * LINEAR_BYTES,
-            f"interpreter, torch, transformers, and {work.linears} linears without storage",
+            PROCESS_BYTES + FREED_BYTES + work.linears * LINEAR_BYTES,
+            f"interpreter, torch, transformers, {work.linears} linears without storage, what was freed",
             on_device=False,
         ),
         MemoryItem(
