@@ -90,7 +90,7 @@ def apply(arithmetic: Arithmetic, device: str) -> None:
     kernels, float32 products in float32, one attention backend. The device's peak of memory starts anew."""
     torch.set_num_threads(arithmetic.threads)
     torch.use_deterministic_algorithms(True)
-    # nothing reads what it did not write
+    # deterministic algorithms fill every new tensor; but nothing reads what it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

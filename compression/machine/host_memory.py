@@ -26,7 +26,7 @@ _KEPT_AT_THE_END = 2 * _MMAP_BYTES
 """Free bytes at the end of a heap that are kept without being asked for, as glibc does by default."""
 FREED_BYTES = 32 << 20
 """Growth that is left alone. Pages that went back are soon wanted again, at a page fault each: to trim at
-every call was a fifth of the time on a small model."""
+every call was a sixth of the time on a small model."""
 
 _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

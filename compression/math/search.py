@@ -30,7 +30,7 @@ from compression.schemes import Observer, QuantizationArgs
 
 Rounds = Sequence[tuple[float, ...]]
 """What a search tries: first scales so far from that of the range, then so far from the best yet.
-Chosen on SmolLM2-135M with benchmarks/rounding.py."""
+Chosen on layers of SmolLM2-135M (docs/adr/0043-what-a-search-of-scales-tries.md)."""
 
 _SHRINKS: Rounds = (
     (0.0, 0.16, 0.08, -0.08, -0.16, -0.24, -0.32, -0.40, -0.48, -0.56),

@@ -15,7 +15,7 @@ from api.private import make_folder, mode_of
 from api.settings import Settings
 
 IN_THE_STORE = {"artifacts", "artifacts/work", "artifacts/work/job", "artifacts/work/job/shard"}
-"""Files as a local store lays them out."""
+"""What the folder `old` has in its local store, laid out as `api/artifacts` does it."""
 
 
 @pytest.fixture
